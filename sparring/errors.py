@@ -1,0 +1,50 @@
+"""Every error that Sparring raises on purpose, in one tree.
+
+    SparringError
+    |-- UserError (also a ValueError)    the input is wrong; the command line exits with 2
+    |   |-- RecipeError                  a recipe key, value or override
+    |   |-- DataError                    a data file, row or column
+    |   |-- CheckpointError              a model, adapter or tokenizer that cannot be read or does not fit
+    |   |-- RewardError                  a reward function that is missing, misconfigured or breaks its contract
+    |   |-- RunDirectoryError            a run directory that holds a run, or cannot be resumed
+    |   `-- MemoryBudgetError            something that can never fit into the memory it is given
+    `-- RunError (also a RuntimeError)   a run that had started failed; the command line exits with 1
+
+A message says what happened, what was found, what is allowed, and how to mend it.
+"""
+
+
+class SparringError(Exception):
+    """Base of every error that Sparring raises on purpose."""
+
+
+class UserError(SparringError, ValueError):
+    """The user's input is wrong. Exit code 2, one message, no traceback."""
+
+
+class RecipeError(UserError):
+    """A recipe key, value or command-line override is unknown or not allowed."""
+
+
+class DataError(UserError):
+    """A data file is missing or unreadable, or a row or column is not what it must be."""
+
+
+class CheckpointError(UserError):
+    """A model, adapter or tokenizer cannot be read, is not supported, or does not fit the other parts."""
+
+
+class RewardError(UserError):
+    """A reward function cannot be found, takes other arguments, or breaks its contract."""
+
+
+class RunDirectoryError(UserError):
+    """A run directory already holds a run, or holds one that cannot be resumed as asked."""
+
+
+class MemoryBudgetError(UserError):
+    """Something can never fit into the memory it was given."""
+
+
+class RunError(SparringError, RuntimeError):
+    """A run that had started failed. Exit code 1; what was written before stays intact."""
