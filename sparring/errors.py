@@ -8,7 +8,8 @@
     |   |-- RewardError                  a reward function that is missing, misconfigured or breaks its contract
     |   |-- RunDirectoryError            a run directory that holds a run, or cannot be resumed
     |   `-- MemoryBudgetError            something that can never fit into the memory it is given
-    `-- RunError (also a RuntimeError)   a run that had started failed; the command line exits with 1
+    |-- RunError (also a RuntimeError)   a run that had started failed; the command line exits with 1
+    `-- Interrupted                      the run was asked to end; the command line exits with 130 or 143
 
 A message says what happened, what was found, what is allowed, and how to mend it.
 """
@@ -48,3 +49,11 @@ class MemoryBudgetError(UserError):
 
 class RunError(SparringError, RuntimeError):
     """A run that had started failed. Exit code 1; what was written before stays intact."""
+
+
+class Interrupted(SparringError):
+    """The user or the system asked the run to end; `exit_code` is 130 (interrupt) or 143 (SIGTERM)."""
+
+    def __init__(self, message: str, *, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
