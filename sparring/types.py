@@ -97,8 +97,10 @@ class Batch:
     logits are divided by before log-softmax.
 
     Optional streams, float32 [T], 0 outside the loss mask: advantages_T, old_logprobs_T (policy
-    before the step; None: the update is on-policy), ref_logprobs_T (None: no KL term), weights_T
-    (per-token loss weights of SFT), returns_T and old_values_T (PPO).
+    before the step; None: the update is on-policy), sampler_logprobs_T (what the rollout engine
+    recorded; it feeds the mismatch metrics, never a loss), ref_logprobs_T (None: no KL term),
+    weights_T (per-token loss weights of SFT; num_loss_tokens then is their sum), returns_T and
+    old_values_T (PPO).
     """
 
     input_ids_T: Tensor
@@ -113,6 +115,7 @@ class Batch:
     temperature: float = 1.0
     advantages_T: Tensor | None = None
     old_logprobs_T: Tensor | None = None
+    sampler_logprobs_T: Tensor | None = None
     ref_logprobs_T: Tensor | None = None
     weights_T: Tensor | None = None
     returns_T: Tensor | None = None
