@@ -1,0 +1,251 @@
+"""The decoder: one model definition for training, scoring and generation, over flat tokens [T].
+
+What a family's models look like is data (TransformerConfig, filled in by models/families); who is in
+the batch is an argument (models/layout). There is no batch axis, no padding, no file format and no
+sampling here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from sparring.kernels.head import head_logits, linear_logprob
+from sparring.kernels.norm import rms_norm
+from sparring.kernels.rope import rope
+from sparring.kernels.swiglu import swiglu
+from sparring.models.attention import AttentionPlan, plan_attention
+from sparring.models.layout import KVPool, Layout
+from sparring.models.linear import Dense, Linear
+from sparring.models.lora import LoraAdapter, LoraConfig
+from sparring.models.rope import RopeConfig, inverse_frequencies, rope_tables
+from sparring.types import Batch, TokenScores
+
+HEAD_CHUNK_ROWS = 1024
+"""Rows of logits that exist at once while a batch is scored."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransformerConfig:
+    """Everything a decoder's shape and arithmetic depend on.
+
+    windows: per layer the sliding window in tokens, the token itself included; 0 = unlimited.
+    max_tokens: longest context the checkpoint was made for. family: name of the family whose weight
+    names apply. source: the checkpoint's own config.json, written back when the model is saved.
+    """
+
+    family: str
+    vocab_size: int
+    width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    ffn_width: int
+    norm_eps: float
+    rope: RopeConfig
+    windows: tuple[int, ...]
+    max_tokens: int
+    tied_head: bool
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    initializer_range: float = 0.02
+    source: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+
+class DecoderLayer(nn.Module):
+    """Attention and feed-forward, each behind an RMSNorm and added to the residual stream."""
+
+    def __init__(self, config: TransformerConfig, index: int, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config, self.index = config, index
+
+        def vector(size: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(size, device=device, dtype=dtype))
+
+        def linear(inputs: int, parts: Mapping[str, int], bias: bool) -> Linear:
+            return Linear(inputs, parts, bias=bias, device=device, dtype=dtype)
+
+        queries, keys = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+        self.attention_norm = vector(config.width)
+        self.qkv = linear(config.width, {"q_proj": queries, "k_proj": keys, "v_proj": keys}, config.qkv_bias)
+        self.q_norm = vector(config.head_size) if config.qk_norm else None
+        self.k_norm = vector(config.head_size) if config.qk_norm else None
+        self.output = linear(queries, {"o_proj": config.width}, config.output_bias)
+        self.mlp_norm = vector(config.width)
+        self.gate_up = linear(
+            config.width, {"gate_proj": config.ffn_width, "up_proj": config.ffn_width}, config.mlp_bias
+        )
+        self.down = linear(config.ffn_width, {"down_proj": config.width}, config.mlp_bias)
+
+    def forward(self, x_TD: Tensor, cos: Tensor, sin: Tensor, plan: AttentionPlan, adapter: str | None) -> Tensor:
+        """The residual stream [T, D] after this layer."""
+        config = self.config
+        normed = rms_norm(x_TD, self.attention_norm, config.norm_eps)
+        heads = self.qkv(normed, adapter).view(len(x_TD), -1, config.head_size)
+        q, k, v = heads.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q = rms_norm(q, self.q_norm, config.norm_eps)
+            k = rms_norm(k, self.k_norm, config.norm_eps)
+        attended = plan.attend(rope(q, cos, sin), rope(k, cos, sin), v, self.index, config.windows[self.index])
+        x_TD = x_TD + self.output(attended.reshape(len(x_TD), -1), adapter)
+        normed = rms_norm(x_TD, self.mlp_norm, config.norm_eps)
+        out: Tensor = x_TD + self.down(swiglu(self.gate_up(normed, adapter)), adapter)
+        return out
+
+
+class Decoder(nn.Module):
+    """A causal language model over flat tokens.
+
+    Parameters are uninitialised after construction: models/checkpoint.py fills them, or `init_weights`.
+    """
+
+    def __init__(self, config: TransformerConfig, *, device: torch.device | str = "cpu", dtype: torch.dtype) -> None:
+        super().__init__()
+        device = torch.device(device)
+        self.config = config
+        self.head_chunk_rows = HEAD_CHUNK_ROWS
+        self.lora: dict[str, LoraConfig] = {}
+        self._checkpointing: Literal["none", "layer"] = "none"
+        self.embed = Dense(config.vocab_size, config.width, device=device, dtype=dtype)
+        self.layers = nn.ModuleList(DecoderLayer(config, i, device, dtype) for i in range(config.num_layers))
+        self.norm = nn.Parameter(torch.empty(config.width, device=device, dtype=dtype))
+        self.head = self.embed if config.tied_head else Dense(
+            config.vocab_size, config.width, device=device, dtype=dtype
+        )
+        frequencies = inverse_frequencies(config.rope, config.head_size)
+        self._frequencies = frequencies.to(device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return self.embed.weight.dtype
+
+    def set_checkpointing(self, mode: Literal["none", "layer"]) -> None:
+        """"layer": keep only layer inputs in the training forward and compute each layer again in backward."""
+        self._checkpointing = mode
+
+    def forward(
+        self,
+        input_ids_T: Tensor,
+        positions_T: Tensor,
+        layout: Layout,
+        kv_pool: KVPool | None = None,
+        *,
+        adapter: str | None = "policy",
+    ) -> Tensor:
+        """Hidden states [T, D] after the final norm.
+
+        adapter: "policy" = the trained adapter where there is one; any other name must exist; None =
+        the base alone. A PagedLayout needs `kv_pool`, which is written to.
+        """
+        assert adapter in (None, "policy") or adapter in self.lora, f"no adapter called {adapter!r}"
+        plan = plan_attention(layout, kv_pool, self.device)
+        cos, sin = rope_tables(self._frequencies.to(self.device), positions_T)
+        x_TD = F.embedding(input_ids_T, self.embed.weight)
+        for layer in self.layers:
+            if self._checkpointing == "layer" and torch.is_grad_enabled():
+                x_TD = checkpoint(
+                    layer, x_TD, cos, sin, plan, adapter, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x_TD = layer(x_TD, cos, sin, plan, adapter)
+        return rms_norm(x_TD, self.norm, self.config.norm_eps)
+
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """Logits [T, V] in float32 (float64 for a float64 model), the numbers that `score` sees too."""
+        return head_logits(hidden_TD, self.head.weight)
+
+    def score(self, batch: Batch, *, adapter: str | None = "policy") -> TokenScores:
+        """Log-probabilities (with gradient) and entropies of the batch's labels, 0 where loss_mask_T is False."""
+        hidden_TD = self(batch.input_ids_T, batch.positions_T, batch.layout, adapter=adapter)
+        rows_M = batch.loss_mask_T.nonzero().squeeze(1)
+        logprobs_M, entropy_M = linear_logprob(
+            hidden_TD.index_select(0, rows_M),
+            self.head.weight,
+            batch.labels_T.index_select(0, rows_M),
+            temperature=batch.temperature,
+            chunk_rows=self.head_chunk_rows,
+        )
+        zeros_T = logprobs_M.new_zeros(len(batch.input_ids_T))
+        return TokenScores(
+            logprobs_T=zeros_T.index_copy(0, rows_M, logprobs_M),
+            entropy_T=zeros_T.index_copy(0, rows_M, entropy_M.detach()),
+        )
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """What the optimizer changes, by stable names in sorted order."""
+        return {name: p for name, p in sorted(self.named_parameters()) if p.requires_grad}
+
+    def has_adapter(self, name: str = "policy") -> bool:
+        """Whether an adapter of that name is there."""
+        return name in self.lora
+
+    def add_adapter(self, config: LoraConfig, *, name: str = "policy") -> None:
+        """Freeze the base and put a fresh adapter on it; it is trained unless its name is "reference"."""
+        assert name not in self.lora, f"there is an adapter called {name!r} already"
+        targets = config.targets()
+        generator = torch.Generator().manual_seed(config.seed)
+        if not self.lora:
+            self.requires_grad_(False)
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.add_adapter(name, config, targets, generator)
+        self.lora[name] = config
+        for adapter in self.adapter_modules(name).values():
+            adapter.requires_grad_(name != "reference")
+
+    def adapter_modules(self, name: str) -> dict[str, LoraAdapter]:
+        """The named adapter's parts, by the path of the Linear they sit on."""
+        found = {}
+        for path, module in self.named_modules():
+            if isinstance(module, Linear) and name in module.adapters:
+                adapter = module.adapters[name]
+                assert isinstance(adapter, LoraAdapter), "adapters hold LoraAdapter only"
+                found[path] = adapter
+        return found
+
+    def refresh_shadows(self) -> None:
+        """Rewrite every adapter's 16-bit shadow in place; call it after each optimizer step."""
+        for module in self.modules():
+            if isinstance(module, LoraAdapter):
+                module.refresh_shadow()
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Random weights: norms 1, biases 0, all else normal with the config's initializer_range."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in sorted(self.named_parameters()):
+            if name.endswith("norm"):
+                parameter.fill_(1.0)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                values = torch.empty(parameter.shape, dtype=torch.float32)
+                parameter.copy_(values.normal_(0.0, self.config.initializer_range, generator=generator))
+
+
+def new_kv_pool(
+    config: TransformerConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+) -> KVPool:
+    """A zeroed pool of keys and values; bytes: num_blocks * block_size * kv_bytes_per_token(config, dtype)."""
+    shape = (config.num_layers, num_blocks, 2, config.num_kv_heads, block_size, config.head_size)
+    return KVPool(data=torch.zeros(shape, dtype=dtype, device=device))
+
+
+def kv_bytes_per_token(config: TransformerConfig, dtype: torch.dtype) -> int:
+    """Bytes that one token's keys and values take over all layers."""
+    return config.num_layers * 2 * config.num_kv_heads * config.head_size * dtype.itemsize
