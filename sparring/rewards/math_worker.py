@@ -1,0 +1,129 @@
+"""The far end of math_pool.py: reads pairs of LaTeX, compares them with Math-Verify, answers in JSON.
+
+Run as `python -m sparring.rewards.math_worker LIMIT_SECONDS`. Only Math-Verify's LaTeX extraction is
+used, on text that was extracted and wrapped here, so that SymPy's parse_expr, which runs Python, is
+never reached. The parent keeps the wall clock; limits here are a second line.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import re
+import resource
+import signal
+import sys
+import threading
+from functools import lru_cache
+from typing import Any
+
+MEMORY_BYTES = 1 << 30
+"""Address space of one worker. Start-up takes about a quarter of it."""
+
+_CASE = re.compile(r"\\[A-Za-z]+|[A-Za-z]")
+
+
+def main() -> None:
+    """Serve until the parent closes standard input."""
+    limit_seconds = float(sys.argv[1])
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    logging.disable(logging.CRITICAL)
+    requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(requests,), daemon=True).start()
+    try:
+        comparer = Comparer()
+    except ImportError as error:
+        _say({"error": f"Math-Verify cannot be imported ({error}); pip install math-verify"})
+        return
+    _say({"ready": True})
+    while True:
+        reference, answer = json.loads(requests.get())
+        # The default action of SIGALRM ends this process even inside a long C call, should the
+        # parent be gone or stopped. Math-Verify's own alarms are switched off.
+        signal.setitimer(signal.ITIMER_REAL, limit_seconds + 2.0)
+        _say(comparer.compare(reference, answer))
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+
+
+class Comparer:
+    """Math-Verify behind one method, with a cache of parsed references."""
+
+    def __init__(self) -> None:
+        from latex2sympy2_extended import NormalizationConfig
+        from math_verify import LatexExtractionConfig, parse, verify
+
+        self._config = (
+            LatexExtractionConfig(
+                boxed_match_priority=-1,
+                normalization_config=NormalizationConfig(
+                    basic_latex=True,
+                    units=False,
+                    malformed_operators=True,
+                    nits=True,
+                    boxed="none",
+                    equations=False,
+                ),
+            ),
+        )
+        self._parse, self._verify = parse, verify
+        self._reference = lru_cache(maxsize=512)(self.read)
+
+    def compare(self, reference: str, answer: str) -> dict[str, Any]:
+        """{"verdict": true, false or null (the reference cannot be read), "reason"}."""
+        known = self._reference.cache_info().misses
+        try:
+            parsed = self._reference(reference)
+        except (MemoryError, RecursionError) as error:
+            return {"verdict": None, "reason": _name(error, "the reference"), "recycle": True}
+        if parsed is None:
+            return {"verdict": None, "reason": "the reference cannot be read as mathematics"}
+        if self._reference.cache_info().misses > known:
+            _say({"reference": True})
+        try:
+            return self._judge(reference, answer, parsed)
+        except (MemoryError, RecursionError) as error:
+            return {"verdict": False, "reason": _name(error, "the answer"), "recycle": True}
+
+    def read(self, latex: str) -> list[Any] | None:
+        """Math-Verify's reading of one formula, None where it finds nothing."""
+        wrapped = "$" + latex.replace("$", " ").replace("\n", " ") + "$"
+        parsed = self._parse(
+            wrapped,
+            extraction_config=self._config,
+            fallback_mode="no_fallback",
+            extraction_mode="first_match",
+            parsing_timeout=None,
+        )
+        return parsed or None
+
+    def _judge(self, reference: str, answer: str, parsed: list[Any]) -> dict[str, Any]:
+        read = self.read(answer)
+        if read is None:
+            return {"verdict": False, "reason": "the answer cannot be read as mathematics"}
+        equal = self._verify(
+            parsed, read, float_rounding=12, numeric_precision=30, timeout_seconds=None
+        )
+        return {"verdict": bool(equal), "reason": "Math-Verify: " + ("equal" if equal else "not equal")}
+
+
+def _name(error: BaseException, what: str) -> str:
+    limit = "memory" if isinstance(error, MemoryError) else "depth"
+    return f"{what} is beyond the limit of {limit}"
+
+
+def _listen(requests: queue.SimpleQueue[bytes]) -> None:
+    for line in sys.stdin.buffer:
+        requests.put(line)
+    os._exit(0)
+
+
+def _say(message: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(message) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
