@@ -38,14 +38,21 @@ def _chunk_logprobs(x_RD: Tensor, weight_VD: Tensor, temperature: float) -> Tens
 
 
 def _entropy(logprobs_RV: Tensor, probs_RV: Tensor) -> Tensor:
-    products = torch.einsum("rv,rv->r", probs_RV, logprobs_RV.clamp_min(torch.finfo(logprobs_RV.dtype).min))
+    products = torch.einsum(
+        "rv,rv->r", probs_RV, logprobs_RV.clamp_min(torch.finfo(logprobs_RV.dtype).min)
+    )
     return -products
 
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, temperature: float, chunk_rows: int
+        ctx: Any,
+        x_MD: Tensor,
+        weight_VD: Tensor,
+        labels_M: Tensor,
+        temperature: float,
+        chunk_rows: int,
     ) -> tuple[Tensor, Tensor]:
         need_x, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         wide = torch.float64 if x_MD.dtype == torch.float64 else torch.float32
@@ -59,7 +66,9 @@ class _LinearLogprob(torch.autograd.Function):
             probs_RV = logprobs_RV.exp()
             entropy_M[chunk] = _entropy(logprobs_RV, probs_RV)
             if rows_MD is not None:
-                rows_MD[chunk] = _row_gradient(probs_RV, labels_M[chunk], temperature).to(x_MD.dtype) @ weight_VD
+                rows_MD[chunk] = (
+                    _row_gradient(probs_RV, labels_M[chunk], temperature).to(x_MD.dtype) @ weight_VD
+                )
         ctx.temperature, ctx.chunk_rows = temperature, chunk_rows
         ctx.save_for_backward(x_MD, weight_VD, labels_M, rows_MD)
         ctx.mark_non_differentiable(entropy_M)
@@ -93,7 +102,12 @@ def _row_gradient(probs_RV: Tensor, labels_R: Tensor, temperature: float) -> Ten
 
 
 def linear_logprob_reference(
-    x_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, *, temperature: float = 1.0, chunk_rows: int = 1024
+    x_MD: Tensor,
+    weight_VD: Tensor,
+    labels_M: Tensor,
+    *,
+    temperature: float = 1.0,
+    chunk_rows: int = 1024,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities [M] of the labels and entropies [M] (without gradient) of softmax(x W^T / temperature)."""
     pair: tuple[Tensor, Tensor] = _LinearLogprob.apply(  # type: ignore[no-untyped-call]
@@ -103,7 +117,12 @@ def linear_logprob_reference(
 
 
 def linear_logprob(
-    x_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, *, temperature: float = 1.0, chunk_rows: int = 1024
+    x_MD: Tensor,
+    weight_VD: Tensor,
+    labels_M: Tensor,
+    *,
+    temperature: float = 1.0,
+    chunk_rows: int = 1024,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities [M] of the labels and entropies [M] (without gradient) of softmax(x W^T / temperature)."""
     return linear_logprob_reference(

@@ -8,19 +8,23 @@ kernel of our own here, no rotary embedding and no projection.
 
 from __future__ import annotations
 
+import torch
+
 from sparring.models.attention_packed import PackedPlan
 from sparring.models.attention_paged import PagedPlan
 from sparring.models.layout import KVPool, Layout, PackedLayout
 
-import torch
-
 AttentionPlan = PackedPlan | PagedPlan
 
 
-def plan_attention(layout: Layout, kv_pool: KVPool | None, device: torch.device) -> AttentionPlan:
+def plan_attention(
+    layout: Layout, kv_pool: KVPool | None, device: torch.device
+) -> AttentionPlan:
     """Index tensors for one batch; `kv_pool` is needed for a PagedLayout and must be absent otherwise."""
     if isinstance(layout, PackedLayout):
         assert kv_pool is None, "a packed layout keeps no keys and values"
         return PackedPlan(layout, device)
-    assert kv_pool is not None, "a paged layout needs the pool that holds its keys and values"
+    assert kv_pool is not None, (
+        "a paged layout needs the pool that holds its keys and values"
+    )
     return PagedPlan(layout, kv_pool)

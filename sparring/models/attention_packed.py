@@ -43,7 +43,10 @@ class PackedPlan:
         has_parent = parents >= 0
         parent_starts = torch.where(has_parent, starts[parents], 0)
         parent_lengths = torch.where(has_parent, lengths[parents], 0)
-        order = sorted(range(layout.num_segments), key=lambda s: (layout.parents[s] >= 0, int(lengths[s])))
+        order = sorted(
+            range(layout.num_segments),
+            key=lambda s: (layout.parents[s] >= 0, int(lengths[s])),
+        )
         groups = _bucket_segments(order, lengths.tolist(), parent_lengths.tolist())
         self.num_tokens = layout.cu_seqlens[-1]
         self.buckets: list[_Bucket] = []
@@ -53,9 +56,14 @@ class PackedPlan:
         key_valid: list[Tensor] = []
         num_queries = num_keys = 0
         for members in groups:
-            length, parent_length = int(lengths[members].max()), int(parent_lengths[members].max())
+            length, parent_length = (
+                int(lengths[members].max()),
+                int(parent_lengths[members].max()),
+            )
             own, own_valid = _ranges(starts[members], lengths[members], length)
-            theirs, their_valid = _ranges(parent_starts[members], parent_lengths[members], parent_length)
+            theirs, their_valid = _ranges(
+                parent_starts[members], parent_lengths[members], parent_length
+            )
             query_index.append(own.flatten())
             query_valid.append(own_valid.flatten())
             key_index.append(torch.cat([theirs, own], 1).flatten())
@@ -74,33 +82,57 @@ class PackedPlan:
         positions = torch.cat(query_valid).nonzero().squeeze(1)
         self.query_index = queries.to(device)
         self.key_index = keys.to(device)
-        self.query_position = torch.empty_like(positions).scatter_(0, queries[positions], positions).to(device)
+        self.query_position = (
+            torch.empty_like(positions)
+            .scatter_(0, queries[positions], positions)
+            .to(device)
+        )
         uses = torch.cat(key_valid).nonzero().squeeze(1)
         tokens, by_token = keys[uses].sort(stable=True)
         self.key_uses = uses[by_token].to(device)
         counts = torch.bincount(tokens, minlength=self.num_tokens)
         self.key_use_offsets = F.pad(counts.cumsum(0), (1, 0)).to(device)
 
-    def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, layer: int, window: int) -> Tensor:
+    def attend(
+        self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, layer: int, window: int
+    ) -> Tensor:
         """Attention output [T, H, E]; `window` > 0: each token sees itself and the window - 1 tokens before."""
         num_heads, head_size = q_THE.shape[1:]
-        q_pad: Tensor = _Spread.apply(q_THE, self.query_index, self.query_position, None)  # type: ignore[no-untyped-call]
-        k_pad: Tensor = _Spread.apply(k_TKE, self.key_index, self.key_uses, self.key_use_offsets)  # type: ignore[no-untyped-call]
-        v_pad: Tensor = _Spread.apply(v_TKE, self.key_index, self.key_uses, self.key_use_offsets)  # type: ignore[no-untyped-call]
+        q_pad: Tensor = _Spread.apply(
+            q_THE, self.query_index, self.query_position, None
+        )  # type: ignore[no-untyped-call]
+        k_pad: Tensor = _Spread.apply(
+            k_TKE, self.key_index, self.key_uses, self.key_use_offsets
+        )  # type: ignore[no-untyped-call]
+        v_pad: Tensor = _Spread.apply(
+            v_TKE, self.key_index, self.key_uses, self.key_use_offsets
+        )  # type: ignore[no-untyped-call]
         outputs = []
         for bucket in self.buckets:
-            q = q_pad[bucket.queries].view(bucket.num_segments, bucket.length, num_heads, head_size)
-            shape = (bucket.num_segments, bucket.parent_length + bucket.length, -1, head_size)
+            q = q_pad[bucket.queries].view(
+                bucket.num_segments, bucket.length, num_heads, head_size
+            )
+            shape = (
+                bucket.num_segments,
+                bucket.parent_length + bucket.length,
+                -1,
+                head_size,
+            )
             out = _attend_bucket(
-                bucket, q.transpose(1, 2), k_pad[bucket.keys].view(shape).transpose(1, 2),
-                v_pad[bucket.keys].view(shape).transpose(1, 2), window,
+                bucket,
+                q.transpose(1, 2),
+                k_pad[bucket.keys].view(shape).transpose(1, 2),
+                v_pad[bucket.keys].view(shape).transpose(1, 2),
+                window,
             )
             outputs.append(out.transpose(1, 2).reshape(-1, num_heads, head_size))
         gathered: Tensor = _Collect.apply(torch.cat(outputs), self.query_position)  # type: ignore[no-untyped-call]
         return gathered
 
 
-def _bucket_segments(order: list[int], lengths: list[int], parent_lengths: list[int]) -> list[list[int]]:
+def _bucket_segments(
+    order: list[int], lengths: list[int], parent_lengths: list[int]
+) -> list[list[int]]:
     """Cut a list of segments, ascending in length, where padding or the block would grow too much."""
     groups: list[list[int]] = []
     shortest = widest = 0
@@ -110,7 +142,9 @@ def _bucket_segments(order: list[int], lengths: list[int], parent_lengths: list[
             group = groups[-1]
             width = max(widest, parent_length)
             fits = (len(group) + 1) * length * (width + length) <= MAX_SCORES
-            alike = length <= max(8, shortest * 1.25) and (parent_length > 0) == (widest > 0)
+            alike = length <= max(8, shortest * 1.25) and (parent_length > 0) == (
+                widest > 0
+            )
             if fits and alike:
                 group.append(segment)
                 widest = width
@@ -124,11 +158,15 @@ def _ranges(starts_S: Tensor, lengths_S: Tensor, width: int) -> tuple[Tensor, Te
     """Token indices [S, width] of ranges of unequal length, the last one repeated, and which are real."""
     offsets = torch.arange(width)
     valid = offsets < lengths_S.unsqueeze(1)
-    index = starts_S.unsqueeze(1) + torch.minimum(offsets, (lengths_S - 1).clamp_min(0).unsqueeze(1))
+    index = starts_S.unsqueeze(1) + torch.minimum(
+        offsets, (lengths_S - 1).clamp_min(0).unsqueeze(1)
+    )
     return index, valid
 
 
-def _attend_bucket(bucket: _Bucket, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+def _attend_bucket(
+    bucket: _Bucket, q: Tensor, k: Tensor, v: Tensor, window: int
+) -> Tensor:
     """q [S, H, L, E] with k, v [S, K, P + L, E] -> [S, H, L, E]."""
     length, parent_length = bucket.length, bucket.parent_length
     if window >= parent_length + length:
@@ -148,18 +186,29 @@ def _attend_bucket(bucket: _Bucket, q: Tensor, k: Tensor, v: Tensor, window: int
         keys = slice(0, parent_length + stop)
         outputs.append(
             checkpoint(
-                _attend_slice, bucket, q[:, :, start:stop], k[:, :, keys], v[:, :, keys], start, window,
-                use_reentrant=False, preserve_rng_state=False,
+                _attend_slice,
+                bucket,
+                q[:, :, start:stop],
+                k[:, :, keys],
+                v[:, :, keys],
+                start,
+                window,
+                use_reentrant=False,
+                preserve_rng_state=False,
             )
         )
     return torch.cat(outputs, 2)
 
 
-def _attend_slice(bucket: _Bucket, q: Tensor, k: Tensor, v: Tensor, start: int, window: int) -> Tensor:
+def _attend_slice(
+    bucket: _Bucket, q: Tensor, k: Tensor, v: Tensor, start: int, window: int
+) -> Tensor:
     return _sdpa(q, k, v, _mask(bucket, start, start + q.shape[2], window, q.dtype))
 
 
-def _mask(bucket: _Bucket, start: int, stop: int, window: int, dtype: torch.dtype) -> Tensor:
+def _mask(
+    bucket: _Bucket, start: int, stop: int, window: int, dtype: torch.dtype
+) -> Tensor:
     """Additive mask [S, 1, stop - start, P + stop] of queries start to stop."""
     device = bucket.parent_lengths_S.device
     parent_lengths = bucket.parent_lengths_S[:, None, None]
@@ -176,9 +225,16 @@ def _mask(bucket: _Bucket, start: int, stop: int, window: int, dtype: torch.dtyp
     return mask.masked_fill_(~sees, -torch.inf).unsqueeze(1)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, is_causal: bool = False) -> Tensor:
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, is_causal: bool = False
+) -> Tensor:
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=q.shape[1] != k.shape[1]
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=is_causal,
+        enable_gqa=q.shape[1] != k.shape[1],
     )
 
 
@@ -189,7 +245,9 @@ class _Spread(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, uses: Tensor, offsets: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, index: Tensor, uses: Tensor, offsets: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(uses, offsets)
         return x.index_select(0, index)
 
@@ -200,7 +258,9 @@ class _Spread(torch.autograd.Function):
         if offsets is None:
             return grad.index_select(0, uses), None, None, None
         flat = grad.reshape(len(grad), -1)
-        summed = F.embedding_bag(uses, flat, offsets, mode="sum", include_last_offset=True)
+        summed = F.embedding_bag(
+            uses, flat, offsets, mode="sum", include_last_offset=True
+        )
         return summed.view(-1, *grad.shape[1:]), None, None, None
 
 

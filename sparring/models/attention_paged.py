@@ -43,10 +43,14 @@ class PagedPlan:
         self.num_tokens = layout.cu_seqlens[-1]
         self.rows = _group_rows(layout, kv_pool)
 
-    def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, layer: int, window: int) -> Tensor:
+    def attend(
+        self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, layer: int, window: int
+    ) -> Tensor:
         """Write k, v to their slots, then attend: output [T, H, E]."""
         data = self.pool.data[layer]
-        data[self.slot_blocks, :, :, self.slot_offsets] = torch.stack([k_TKE, v_TKE], 1).to(data.dtype)
+        data[self.slot_blocks, :, :, self.slot_offsets] = torch.stack(
+            [k_TKE, v_TKE], 1
+        ).to(data.dtype)
         flat = data.view(-1, data.shape[-2] * data.shape[-1])
         if len(self.rows) == 1 and isinstance(self.rows[0].tokens, slice):
             return self._attend_rows(self.rows[0], q_THE, flat, window)
@@ -64,10 +68,14 @@ class PagedPlan:
         v = flat.index_select(0, rows.key_blocks + num_kv_heads).view(shape)
         group = num_heads // num_kv_heads
         q = q.view(rows.num_rows, rows.length, num_kv_heads, group, head_size)
-        q = q.permute(0, 2, 3, 1, 4).reshape(rows.num_rows, num_kv_heads, group * rows.length, head_size)
+        q = q.permute(0, 2, 3, 1, 4).reshape(
+            rows.num_rows, num_kv_heads, group * rows.length, head_size
+        )
         if window not in rows.mask:
             rows.mask[window] = _mask(rows, k.shape[2], window, q.dtype, group)
-        out = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=rows.mask[window])
+        out = F.scaled_dot_product_attention(
+            q, k.to(q.dtype), v.to(q.dtype), attn_mask=rows.mask[window]
+        )
         out = out.view(rows.num_rows, num_kv_heads, group, rows.length, head_size)
         return out.permute(0, 3, 1, 2, 4).reshape(-1, num_heads, head_size)
 
@@ -83,7 +91,11 @@ def _group_rows(layout: PagedLayout, kv_pool: KVPool) -> list[_Rows]:
         if groups:
             group = groups[-1]
             pairs = (len(group) + 1) * lengths[row] * blocks[row] * layout.block_size
-            if lengths[group[0]] == lengths[row] and pairs <= MAX_SCORES and blocks[row] <= 2 * blocks[group[0]]:
+            if (
+                lengths[group[0]] == lengths[row]
+                and pairs <= MAX_SCORES
+                and blocks[row] <= 2 * blocks[group[0]]
+            ):
                 group.append(row)
                 continue
         groups.append([row])
@@ -96,23 +108,48 @@ def _group_rows(layout: PagedLayout, kv_pool: KVPool) -> list[_Rows]:
             group = sorted(group)
             tokens = slice(0, layout.cu_seqlens[-1])
         else:
-            tokens = (starts[group].unsqueeze(1) + torch.arange(length)).flatten().to(device)
+            tokens = (
+                (starts[group].unsqueeze(1) + torch.arange(length)).flatten().to(device)
+            )
         chosen = torch.tensor(group, device=device)
         table = layout.block_tables_RN[chosen, :width]
         heads = torch.arange(num_kv_heads, device=device)
-        key_blocks = (table[:, None, :] * (2 * num_kv_heads) + heads[None, :, None]).flatten()
+        key_blocks = (
+            table[:, None, :] * (2 * num_kv_heads) + heads[None, :, None]
+        ).flatten()
         kv_lengths = layout.kv_lengths_R[chosen]
-        result.append(_Rows(tokens, len(group), length, key_blocks, {}, kv_lengths, kv_lengths - length))
+        result.append(
+            _Rows(
+                tokens,
+                len(group),
+                length,
+                key_blocks,
+                {},
+                kv_lengths,
+                kv_lengths - length,
+            )
+        )
     return result
 
 
-def _mask(rows: _Rows, num_keys: int, window: int, dtype: torch.dtype, group: int) -> Tensor:
+def _mask(
+    rows: _Rows, num_keys: int, window: int, dtype: torch.dtype, group: int
+) -> Tensor:
     """Additive mask [n, 1, group L, num_keys]."""
     device = rows.kv_lengths.device
-    query = rows.query_starts[:, None, None] + torch.arange(rows.length, device=device)[None, :, None]
+    query = (
+        rows.query_starts[:, None, None]
+        + torch.arange(rows.length, device=device)[None, :, None]
+    )
     key = torch.arange(num_keys, device=device)[None, None, :]
     sees = key <= query
     if window:
         sees = sees & (query - key < window)
-    mask = torch.zeros(sees.shape, dtype=dtype, device=device).masked_fill_(~sees, -torch.inf)
-    return mask.unsqueeze(1).expand(-1, group, -1, -1).reshape(len(mask), 1, group * rows.length, num_keys)
+    mask = torch.zeros(sees.shape, dtype=dtype, device=device).masked_fill_(
+        ~sees, -torch.inf
+    )
+    return (
+        mask.unsqueeze(1)
+        .expand(-1, group, -1, -1)
+        .reshape(len(mask), 1, group * rows.length, num_keys)
+    )

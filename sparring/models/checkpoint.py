@@ -1,9 +1,14 @@
-"""Model files in and out: safetensors under Hugging Face names, split and joined here and nowhere else."""
+"""Models in and out: safetensors under Hugging Face names, split and joined here and nowhere else.
+
+The door to every file of a model: what is passed as a path here may be a folder, a run directory, an
+adapter folder or a Hub id. Formats are in files.py, PEFT's adapters in adapter_files.py, names and
+shapes in families/.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,103 +16,343 @@ import torch
 from torch import Tensor
 
 from sparring.errors import CheckpointError
+from sparring.models import tokenizer as tokenizers
+from sparring.models.adapter_files import adapter_base, load_adapter, write_adapter
 from sparring.models.families import llama, mistral, qwen2, qwen3
 from sparring.models.families.family import Family
-from sparring.models.transformer import Decoder, TransformerConfig
+from sparring.models.files import (
+    read_json,
+    read_tensors,
+    refuse_quantised,
+    weight_files,
+    write_tensors,
+)
+from sparring.models.hub import resolve
+from sparring.models.linear import Linear
+from sparring.models.memory import check_fits
+from sparring.models.transformer import Decoder
+
+__all__ = [
+    "DTYPES",
+    "FAMILIES",
+    "base_folder",
+    "build_model",
+    "check_model_fits",
+    "check_vocabulary",
+    "end_token_ids",
+    "family_of",
+    "load_adapter_onto",
+    "load_model",
+    "load_tokenizer",
+    "module_names",
+    "resolve",
+    "save_adapter",
+    "save_model",
+    "save_tokenizer",
+    "weight_views",
+]
 
 FAMILIES: Mapping[str, Family] = {
-    family.architecture: family for family in (llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY)
+    family.architecture: family
+    for family in (llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY)
 }
 """Architecture, as config.json names it -> family."""
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+"""Names that `dtype` may have beside "auto"."""
+
+MAX_SHARD_BYTES = 5_000_000_000
+
+_IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
+_HEAD, _EMBED = "lm_head.weight", "model.embed_tokens.weight"
+
+save_tokenizer = tokenizers.save_tokenizer
+check_vocabulary = tokenizers.check_vocabulary
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{path} holds {type(loaded).__name__}, not a JSON object")
-    return loaded
-
-
-def family_of(hf: Mapping[str, Any]) -> Family:
+def family_of(config: Mapping[str, Any]) -> Family:
     """The family that reads this config.json; raises CheckpointError naming the known ones."""
-    architectures = list(hf.get("architectures") or [])
-    by_type = {family.name: family for family in FAMILIES.values()}
+    architectures = [str(name) for name in config.get("architectures") or []]
     for architecture in architectures:
         if architecture in FAMILIES:
             return FAMILIES[architecture]
-    if not architectures and hf.get("model_type") in by_type:
-        return by_type[hf["model_type"]]
-    named = ", ".join(architectures) or hf.get("model_type") or "nothing"
-    known = ", ".join(f"{family.name} ({name})" for name, family in FAMILIES.items())
-    raise CheckpointError(f"config.json names {named}, a family that is not supported; known: {known}")
+    by_name = {family.name: family for family in FAMILIES.values()}
+    if not architectures and config.get("model_type") in by_name:
+        return by_name[config["model_type"]]
+    named = ", ".join(architectures) or config.get("model_type") or "no architecture"
+    known = ", ".join(
+        f"{family.name} ({architecture})" for architecture, family in FAMILIES.items()
+    )
+    raise CheckpointError(
+        f"config.json names {named}, a family that is not supported; known families: {known}"
+    )
 
 
-def build_model(hf: Mapping[str, Any], *, device: torch.device | str, dtype: torch.dtype) -> Decoder:
-    """A Decoder of a config.json's shape; its weights are not initialised."""
-    return Decoder(family_of(hf).config(hf), device=device, dtype=dtype)
+def build_model(
+    config: Mapping[str, Any], *, device: torch.device | str = "cpu", dtype: torch.dtype
+) -> Decoder:
+    """A Decoder of a config.json's shape; its weights are not initialised (see Decoder.init_weights)."""
+    return Decoder(family_of(config).config(config), device=device, dtype=dtype)
 
 
 def weight_views(model: Decoder) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the model by its Hugging Face name, as views of the fused parameters."""
-    family = {f.name: f for f in FAMILIES.values()}[model.config.family]
+    family = _family(model)
     parameters = dict(model.named_parameters())
-    for template, names in family.weights.items():
-        layers = range(model.config.num_layers) if "{}" in template else range(1)
-        for layer in layers:
-            parameter = parameters.get(template.format(layer))
+    for template, hub_names in family.weights.items():
+        for layer in range(model.config.num_layers if "{}" in template else 1):
+            name = template.format(layer)
+            parameter = parameters.get(name)
             if parameter is None:
                 continue
-            pieces = _split(model, template.format(layer), parameter.detach(), len(names))
-            for name, piece in zip(names, pieces, strict=True):
-                yield name.format(layer), piece
+            if len(hub_names) == 1:
+                yield hub_names[0].format(layer), parameter.detach()
+                continue
+            linear = model.get_submodule(".".join(name.split(".")[:3]))
+            assert isinstance(linear, Linear), (
+                "only linear layers are fused from several matrices"
+            )
+            for hub_name, rows in zip(hub_names, linear.parts.values(), strict=True):
+                yield hub_name.format(layer), parameter.detach()[rows]
 
 
-def _split(model: Decoder, name: str, tensor: Tensor, count: int) -> list[Tensor]:
-    if count == 1:
-        return [tensor]
-    linear = model.get_submodule(".".join(name.split(".")[:3]))
-    return [tensor[rows] for rows in linear.parts.values()]  # type: ignore[union-attr,operator]
+def base_folder(path: str | Path) -> Path:
+    """The folder with config.json and weights behind `path`: of an adapter, its base. See `resolve`."""
+    folder = resolve(path)
+    if (folder / "adapter_config.json").is_file() and not _holds_weights(folder):
+        return base_folder(adapter_base(folder))
+    return folder
+
+
+def _holds_weights(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
 
 
 def load_model(
-    path: str | Path, *, dtype: str = "auto", device: torch.device | str = "cpu"
+    path: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    dtype: str = "auto",
+    device: torch.device | str = "cpu",
+    kv_bytes: int = 0,
 ) -> Decoder:
-    """Load a folder of safetensors."""
-    from safetensors import safe_open
+    """Load a model, and an adapter where `path` is an adapter's folder or `adapter` names one.
 
-    folder = Path(path)
-    hf = read_json(folder / "config.json")
-    name = dtype if dtype != "auto" else str(hf.get("dtype") or hf.get("torch_dtype") or "float32")
-    model = build_model(hf, device=device, dtype=DTYPES[name])
-    index = folder / "model.safetensors.index.json"
-    files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
-    views = dict(weight_views(model))
-    for file in files:
-        with safe_open(folder / file, framework="pt") as tensors:
-            for key in tensors.keys():
-                name = "model.embed_tokens.weight" if key == "lm_head.weight" and key not in views else key
-                if name in views:
-                    views.pop(name).copy_(tensors.get_tensor(key))
-    if views:
-        raise CheckpointError(f"{folder}: missing tensors: {', '.join(sorted(views))}")
+    path, adapter: see `resolve`. dtype: "auto" (the checkpoint's own), "float32", "bfloat16" or
+    "float16". kv_bytes: what the caller will need beside the weights; both must fit into free memory.
+    An adapter is loaded as "policy", ready for training. Raises CheckpointError for anything that
+    cannot be read as it stands, MemoryBudgetError for a model that does not fit.
+    """
+    device = torch.device(device)
+    folder = resolve(path)
+    if (folder / "adapter_config.json").is_file() and not _holds_weights(folder):
+        if adapter is not None:
+            raise CheckpointError(
+                f"{folder} is an adapter itself; give its base as the model and one adapter"
+            )
+        adapter, folder = folder, base_folder(folder)
+    config = read_json(folder / "config.json")
+    refuse_quantised(config, str(folder.resolve()))
+    family_of(config).config(config)
+    files = weight_files(folder)
+    chosen = _choose_dtype(dtype, config, device)
+    _check_fits(config, chosen, device, kv_bytes)
+    model = build_model(config, device=device, dtype=chosen)
+    _fill(model, files, folder)
+    if adapter is not None:
+        load_adapter_onto(model, resolve(adapter))
     return model
 
 
-def save_model(model: Decoder, directory: str | Path, *, dtype: str | None = None) -> None:
-    """Write config.json and model.safetensors."""
-    from safetensors.torch import save_file
+def load_adapter_onto(
+    model: Decoder, folder: str | Path, *, name: str = "policy"
+) -> None:
+    """Put the PEFT adapter of a folder on a model, as `name` ("reference" is frozen, others are trained).
 
+    Raises CheckpointError, with the model unchanged, where the adapter does not fit or is not supported.
+    """
+    load_adapter(model, Path(folder), module_names(model), name=name)
+
+
+def module_names(model: Decoder) -> dict[tuple[str, str], str]:
+    """(path of a Linear, one of its parts) -> the path of that matrix's module in Hugging Face's model."""
+    weights = _family(model).weights
+    names = {}
+    for path, linear in model.linears().items():
+        root, layer, rest = path.split(".", 2)
+        hub_names = weights[f"{root}.{{}}.{rest}.base.weight"]
+        for part, hub_name in zip(linear.parts, hub_names, strict=True):
+            names[path, part] = hub_name.format(layer).removesuffix(".weight")
+    return names
+
+
+def _family(model: Decoder) -> Family:
+    return next(
+        family for family in FAMILIES.values() if family.name == model.config.family
+    )
+
+
+def check_model_fits(
+    path: str | Path,
+    *,
+    dtype: str = "auto",
+    device: torch.device | str = "cpu",
+    kv_bytes: int = 0,
+) -> None:
+    """Raise MemoryBudgetError if a checkpoint's bytes in the run's dtype and the KV budget exceed free memory."""
+    device = torch.device(device)
+    config = read_json(base_folder(path) / "config.json")
+    _check_fits(config, _choose_dtype(dtype, config, device), device, kv_bytes)
+
+
+def _check_fits(
+    config: Mapping[str, Any], dtype: torch.dtype, device: torch.device, kv_bytes: int
+) -> None:
+    shape_only = build_model(config, device="meta", dtype=dtype)
+    num_parameters = sum(parameter.numel() for parameter in shape_only.parameters())
+    check_fits(num_parameters, dtype, device, kv_bytes=kv_bytes)
+
+
+def _choose_dtype(
+    name: str, config: Mapping[str, Any], device: torch.device
+) -> torch.dtype:
+    if name == "auto":
+        name = str(
+            config.get("dtype") or config.get("torch_dtype") or "float32"
+        ).removeprefix("torch.")
+        name = "float32" if name == "float64" else name
+    if name not in DTYPES:
+        raise CheckpointError(f"dtype is {name!r}; known: auto, {', '.join(DTYPES)}")
+    if name == "bfloat16" and device.type == "cuda" and not _has_bfloat16(device):
+        raise CheckpointError(
+            f"{torch.cuda.get_device_name(device)} has no bfloat16 arithmetic; set dtype to float16"
+        )
+    return DTYPES[name]
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _fill(model: Decoder, files: Sequence[Path], folder: Path) -> None:
+    views = dict(weight_views(model))
+    left, shapes, unexpected = set(views), [], []
+    for name, tensor in read_tensors(files):
+        if name == _HEAD and _HEAD not in views:
+            if _EMBED not in left:
+                continue
+            name = _EMBED
+        if name not in views:
+            if not name.endswith(_IGNORED_SUFFIXES):
+                unexpected.append(name)
+        elif views[name].shape != tensor.shape:
+            shapes.append(
+                f"{name} is {list(tensor.shape)}, config.json says {list(views[name].shape)}"
+            )
+            left.discard(name)
+        else:
+            _copy(views[name], tensor, name)
+            left.discard(name)
+    problems = []
+    for title, found in (
+        ("missing", sorted(left)),
+        ("unexpected", unexpected),
+        ("of another shape", shapes),
+    ):
+        if found:
+            shown = ", ".join(found[:6]) + (", ..." if len(found) > 6 else "")
+            problems.append(f"{len(found)} tensors {title}: {shown}")
+    if problems:
+        raise CheckpointError(
+            f"{folder.resolve()}: the weights do not match config.json: {'; '.join(problems)}; "
+            "download the checkpoint again, or give the config.json that belongs to it"
+        )
+
+
+def _copy(view: Tensor, tensor: Tensor, name: str) -> None:
+    view.copy_(tensor)
+    if (
+        view.dtype == torch.float16
+        and tensor.dtype != torch.float16
+        and not bool(view.isfinite().all())
+    ):
+        raise CheckpointError(
+            f"{name} holds values beyond float16's range; load it as bfloat16 or float32"
+        )
+
+
+def save_model(
+    model: Decoder,
+    directory: str | Path,
+    *,
+    dtype: str | None = None,
+    end_ids: Sequence[int] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write config.json and the base weights (adapters left out) so that transformers loads them.
+
+    dtype: of the files; None keeps the model's. end_ids: written to generation_config.json where given.
+    """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({n: t.contiguous() for n, t in weight_views(model)}, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(dict(model.config.source), indent=2))
+    stored = model.dtype if dtype is None else DTYPES[dtype]
+    write_tensors(
+        dict(weight_views(model)), folder, dtype=stored, max_shard_bytes=max_shard_bytes
+    )
+    family = _family(model)
+    config = {
+        "architectures": [family.architecture],
+        "model_type": family.name,
+        **model.config.source,
+    }
+    key = (
+        "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+    )
+    config[key] = str(stored).removeprefix("torch.")
+    _write_json(folder / "config.json", config)
+    if end_ids is not None:
+        _write_json(folder / "generation_config.json", {"eos_token_id": list(end_ids)})
 
 
-__all__ = ["FAMILIES", "TransformerConfig", "build_model", "load_model", "save_model", "weight_views"]
+def save_adapter(
+    model: Decoder,
+    directory: str | Path,
+    base_model_name_or_path: str,
+    *,
+    name: str = "policy",
+) -> None:
+    """Write one adapter in PEFT's file format: adapter_config.json and adapter_model.safetensors (float32)."""
+    write_adapter(
+        model, Path(directory), base_model_name_or_path, module_names(model), name=name
+    )
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(
+        json.dumps(dict(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer of a model, run directory, adapter (or, where it has none, its base) or Hub id."""
+    folder = resolve(path)
+    has_own = (folder / "tokenizer.json").is_file() or (
+        folder / "tokenizer_config.json"
+    ).is_file()
+    return tokenizers.load_tokenizer(folder if has_own else base_folder(folder))
+
+
+def end_token_ids(
+    source: str | Path | Mapping[str, Any], tokenizer: Any
+) -> tuple[int, ...]:
+    """Every id that ends a completion, ascending: of generation_config.json, config.json and the tokenizer.
+
+    source: a path as in `resolve`, or one such config. Raises CheckpointError where none names any.
+    """
+    if isinstance(source, Mapping):
+        return tokenizers.end_token_ids(source, tokenizer)
+    return tokenizers.end_token_ids(base_folder(source), tokenizer)

@@ -20,10 +20,17 @@ class Dense(nn.Module):
     """A plain weight [O, I] (outputs, inputs) in the compute dtype."""
 
     def __init__(
-        self, num_outputs: int, num_inputs: int, *, device: torch.device, dtype: torch.dtype
+        self,
+        num_outputs: int,
+        num_inputs: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_outputs, num_inputs, device=device, dtype=dtype))
+        self.weight = nn.Parameter(
+            torch.empty(num_outputs, num_inputs, device=device, dtype=dtype)
+        )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -65,11 +72,19 @@ class Linear(nn.Module):
             self.parts[name] = slice(num_outputs, num_outputs + size)
             num_outputs += size
         self.base = Dense(num_outputs, num_inputs, device=device, dtype=dtype)
-        self.bias = nn.Parameter(torch.empty(num_outputs, device=device, dtype=dtype)) if bias else None
+        self.bias = (
+            nn.Parameter(torch.empty(num_outputs, device=device, dtype=dtype))
+            if bias
+            else None
+        )
         self.adapters = nn.ModuleDict()
 
     def add_adapter(
-        self, name: str, config: LoraConfig, targets: frozenset[str], generator: torch.Generator
+        self,
+        name: str,
+        config: LoraConfig,
+        targets: frozenset[str],
+        generator: torch.Generator,
     ) -> None:
         """Put a fresh adapter called `name` on those parts that are in `targets` (none: nothing happens)."""
         parts = {part: rows for part, rows in self.parts.items() if part in targets}

@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from sparring.errors import CheckpointError
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PROJECTIONS = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+)
 """The matrices of a layer that an adapter can sit on; "all-linear" means all of them."""
 
 _EMBEDDINGS = ("embed_tokens", "lm_head", "embedding", "embeddings", "wte")
@@ -58,7 +66,9 @@ class LoraConfig:
             names = tuple(self.target_modules)
         known = ", ".join(PROJECTIONS)
         if not names:
-            raise CheckpointError(f'target_modules is empty; give "all-linear" or names out of {known}')
+            raise CheckpointError(
+                f'target_modules is empty; give "all-linear" or names out of {known}'
+            )
         for name in names:
             if name in _EMBEDDINGS:
                 raise CheckpointError(
@@ -109,22 +119,41 @@ class LoraAdapter(nn.Module):
         for index, (name, rows) in enumerate(parts.items()):
             size = rows.stop - rows.start
             ranks = slice(index * config.rank, (index + 1) * config.rank)
-            self.parts[name] = _Part(rows, slice(num_outputs, num_outputs + size), ranks)
+            self.parts[name] = _Part(
+                rows, slice(num_outputs, num_outputs + size), ranks
+            )
             num_outputs += size
         master = torch.float64 if dtype == torch.float64 else torch.float32
         bound = 1.0 / math.sqrt(num_inputs)
         a = torch.empty(len(parts) * config.rank, num_inputs, dtype=master)
         a.uniform_(-bound, bound, generator=generator)
         self.a = nn.Parameter(a.to(device))
-        self.b = nn.Parameter(torch.zeros(num_outputs, config.rank, dtype=master, device=device))
+        self.b = nn.Parameter(
+            torch.zeros(num_outputs, config.rank, dtype=master, device=device)
+        )
         needs_shadow = dtype != master
-        self.register_buffer("a_shadow", self.a.detach().to(dtype) if needs_shadow else None, persistent=False)
-        self.register_buffer("b_shadow", self.b.detach().to(dtype) if needs_shadow else None, persistent=False)
+        self.register_buffer(
+            "a_shadow",
+            self.a.detach().to(dtype) if needs_shadow else None,
+            persistent=False,
+        )
+        self.register_buffer(
+            "b_shadow",
+            self.b.detach().to(dtype) if needs_shadow else None,
+            persistent=False,
+        )
 
     def matrices(self, part: str) -> tuple[Tensor, Tensor]:
         """The float32 A [r, I] and B [O, r] of one adapted matrix, as views."""
         where = self.parts[part]
         return self.a.detach()[where.ranks], self.b.detach()[where.b_rows]
+
+    @torch.no_grad()
+    def copy_from(self, other: LoraAdapter) -> None:
+        """Take over another adapter's numbers; both must have the same shape."""
+        self.a.copy_(other.a)
+        self.b.copy_(other.b)
+        self.refresh_shadow()
 
     @torch.no_grad()
     def refresh_shadow(self) -> None:
@@ -144,11 +173,20 @@ class LoraAdapter(nn.Module):
 class _AddLora(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, a_used: Tensor, b_used: Tensor, adapter: LoraAdapter
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        a_used: Tensor,
+        b_used: Tensor,
+        adapter: LoraAdapter,
     ) -> Tensor:
         xa = x @ a_used.T
         for part in adapter.parts.values():
-            y[:, part.output_rows].addmm_(xa[:, part.ranks], b_used[part.b_rows].T, alpha=adapter.scale)
+            y[:, part.output_rows].addmm_(
+                xa[:, part.ranks], b_used[part.b_rows].T, alpha=adapter.scale
+            )
         ctx.mark_dirty(y)
         ctx.adapter = adapter
         ctx.save_for_backward(x, xa, a_used, b_used)
@@ -164,7 +202,9 @@ class _AddLora(torch.autograd.Function):
             dy_part = dy[:, part.output_rows]
             torch.mul(dy_part @ b[part.b_rows], adapter.scale, out=t[:, part.ranks])
             if ctx.needs_input_grad[3]:
-                db[part.b_rows] = _product(dy_part.T, xa[:, part.ranks], db.dtype).mul_(adapter.scale)
+                db[part.b_rows] = _product(dy_part.T, xa[:, part.ranks], db.dtype).mul_(
+                    adapter.scale
+                )
         dx = t @ a if ctx.needs_input_grad[1] else None
         da = _product(t.T, x, adapter.a.dtype) if ctx.needs_input_grad[2] else None
         return dy, dx, da, db if ctx.needs_input_grad[3] else None, None, None, None

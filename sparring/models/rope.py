@@ -40,12 +40,16 @@ def inverse_frequencies(config: RopeConfig, head_size: int) -> Tensor:
             config.high_freq_factor - config.low_freq_factor
         )
         between = (1 - smooth) * frequencies / config.factor + smooth * frequencies
-        scaled = torch.where(wavelengths > longest, frequencies / config.factor, between)
+        scaled = torch.where(
+            wavelengths > longest, frequencies / config.factor, between
+        )
         return torch.where(wavelengths < shortest, frequencies, scaled)
     return frequencies
 
 
-def rope_tables(inverse_frequencies_E2: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+def rope_tables(
+    inverse_frequencies_E2: Tensor, positions_T: Tensor
+) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every token's angles: two float32 tensors [T, E / 2]."""
     angles = positions_T.float().unsqueeze(1) * inverse_frequencies_E2
     return angles.cos(), angles.sin()

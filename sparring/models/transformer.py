@@ -64,7 +64,13 @@ class TransformerConfig:
 class DecoderLayer(nn.Module):
     """Attention and feed-forward, each behind an RMSNorm and added to the residual stream."""
 
-    def __init__(self, config: TransformerConfig, index: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        index: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
         super().__init__()
         self.config, self.index = config, index
 
@@ -74,28 +80,54 @@ class DecoderLayer(nn.Module):
         def linear(inputs: int, parts: Mapping[str, int], bias: bool) -> Linear:
             return Linear(inputs, parts, bias=bias, device=device, dtype=dtype)
 
-        queries, keys = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+        queries, keys = (
+            config.num_heads * config.head_size,
+            config.num_kv_heads * config.head_size,
+        )
         self.attention_norm = vector(config.width)
-        self.qkv = linear(config.width, {"q_proj": queries, "k_proj": keys, "v_proj": keys}, config.qkv_bias)
+        self.qkv = linear(
+            config.width,
+            {"q_proj": queries, "k_proj": keys, "v_proj": keys},
+            config.qkv_bias,
+        )
         self.q_norm = vector(config.head_size) if config.qk_norm else None
         self.k_norm = vector(config.head_size) if config.qk_norm else None
         self.output = linear(queries, {"o_proj": config.width}, config.output_bias)
         self.mlp_norm = vector(config.width)
         self.gate_up = linear(
-            config.width, {"gate_proj": config.ffn_width, "up_proj": config.ffn_width}, config.mlp_bias
+            config.width,
+            {"gate_proj": config.ffn_width, "up_proj": config.ffn_width},
+            config.mlp_bias,
         )
-        self.down = linear(config.ffn_width, {"down_proj": config.width}, config.mlp_bias)
+        self.down = linear(
+            config.ffn_width, {"down_proj": config.width}, config.mlp_bias
+        )
 
-    def forward(self, x_TD: Tensor, cos: Tensor, sin: Tensor, plan: AttentionPlan, adapter: str | None) -> Tensor:
+    def forward(
+        self,
+        x_TD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        plan: AttentionPlan,
+        adapter: str | None,
+    ) -> Tensor:
         """The residual stream [T, D] after this layer."""
         config = self.config
         normed = rms_norm(x_TD, self.attention_norm, config.norm_eps)
         heads = self.qkv(normed, adapter).view(len(x_TD), -1, config.head_size)
-        q, k, v = heads.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
+        q, k, v = heads.split(
+            (config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1
+        )
         if self.q_norm is not None and self.k_norm is not None:
             q = rms_norm(q, self.q_norm, config.norm_eps)
             k = rms_norm(k, self.k_norm, config.norm_eps)
-        attended = plan.attend(rope(q, cos, sin), rope(k, cos, sin), v, self.index, config.windows[self.index])
+        attended = plan.attend(
+            rope(q, cos, sin),
+            rope(k, cos, sin),
+            v,
+            self.index,
+            config.windows[self.index],
+        )
         x_TD = x_TD + self.output(attended.reshape(len(x_TD), -1), adapter)
         normed = rms_norm(x_TD, self.mlp_norm, config.norm_eps)
         out: Tensor = x_TD + self.down(swiglu(self.gate_up(normed, adapter)), adapter)
@@ -108,7 +140,13 @@ class Decoder(nn.Module):
     Parameters are uninitialised after construction: models/checkpoint.py fills them, or `init_weights`.
     """
 
-    def __init__(self, config: TransformerConfig, *, device: torch.device | str = "cpu", dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype,
+    ) -> None:
         super().__init__()
         device = torch.device(device)
         self.config = config
@@ -116,10 +154,14 @@ class Decoder(nn.Module):
         self.lora: dict[str, LoraConfig] = {}
         self._checkpointing: Literal["none", "layer"] = "none"
         self.embed = Dense(config.vocab_size, config.width, device=device, dtype=dtype)
-        self.layers = nn.ModuleList(DecoderLayer(config, i, device, dtype) for i in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, i, device, dtype) for i in range(config.num_layers)
+        )
         self.norm = nn.Parameter(torch.empty(config.width, device=device, dtype=dtype))
-        self.head = self.embed if config.tied_head else Dense(
-            config.vocab_size, config.width, device=device, dtype=dtype
+        self.head = (
+            self.embed
+            if config.tied_head
+            else Dense(config.vocab_size, config.width, device=device, dtype=dtype)
         )
         frequencies = inverse_frequencies(config.rope, config.head_size)
         self._frequencies = frequencies.to(device)
@@ -135,7 +177,7 @@ class Decoder(nn.Module):
         return self.embed.weight.dtype
 
     def set_checkpointing(self, mode: Literal["none", "layer"]) -> None:
-        """"layer": keep only layer inputs in the training forward and compute each layer again in backward."""
+        """ "layer": keep only layer inputs in the training forward and compute each layer again in backward."""
         self._checkpointing = mode
 
     def forward(
@@ -152,14 +194,23 @@ class Decoder(nn.Module):
         adapter: "policy" = the trained adapter where there is one; any other name must exist; None =
         the base alone. A PagedLayout needs `kv_pool`, which is written to.
         """
-        assert adapter in (None, "policy") or adapter in self.lora, f"no adapter called {adapter!r}"
+        assert adapter in (None, "policy") or adapter in self.lora, (
+            f"no adapter called {adapter!r}"
+        )
         plan = plan_attention(layout, kv_pool, self.device)
         cos, sin = rope_tables(self._frequencies.to(self.device), positions_T)
         x_TD = F.embedding(input_ids_T, self.embed.weight)
         for layer in self.layers:
             if self._checkpointing == "layer" and torch.is_grad_enabled():
                 x_TD = checkpoint(
-                    layer, x_TD, cos, sin, plan, adapter, use_reentrant=False, preserve_rng_state=False
+                    layer,
+                    x_TD,
+                    cos,
+                    sin,
+                    plan,
+                    adapter,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
                 )
             else:
                 x_TD = layer(x_TD, cos, sin, plan, adapter)
@@ -171,7 +222,9 @@ class Decoder(nn.Module):
 
     def score(self, batch: Batch, *, adapter: str | None = "policy") -> TokenScores:
         """Log-probabilities (with gradient) and entropies of the batch's labels, 0 where loss_mask_T is False."""
-        hidden_TD = self(batch.input_ids_T, batch.positions_T, batch.layout, adapter=adapter)
+        hidden_TD = self(
+            batch.input_ids_T, batch.positions_T, batch.layout, adapter=adapter
+        )
         rows_M = batch.loss_mask_T.nonzero().squeeze(1)
         logprobs_M, entropy_M = linear_logprob(
             hidden_TD.index_select(0, rows_M),
@@ -188,7 +241,9 @@ class Decoder(nn.Module):
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """What the optimizer changes, by stable names in sorted order."""
-        return {name: p for name, p in sorted(self.named_parameters()) if p.requires_grad}
+        return {
+            name: p for name, p in sorted(self.named_parameters()) if p.requires_grad
+        }
 
     def has_adapter(self, name: str = "policy") -> bool:
         """Whether an adapter of that name is there."""
@@ -208,13 +263,23 @@ class Decoder(nn.Module):
         for adapter in self.adapter_modules(name).values():
             adapter.requires_grad_(name != "reference")
 
+    def linears(self) -> dict[str, Linear]:
+        """Every linear layer of the decoder's layers, by its path."""
+        return {
+            path: module
+            for path, module in self.named_modules()
+            if isinstance(module, Linear)
+        }
+
     def adapter_modules(self, name: str) -> dict[str, LoraAdapter]:
         """The named adapter's parts, by the path of the Linear they sit on."""
         found = {}
         for path, module in self.named_modules():
             if isinstance(module, Linear) and name in module.adapters:
                 adapter = module.adapters[name]
-                assert isinstance(adapter, LoraAdapter), "adapters hold LoraAdapter only"
+                assert isinstance(adapter, LoraAdapter), (
+                    "adapters hold LoraAdapter only"
+                )
                 found[path] = adapter
         return found
 
@@ -235,17 +300,34 @@ class Decoder(nn.Module):
                 parameter.zero_()
             else:
                 values = torch.empty(parameter.shape, dtype=torch.float32)
-                parameter.copy_(values.normal_(0.0, self.config.initializer_range, generator=generator))
+                parameter.copy_(
+                    values.normal_(
+                        0.0, self.config.initializer_range, generator=generator
+                    )
+                )
 
 
 def new_kv_pool(
-    config: TransformerConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    config: TransformerConfig,
+    num_blocks: int,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> KVPool:
     """A zeroed pool of keys and values; bytes: num_blocks * block_size * kv_bytes_per_token(config, dtype)."""
-    shape = (config.num_layers, num_blocks, 2, config.num_kv_heads, block_size, config.head_size)
+    shape = (
+        config.num_layers,
+        num_blocks,
+        2,
+        config.num_kv_heads,
+        block_size,
+        config.head_size,
+    )
     return KVPool(data=torch.zeros(shape, dtype=dtype, device=device))
 
 
 def kv_bytes_per_token(config: TransformerConfig, dtype: torch.dtype) -> int:
     """Bytes that one token's keys and values take over all layers."""
-    return config.num_layers * 2 * config.num_kv_heads * config.head_size * dtype.itemsize
+    return (
+        config.num_layers * 2 * config.num_kv_heads * config.head_size * dtype.itemsize
+    )

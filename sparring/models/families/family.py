@@ -35,7 +35,9 @@ def shared_config(hf: HfConfig, *, family: str, **flags: Any) -> TransformerConf
     """
     activation = hf.get("hidden_act", "silu")
     if activation != "silu":
-        raise CheckpointError(f"config.json: hidden_act is {activation!r}; the {family} family is read with 'silu' only")
+        raise CheckpointError(
+            f"config.json: hidden_act is {activation!r}; the {family} family is read with 'silu' only"
+        )
     width, num_heads = _count(hf, "hidden_size"), _count(hf, "num_attention_heads")
     num_kv_heads = int(hf.get("num_key_value_heads") or num_heads)
     head_size = int(hf.get("head_dim") or width // num_heads)
@@ -45,7 +47,9 @@ def shared_config(hf: HfConfig, *, family: str, **flags: Any) -> TransformerConf
             f"config.json: {num_heads} attention heads cannot share {num_kv_heads} key/value heads evenly"
         )
     if head_size % 2:
-        raise CheckpointError(f"config.json: the head size is {head_size}; rotary positions need an even one")
+        raise CheckpointError(
+            f"config.json: the head size is {head_size}; rotary positions need an even one"
+        )
     max_tokens = int(hf.get("max_position_embeddings") or 2048)
     flags.setdefault("windows", (0,) * num_layers)
     return TransformerConfig(
@@ -69,36 +73,56 @@ def shared_config(hf: HfConfig, *, family: str, **flags: Any) -> TransformerConf
 
 def rope_config(hf: HfConfig, max_tokens: int) -> RopeConfig:
     """Rotary settings in either dialect; raises CheckpointError for a scaling that is not known."""
-    settings: dict[str, Any] = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
+    settings: dict[str, Any] = dict(
+        hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    )
     theta = float(settings.get("rope_theta") or hf.get("rope_theta") or 10000.0)
     kind = settings.get("rope_type") or settings.get("type") or "default"
     partial = settings.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
-        raise CheckpointError(f"config.json: partial_rotary_factor is {partial}; only whole heads are rotated here")
+        raise CheckpointError(
+            f"config.json: partial_rotary_factor is {partial}; only whole heads are rotated here"
+        )
     if kind == "default":
         return RopeConfig(theta=theta)
     if kind not in ("linear", "llama3"):
-        raise CheckpointError(f"config.json: rope scaling {kind!r} is not supported; known: default, linear, llama3")
-    needed = ("factor",) if kind == "linear" else ("factor", "low_freq_factor", "high_freq_factor")
+        raise CheckpointError(
+            f"config.json: rope scaling {kind!r} is not supported; known: default, linear, llama3"
+        )
+    needed = (
+        ("factor",)
+        if kind == "linear"
+        else ("factor", "low_freq_factor", "high_freq_factor")
+    )
     missing = [key for key in needed if not isinstance(settings.get(key), int | float)]
     if missing:
-        raise CheckpointError(f"config.json: rope scaling {kind!r} needs a number for {', '.join(missing)}")
+        raise CheckpointError(
+            f"config.json: rope scaling {kind!r} needs a number for {', '.join(missing)}"
+        )
     if kind == "linear":
-        return RopeConfig(theta=theta, scaling="linear", factor=float(settings["factor"]))
+        return RopeConfig(
+            theta=theta, scaling="linear", factor=float(settings["factor"])
+        )
     return RopeConfig(
         theta=theta,
         scaling="llama3",
         factor=float(settings["factor"]),
         low_freq_factor=float(settings["low_freq_factor"]),
         high_freq_factor=float(settings["high_freq_factor"]),
-        original_max_tokens=int(settings.get("original_max_position_embeddings") or max_tokens),
+        original_max_tokens=int(
+            settings.get("original_max_position_embeddings") or max_tokens
+        ),
     )
 
 
 def qwen_windows(hf: HfConfig) -> tuple[int, ...]:
     """Sliding windows of the Qwen families: `layer_types` where given, else the layers from max_window_layers on."""
     num_layers = _count(hf, "num_hidden_layers")
-    window = int(hf.get("sliding_window", 4096) or 0) if hf.get("use_sliding_window", False) else 0
+    window = (
+        int(hf.get("sliding_window", 4096) or 0)
+        if hf.get("use_sliding_window", False)
+        else 0
+    )
     kinds = hf.get("layer_types")
     if kinds is None:
         first = int(hf.get("max_window_layers", 28))
@@ -115,5 +139,7 @@ def qwen_windows(hf: HfConfig) -> tuple[int, ...]:
 def _count(hf: HfConfig, key: str) -> int:
     value = hf.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"config.json: {key} is {value!r}; it must be a positive integer")
+        raise CheckpointError(
+            f"config.json: {key} is {value!r}; it must be a positive integer"
+        )
     return value

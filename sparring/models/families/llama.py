@@ -11,8 +11,14 @@ def config(hf: HfConfig) -> TransformerConfig:
     """Read a Llama config.json."""
     bias = bool(hf.get("attention_bias", False))
     return shared_config(
-        hf, family="llama", qkv_bias=bias, output_bias=bias, mlp_bias=bool(hf.get("mlp_bias", False))
+        hf,
+        family="llama",
+        qkv_bias=bias,
+        output_bias=bias,
+        mlp_bias=bool(hf.get("mlp_bias", False)),
     )
 
 
-FAMILY = Family(name="llama", architecture="LlamaForCausalLM", config=config, weights=LLAMA_NAMES)
+FAMILY = Family(
+    name="llama", architecture="LlamaForCausalLM", config=config, weights=LLAMA_NAMES
+)

@@ -17,4 +17,9 @@ def config(hf: HfConfig) -> TransformerConfig:
     )
 
 
-FAMILY = Family(name="mistral", architecture="MistralForCausalLM", config=config, weights=LLAMA_NAMES)
+FAMILY = Family(
+    name="mistral",
+    architecture="MistralForCausalLM",
+    config=config,
+    weights=LLAMA_NAMES,
+)

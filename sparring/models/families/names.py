@@ -16,12 +16,17 @@ _MLP = "model.layers.{}.mlp."
 LLAMA_NAMES: WeightNames = {
     "embed.weight": ("model.embed_tokens.weight",),
     "layers.{}.attention_norm": ("model.layers.{}.input_layernorm.weight",),
-    "layers.{}.qkv.base.weight": tuple(_ATTENTION + f"{name}_proj.weight" for name in "qkv"),
+    "layers.{}.qkv.base.weight": tuple(
+        _ATTENTION + f"{name}_proj.weight" for name in "qkv"
+    ),
     "layers.{}.qkv.bias": tuple(_ATTENTION + f"{name}_proj.bias" for name in "qkv"),
     "layers.{}.output.base.weight": (_ATTENTION + "o_proj.weight",),
     "layers.{}.output.bias": (_ATTENTION + "o_proj.bias",),
     "layers.{}.mlp_norm": ("model.layers.{}.post_attention_layernorm.weight",),
-    "layers.{}.gate_up.base.weight": (_MLP + "gate_proj.weight", _MLP + "up_proj.weight"),
+    "layers.{}.gate_up.base.weight": (
+        _MLP + "gate_proj.weight",
+        _MLP + "up_proj.weight",
+    ),
     "layers.{}.gate_up.bias": (_MLP + "gate_proj.bias", _MLP + "up_proj.bias"),
     "layers.{}.down.base.weight": (_MLP + "down_proj.weight",),
     "layers.{}.down.bias": (_MLP + "down_proj.bias",),

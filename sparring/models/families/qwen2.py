@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from sparring.models.families.family import Family, HfConfig, qwen_windows, shared_config
+from sparring.models.families.family import (
+    Family,
+    HfConfig,
+    qwen_windows,
+    shared_config,
+)
 from sparring.models.families.names import LLAMA_NAMES
 from sparring.models.transformer import TransformerConfig
 
@@ -12,4 +17,6 @@ def config(hf: HfConfig) -> TransformerConfig:
     return shared_config(hf, family="qwen2", qkv_bias=True, windows=qwen_windows(hf))
 
 
-FAMILY = Family(name="qwen2", architecture="Qwen2ForCausalLM", config=config, weights=LLAMA_NAMES)
+FAMILY = Family(
+    name="qwen2", architecture="Qwen2ForCausalLM", config=config, weights=LLAMA_NAMES
+)
