@@ -1,0 +1,230 @@
+"""Every key of a recipe, its type and its default: the one list that there is.
+
+Nothing is read from files here, and values that do not go together are found in checks.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+Command = Literal["sft", "grpo", "eval"]
+
+_FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+_UNITS = {"": 1, "b": 1}
+_UNITS |= {f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", start=1)}
+_UNITS |= {f"{letter}b": 1000**power for power, letter in enumerate("kmgt", start=1)}
+
+
+def parse_size(value: object) -> int:
+    """Bytes of 512MiB, 8GiB, 8GB (decimal) or a number of bytes; ValueError for anything else."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    text = value if isinstance(value, str) else ""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if found is None or found.group(2).lower() not in _UNITS or float(found.group(1)) == 0:
+        raise ValueError("a size is written 512MiB, 8GiB, 8GB (decimal) or as a number of bytes")
+    return int(float(found.group(1)) * _UNITS[found.group(2).lower()])
+
+
+def _size_or_auto(value: object) -> object:
+    return value if value == "auto" else parse_size(value)
+
+
+def _names(value: object) -> object:
+    if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    raise ValueError('a list of texts is wanted, for example ["one", "two"]')
+
+
+def _modules(value: object) -> object:
+    return value if value == "all-linear" else _names(value)
+
+
+def _pair(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Size = Annotated[int | Literal["auto"], BeforeValidator(_size_or_auto)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+Modules = Annotated[tuple[str, ...] | Literal["all-linear"], BeforeValidator(_modules)]
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+Count = Annotated[int, Field(ge=1)]
+CountOrNone = Annotated[int, Field(ge=0)]
+
+
+class ModelSection(BaseModel):
+    """[model]: a folder, run directory or Hub id; max_tokens 0 is the checkpoint's own limit."""
+
+    model_config = _FROZEN
+    path: str = ""
+    adapter: str = ""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["none", "nf4"] = "none"
+    max_tokens: CountOrNone = 0
+
+
+class LoraSection(BaseModel):
+    """[lora]: train an adapter; without this section all weights are trained."""
+
+    model_config = _FROZEN
+    rank: Count = 16
+    alpha: Annotated[float, Field(gt=0.0)] = 16
+    rslora: bool = False
+    target_modules: Modules = "all-linear"
+
+
+class DataSection(BaseModel):
+    """[data]: a file, a datasets folder or a Hub id for training and for evaluation."""
+
+    model_config = _FROZEN
+    train: str = ""
+    eval: str = ""
+    split: str = "train"
+    eval_split: str = "test"
+    prompt: str = "prompt"
+    reference: str = "reference"
+    system_prompt: str = ""
+    template: str = "auto"
+    bad_rows: Literal["error", "skip"] = "error"
+
+
+class RewardSection(BaseModel):
+    """One [[reward]]; knobs are all its other keys and go to the function's own parameters."""
+
+    model_config = _FROZEN
+    name: Annotated[str, Field(min_length=1)]
+    weight: float = 1.0
+    required: bool = False
+    gate: str = ""
+    timeout_seconds: Annotated[float, Field(gt=0.0)] = 30.0
+    isolate: bool = False
+    knobs: dict[str, Any] = Field(default_factory=dict)
+
+
+class RolloutSection(BaseModel):
+    """[rollout]: how completions are sampled, and how many."""
+
+    model_config = _FROZEN
+    group_size: Count = 8
+    prompts_per_step: Count = 16
+    max_completion_tokens: Count = 512
+    temperature: Annotated[float, Field(ge=0.0)] = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_k: CountOrNone = 0
+    stop: Names = ()
+    kv_memory: Size = "auto"
+    cuda_graphs: bool = True
+
+
+class AdvantageSection(BaseModel):
+    """[advantage]: a name of algorithms/advantages.py and that function's knobs."""
+
+    model_config = _FROZEN
+    name: str = "group"
+    knobs: dict[str, Any] = Field(default_factory=dict)
+
+
+class LossSection(BaseModel):
+    """[loss]: a name of algorithms/losses.py and that function's knobs (sft: always "sft")."""
+
+    model_config = _FROZEN
+    name: str = "dapo"
+    knobs: dict[str, Any] = Field(default_factory=dict)
+
+
+class OptimizerSection(BaseModel):
+    """[optimizer]: AdamW and its learning-rate schedule; warmup_steps count optimizer steps."""
+
+    model_config = _FROZEN
+    name: Literal["adamw"] = "adamw"
+    learning_rate: Annotated[float, Field(ge=0.0)] = 0.0
+    betas: Annotated[tuple[Share, Share], BeforeValidator(_pair)] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: CountOrNone = 0
+    max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
+
+
+class TrainSection(BaseModel):
+    """[train]: optimizer steps and the packed tokens of one micro-batch.
+
+    conversations_per_step is sft's alone; grpo takes rollout.prompts_per_step groups a step.
+    """
+
+    model_config = _FROZEN
+    steps: Count = 1
+    micro_batch_tokens: Count = 8192
+    conversations_per_step: Count = 32
+    checkpointing: Literal["none", "layers"] = "none"
+
+
+class EvalSection(BaseModel):
+    """[eval]: every N steps (0: only before and after) on the first `limit` rows (0: all)."""
+
+    model_config = _FROZEN
+    every: CountOrNone = 0
+    num_samples: Count = 1
+    temperature: Annotated[float, Field(ge=0.0)] = 1.0
+    limit: CountOrNone = 0
+
+
+class RunSection(BaseModel):
+    """[run]: where the run lives, its seed, and the one number for how much memory it may use."""
+
+    model_config = _FROZEN
+    dir: str = ""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    memory: Size = "auto"
+    bitwise: bool = False
+    checkpoint_every: CountOrNone = 100
+    keep_checkpoints: Count = 3
+    track: Names = ()
+
+
+class Recipe(BaseModel):
+    """Everything a run is told. `lora` is None for full fine-tuning; all else has a value."""
+
+    model_config = _FROZEN
+    model: ModelSection = ModelSection()
+    lora: LoraSection | None = None
+    data: DataSection = DataSection()
+    reward: tuple[RewardSection, ...] = ()
+    rollout: RolloutSection = RolloutSection()
+    advantage: AdvantageSection = AdvantageSection()
+    loss: LossSection = LossSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    train: TrainSection = TrainSection()
+    eval: EvalSection = EvalSection()
+    run: RunSection = RunSection()
+
+
+SECTIONS: dict[str, type[BaseModel]] = {
+    "model": ModelSection,
+    "lora": LoraSection,
+    "data": DataSection,
+    "reward": RewardSection,
+    "rollout": RolloutSection,
+    "advantage": AdvantageSection,
+    "loss": LossSection,
+    "optimizer": OptimizerSection,
+    "train": TrainSection,
+    "eval": EvalSection,
+    "run": RunSection,
+}
+
+_TRAINING = ("model.path", "data.train", "optimizer.learning_rate", "train.steps", "run.dir")
+REQUIRED: dict[Command, tuple[str, ...]] = {
+    "sft": _TRAINING,
+    "grpo": (*_TRAINING, "reward.name"),
+    "eval": ("model.path", "data.eval", "reward.name"),
+}
+"""Keys without a default, by command."""
+
+
+def listed(names: Mapping[str, Any]) -> str:
+    """The names of sections or keys, for an error that lists what is known."""
+    return ", ".join(name for name in names if name != "knobs")
