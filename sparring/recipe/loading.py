@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from sparring.errors import RecipeError
 from sparring.recipe.checks import check
+from sparring.recipe.resolved import located
 from sparring.recipe.sections import REQUIRED, SECTIONS, Command, Recipe, RewardSection, listed
 from sparring.recipe.source import Source, override, read_source
 from sparring.recipe.toml_text import KeyPath, write_value
@@ -43,7 +44,7 @@ def _build(source: Source, command: Command) -> Recipe:
         lines = [_explain(source, found["type"], found) for found in error.errors()]
         raise RecipeError("\n".join(dict.fromkeys(lines))) from None
     check(source, recipe, command)
-    return recipe
+    return located(recipe)
 
 
 def _check_shape(source: Source) -> None:

@@ -9,10 +9,14 @@ from pydantic import BaseModel
 
 from sparring.errors import RunDirectoryError
 from sparring.recipe.sections import SECTIONS, Recipe
+from sparring.recipe.source import locate, portable
 from sparring.recipe.toml_text import write_toml, write_value
 
 RESUMABLE = frozenset({"train.steps", "run.checkpoint_every", "run.keep_checkpoints", "run.track"})
 """Keys that may differ when a run goes on, beside all of [eval]."""
+
+_PATHS = {"model": ("path", "adapter"), "data": ("train", "eval")}
+"""Keys that may name a file of the package."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,8 +28,21 @@ class Difference:
     new: str
 
 
+def located(recipe: Recipe) -> Recipe:
+    """The recipe with its "package:" paths as the real ones of this installation."""
+    changed = {}
+    for section, names in _PATHS.items():
+        table = getattr(recipe, section)
+        paths = {name: locate(getattr(table, name)) for name in names}
+        changed[section] = table.model_copy(update=paths)
+    return recipe.model_copy(update=changed)
+
+
 def recipe_tables(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as the tables of its file: every key resolved, knobs beside the other keys."""
+    """The recipe as the tables of its file: every key resolved, knobs beside the other keys.
+
+    Paths into the package are written in their "package:" form, which holds on every machine.
+    """
     tables: dict[str, Any] = {}
     for section in SECTIONS:
         value = getattr(recipe, section)
@@ -34,6 +51,8 @@ def recipe_tables(recipe: Recipe) -> dict[str, Any]:
                 tables[section] = [_flat(reward) for reward in value]
         elif value is not None:
             tables[section] = _flat(value)
+    for section, names in _PATHS.items():
+        tables[section] |= {name: portable(tables[section][name]) for name in names}
     return tables
 
 

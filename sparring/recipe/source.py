@@ -42,6 +42,14 @@ def locate(path: str) -> str:
     return str(_assets() / path.removeprefix(PACKAGE_PREFIX))
 
 
+def portable(path: str) -> str:
+    """The reverse of `locate`: a path inside the package's assets in its "package:" form."""
+    found = Path(path)
+    if not found.is_relative_to(_assets()):
+        return path
+    return PACKAGE_PREFIX + found.relative_to(_assets()).as_posix()
+
+
 def packaged_recipes() -> list[str]:
     """Names of the recipes that ship with the package."""
     return sorted(path.stem for path in (_assets() / "recipes").glob("*.toml"))

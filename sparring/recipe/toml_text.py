@@ -16,7 +16,7 @@ from typing import Any
 from sparring.errors import RecipeError
 
 KeyPath = tuple[str | int, ...]
-"""Where a value stands: ("rollout", "group_size"), in the first [[reward]] ("reward", 0, "name")."""
+"""Where a value stands: ("run", "dir"), or ("reward", 0, "name") in the first [[reward]]."""
 
 _HEADER = re.compile(r"\s*(\[\[?)\s*([^\[\]]+?)\s*\]\]?\s*(?:#.*)?$")
 _KEY = re.compile(r"""\s*((?:[A-Za-z0-9_.\s-]|"[^"\n]*"|'[^'\n]*')+?)\s*=""")
