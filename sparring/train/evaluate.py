@@ -80,7 +80,9 @@ def bootstrap(shares: Sequence[float], *, seed: int = 0) -> tuple[float, float]:
 def judging_reward(rewards: Sequence[Reward]) -> str:
     """Name of the reward whose verdict counts as right or wrong."""
     if not rewards:
-        raise RewardError("evaluation needs a reward, and the recipe has none; add a [[reward]] table")
+        raise RewardError(
+            "evaluation needs a reward, and the recipe has none; add a [[reward]] table"
+        )
     return next((reward.name for reward in rewards if reward.required), rewards[0].name)
 
 

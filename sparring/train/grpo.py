@@ -1,0 +1,301 @@
+"""GRPO: sample a group of completions per prompt, judge them, reinforce what beat its own group.
+
+    step:  prompts -> engine -> rewards -> advantages -> packing -> train_step -> the same weights
+
+(Group Relative Policy Optimization, arXiv 2402.03300.) Every update is on-policy: one optimizer step
+for each batch of rollouts, made by the very weights that are trained. The loop is `_steps`; what
+surrounds it opens the run, measures before and after, and sees to it that nothing is lost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sparring.algorithms.advantages import judged_counts, min_judged
+from sparring.algorithms.registry import (
+    Advantage,
+    Loss,
+    build_advantage,
+    build_loss,
+    find_advantage,
+    find_loss,
+    knob_defaults,
+)
+from sparring.data.packing import pack_groups
+from sparring.data.prompts import PromptSet, load_prompts, shared_prompts
+from sparring.data.rows import load_rows
+from sparring.errors import Interrupted, RecipeError
+from sparring.models.reference import Reference
+from sparring.recipe import Recipe
+from sparring.rewards.verdicts import Reward, check_rewards, judge, load_reward
+from sparring.rollout.engine import Engine
+from sparring.rollout.sampler import Sampling
+from sparring.train.evaluate import Evaluation, evaluate
+from sparring.train.interrupt import Interruptions
+from sparring.train.metrics import Watch, rollout_metrics, rollout_rows
+from sparring.train.optimizer import Optimizer, build_optimizer
+from sparring.train.order import rows_of_step
+from sparring.train.policy import Policy, build_engine, build_policy, build_reference_policy
+from sparring.train.session import Session, open_session
+from sparring.train.step import train_step
+from sparring.types import Batch, Group
+
+EVAL_SEED = 20_240_201
+"""Noise of evaluations: the same for every run seed, so that runs are measured with the same dice."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """Everything the loop uses, built once from the recipe."""
+
+    policy: Policy
+    engine: Engine
+    rewards: list[Reward]
+    train: PromptSet
+    eval: PromptSet | None
+    advantage: Advantage
+    min_judged: int
+    loss: Loss
+    kl_coef: float
+    reference: Reference | None
+    optimizer: Optimizer
+    sampling: Sampling
+
+
+def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
+    """Run GRPO as the recipe says and return the summary that is written into the run directory.
+
+    With evaluation data the summary holds accuracy before and after, with 95% intervals. Raises
+    UserError for wrong input before anything is trained, RunError for a failure later, Interrupted
+    after a signal; whenever training had begun, a checkpoint of the last whole step is there.
+    """
+    with Interruptions() as interruptions, open_session(recipe, "grpo", resume=resume) as session:
+        rewards = [_load_reward(section) for section in recipe.reward]
+        try:
+            check_rewards(rewards)
+            parts = _build(recipe, session, rewards)
+            start = session.restore(parts.policy.model, parts.optimizer)
+            parts.engine.weights_changed(policy_version=start)
+            before = session.remembered("before")
+            if before is None and start == 0:
+                before = _measure(recipe, parts, session, interruptions, step=0, greedy=True)
+                session.remember("before", before)
+            _steps(recipe, parts, session, interruptions, start)
+            after = _measure(
+                recipe, parts, session, interruptions, step=recipe.train.steps, greedy=True
+            )
+        finally:
+            for reward in rewards:
+                reward.close()
+        session.save_final(parts.policy)
+        return session.finish({"before": before, "after": after} if after else {})
+
+
+def _steps(
+    recipe: Recipe, parts: Parts, session: Session, interruptions: Interruptions, start: int
+) -> None:
+    """The loop: one optimizer step a turn, from `start` to train.steps."""
+    engine, watch, rollout = parts.engine, Watch(), recipe.rollout
+    step = start
+    try:
+        for step in range(start, recipe.train.steps):
+            with session.phase("rollout"), interruptions.interruptible():
+                prompts = rows_of_step(
+                    parts.train.prompts,
+                    step=step,
+                    per_step=rollout.prompts_per_step,
+                    seed=recipe.run.seed,
+                )
+                rollouts = engine.generate(
+                    prompts,
+                    parts.sampling,
+                    num_samples=rollout.group_size,
+                    on_progress=session.on_rollout,
+                )
+            with session.phase("reward"), interruptions.interruptible():
+                state = {"step": step, "max_steps": recipe.train.steps}
+                judgement = judge(
+                    rollouts, parts.rewards, trainer_state=state, is_first_batch=step == start
+                )
+            with session.phase("train"):
+                groups = _judged(judgement.groups, parts.min_judged)
+                advantages = parts.advantage(groups)
+                batches = pack_groups(
+                    groups,
+                    advantages,
+                    max_tokens=recipe.train.micro_batch_tokens,
+                    temperature=rollout.temperature,
+                    drop_zero_advantage=parts.kl_coef == 0.0,
+                )
+                update = None
+                if batches:
+                    update = train_step(
+                        parts.policy.model,
+                        batches,
+                        parts.loss,
+                        parts.optimizer,
+                        max_grad_norm=recipe.optimizer.max_grad_norm,
+                        reference=_reference_logprobs(parts.reference),
+                    )
+                else:
+                    parts.optimizer.skip_step()
+                engine.weights_changed(policy_version=step + 1)
+            metrics = rollout_metrics(judgement.groups, judgement.reports, engine.stats)
+            metrics["groups_dropped"] = len(judgement.groups) - len(groups)
+            for line in watch.look(judgement.groups, metrics):
+                session.warn(line)
+            for report in judgement.reports.values():
+                session.report_reward(report)
+            session.log_step(step + 1, metrics, update, judgement.groups)
+            session.write_rollouts(step + 1, rollout_rows(groups, advantages))
+            if session.checkpoint_due(step + 1):
+                session.checkpoint(step + 1, parts.policy.model, parts.optimizer)
+            every = recipe.eval.every
+            if every and (step + 1) % every == 0 and step + 1 < recipe.train.steps:
+                _measure(recipe, parts, session, interruptions, step=step + 1, greedy=False)
+            interruptions.check()
+    except Interrupted:
+        session.checkpoint(parts.optimizer.step_count, parts.policy.model, parts.optimizer)
+        raise
+
+
+def _build(recipe: Recipe, session: Session, rewards: list[Reward]) -> Parts:
+    policy = build_policy(recipe)
+    rollout, data = recipe.rollout, recipe.data
+    limit = policy.max_tokens - rollout.max_completion_tokens
+    if limit < 1:
+        raise RecipeError(
+            f"[rollout] max_completion_tokens = {rollout.max_completion_tokens} leaves no room for a"
+            f" prompt: the model takes {policy.max_tokens} tokens in all; lower it, or raise"
+            " [model] max_tokens if the checkpoint allows it"
+        )
+    train = _load(recipe, policy, data.train, data.split, limit)
+    evaluation = _load(recipe, policy, data.eval, data.eval_split, limit) if data.eval else None
+    for prompts in (train, evaluation):
+        for line in prompts.report() if prompts else ():
+            session.say(line)
+    if evaluation and (shared := shared_prompts(train, evaluation)):
+        session.warn(
+            f"{len(shared)} of {len(evaluation)} evaluation prompts are also training prompts"
+            f" (rows {', '.join(str(row + 1) for row in shared[:5])}...): accuracy on them is memory"
+        )
+    settings = {"max_completion_tokens": rollout.max_completion_tokens}
+    loss = build_loss(recipe.loss.name, recipe.loss.knobs, **settings)
+    kl_coef = float(
+        recipe.loss.knobs.get(
+            "kl_coef", knob_defaults(find_loss(recipe.loss.name)).get("kl_coef", 0.0)
+        )
+    )
+    most = rollout.prompts_per_step * rollout.group_size
+    if evaluation:
+        most = max(most, len(evaluation) * recipe.eval.num_samples)
+    session.describe(policy)
+    optimizer = build_optimizer(
+        policy.model.trainable_parameters(),
+        name=recipe.optimizer.name,
+        learning_rate=recipe.optimizer.learning_rate,
+        betas=recipe.optimizer.betas,
+        weight_decay=recipe.optimizer.weight_decay,
+        schedule=recipe.optimizer.schedule,
+        warmup_steps=recipe.optimizer.warmup_steps,
+        num_steps=recipe.train.steps,
+        compute_dtype=policy.model.dtype,
+    )
+    return Parts(
+        policy=policy,
+        engine=build_engine(recipe, policy, most_rollouts=most),
+        rewards=rewards,
+        train=train,
+        eval=evaluation,
+        advantage=build_advantage(recipe.advantage.name, recipe.advantage.knobs),
+        min_judged=min_judged(find_advantage(recipe.advantage.name)),
+        loss=loss,
+        kl_coef=kl_coef,
+        reference=build_reference_policy(policy, kl_coef),
+        optimizer=optimizer,
+        sampling=Sampling(
+            temperature=rollout.temperature,
+            max_completion_tokens=rollout.max_completion_tokens,
+            stop=rollout.stop,
+            seed=recipe.run.seed,
+        ),
+    )
+
+
+def _load(recipe: Recipe, policy: Policy, source: str, split: str, limit: int) -> PromptSet:
+    data = recipe.data
+    return load_prompts(
+        load_rows(source, split=split, bad_rows=data.bad_rows),
+        policy.tokenizer,
+        prompt_column=data.prompt,
+        reference_column=data.reference,
+        template=data.template,
+        system_prompt=data.system_prompt,
+        max_prompt_tokens=limit,
+        bad_rows=data.bad_rows,
+    )
+
+
+def _load_reward(section: Any) -> Reward:
+    return load_reward(
+        section.name,
+        knobs=section.knobs,
+        weight=section.weight,
+        required=section.required,
+        gate=section.gate,
+        timeout_seconds=section.timeout_seconds,
+        isolate=section.isolate,
+    )
+
+
+def _judged(groups: list[Group], fewest: int) -> list[Group]:
+    """The groups that have enough judged samples to learn from."""
+    counts = judged_counts(groups)
+    return [group for group, count in zip(groups, counts, strict=True) if count >= fewest]
+
+
+def _reference_logprobs(reference: Reference | None) -> Any:
+    if reference is None:
+        return None
+
+    def logprobs(batch: Batch) -> torch.Tensor:
+        return reference.score(batch).logprobs_T
+
+    return logprobs
+
+
+def _measure(
+    recipe: Recipe,
+    parts: Parts,
+    session: Session,
+    interruptions: Interruptions,
+    *,
+    step: int,
+    greedy: bool,
+) -> dict[str, Any] | None:
+    """Accuracy on the evaluation prompts, or None where the recipe names none."""
+    if parts.eval is None:
+        return None
+    prompts = parts.eval.prompts[: recipe.eval.limit or None]
+    sampling = Sampling(
+        temperature=recipe.eval.temperature,
+        max_completion_tokens=recipe.rollout.max_completion_tokens,
+        stop=recipe.rollout.stop,
+        seed=EVAL_SEED,
+    )
+    with session.phase("eval"), interruptions.interruptible():
+        found: tuple[Evaluation, list[Group]] = evaluate(
+            parts.engine,
+            prompts,
+            parts.rewards,
+            sampling,
+            num_samples=recipe.eval.num_samples,
+            greedy=greedy,
+            on_progress=session.on_rollout,
+        )
+    evaluation, groups = found
+    session.log_evaluation(step, evaluation, rollout_rows(groups, None))
+    return evaluation.as_dict()

@@ -1,0 +1,24 @@
+"""How much memory a run has taken: of the CUDA allocator where there is a GPU, else of the process."""
+
+from __future__ import annotations
+
+import resource
+
+import torch
+
+
+class MemoryWatch:
+    """Peak bytes of a step, and the highest peak so far."""
+
+    def __init__(self) -> None:
+        self.highest_bytes = 0
+
+    def peak_bytes(self) -> int:
+        """Largest bytes reserved on the GPU since the last call; without one the process's peak so far."""
+        if torch.cuda.is_available():
+            peak = int(torch.cuda.max_memory_reserved())
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self.highest_bytes = max(self.highest_bytes, peak)
+        return peak

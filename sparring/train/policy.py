@@ -1,0 +1,173 @@
+"""The policy of a run: one model with its tokenizer, end tokens and reference, read and written here.
+
+The same object trains and generates. Nothing here loops, samples or optimises.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sparring.errors import RecipeError
+from sparring.models import checkpoint
+from sparring.models.lora import LoraConfig
+from sparring.models.memory import free_bytes
+from sparring.models.reference import Reference, build_reference
+from sparring.models.transformer import Decoder, kv_bytes_per_token
+from sparring.rollout.engine import Engine
+
+if TYPE_CHECKING:
+    from sparring.recipe import Recipe
+
+SETTINGS_FILE = "sparring.json"
+"""Beside the weights in `final/`: template, system prompt and limits that the policy was trained with."""
+
+KV_SHARE_OF_FREE_MEMORY = 0.5
+MAX_RUNNING = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """A model with what it needs to speak.
+
+    source: the folder or Hub id its base came from. max_tokens: prompt and completion together.
+    """
+
+    model: Decoder
+    tokenizer: Any
+    stop_ids: tuple[int, ...]
+    source: str
+    max_tokens: int
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of the ids without special tokens, exactly as the tokens spell it."""
+        text: str = self.tokenizer.decode(
+            list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+
+def pick_device() -> torch.device:
+    """The first CUDA device, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def build_policy(recipe: Recipe) -> Policy:
+    """Load the model that the recipe names and make trainable what it trains.
+
+    With a [lora] section the base is frozen and an adapter trained, the one of model.adapter where
+    it is given; without, every weight. Raises RecipeError, CheckpointError or MemoryBudgetError.
+    """
+    section, device = recipe.model, pick_device()
+    if section.adapter and recipe.lora is None:
+        raise RecipeError(
+            f"[model] adapter = '{section.adapter}' needs a [lora] section: full fine-tuning cannot"
+            " train through an adapter; add [lora], or merge the adapter into its base first"
+        )
+    dtype = "float32" if section.dtype == "auto" and device.type == "cpu" else section.dtype
+    model = checkpoint.load_model(
+        section.path, adapter=section.adapter or None, dtype=dtype, device=device
+    )
+    tokenizer = checkpoint.load_tokenizer(section.path)
+    checkpoint.check_vocabulary(tokenizer, model.config)
+    if recipe.lora is not None:
+        _make_adapter(model, recipe)
+    elif model.has_adapter():
+        raise RecipeError(
+            f"[model] path = '{section.path}' holds an adapter; add a [lora] section to go on training it"
+        )
+    else:
+        model.requires_grad_(True)
+    model.set_checkpointing("layer" if recipe.train.checkpointing == "layers" else "none")
+    return Policy(
+        model=model,
+        tokenizer=tokenizer,
+        stop_ids=checkpoint.end_token_ids(section.path, tokenizer),
+        source=section.path,
+        max_tokens=section.max_tokens or model.config.max_tokens,
+    )
+
+
+def _make_adapter(model: Decoder, recipe: Recipe) -> None:
+    assert recipe.lora is not None, "called for recipes with a [lora] section"
+    section = recipe.lora
+    wanted = LoraConfig(
+        rank=section.rank,
+        alpha=section.alpha,
+        rslora=section.rslora,
+        target_modules=section.target_modules,
+        seed=recipe.run.seed,
+    )
+    if not model.has_adapter():
+        model.add_adapter(wanted)
+        return
+    have = model.lora["policy"]
+    if (have.rank, float(have.alpha), have.rslora) != (
+        wanted.rank,
+        float(wanted.alpha),
+        wanted.rslora,
+    ):
+        raise RecipeError(
+            f"[lora] says rank {wanted.rank}, alpha {wanted.alpha:g}, rslora {wanted.rslora}, but the"
+            f" adapter to go on from has rank {have.rank}, alpha {have.alpha:g}, rslora {have.rslora};"
+            " set [lora] to the adapter's values"
+        )
+
+
+def build_reference_policy(policy: Policy, kl_coef: float) -> Reference | None:
+    """The policy as it stands now, frozen, for the KL term; None while kl_coef is 0, and nothing is kept.
+
+    Call it before a checkpoint is loaded on resume: the reference is the policy at step 0.
+    """
+    return build_reference(policy.model) if kl_coef else None
+
+
+def build_engine(recipe: Recipe, policy: Policy, *, most_rollouts: int) -> Engine:
+    """The rollout engine on the policy's own weights, inside rollout.kv_memory bytes.
+
+    "auto" is what `most_rollouts` sequences of full length could use, at most half of the memory
+    that is free now.
+    """
+    section, model = recipe.rollout, policy.model
+    kv_bytes = section.kv_memory
+    if kv_bytes == "auto":
+        running = min(most_rollouts, MAX_RUNNING)
+        useful = (running * policy.max_tokens + 4096) * kv_bytes_per_token(
+            model.config, model.dtype
+        )
+        budget = free_bytes(model.device)
+        if recipe.run.memory != "auto":
+            budget = min(budget, int(recipe.run.memory))
+        kv_bytes = min(useful, int(budget * KV_SHARE_OF_FREE_MEMORY))
+    return Engine(
+        model,
+        kv_bytes=int(kv_bytes),
+        stop_ids=policy.stop_ids,
+        decode=policy.decode,
+        max_tokens=policy.max_tokens,
+        max_running=MAX_RUNNING,
+    )
+
+
+def save_policy(recipe: Recipe, policy: Policy, directory: Path) -> None:
+    """Write the policy so that transformers or PEFT reads it: an adapter, or the whole model."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if policy.model.has_adapter():
+        base = str(checkpoint.base_folder(policy.source))
+        source = policy.source if not Path(policy.source).exists() else base
+        checkpoint.save_adapter(policy.model, directory, source)
+    else:
+        checkpoint.save_model(policy.model, directory, end_ids=policy.stop_ids)
+    checkpoint.save_tokenizer(policy.tokenizer, directory)
+    settings = {
+        "template": recipe.data.template,
+        "system_prompt": recipe.data.system_prompt,
+        "max_tokens": policy.max_tokens,
+    }
+    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    (directory / SETTINGS_FILE).write_text(text, encoding="utf-8")

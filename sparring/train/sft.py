@@ -1,0 +1,122 @@
+"""SFT: learn given answers, token by token. For who the model is and what things are; GRPO is for how
+to think.
+
+    step:  conversations -> packing -> train_step
+
+The loss is the mean over all loss tokens of the step, so neither packing nor micro-batches change it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sparring.algorithms.losses import sft as sft_loss
+from sparring.data.conversations import ConversationSet, load_conversations
+from sparring.data.packing import pack_conversations
+from sparring.data.rows import load_rows
+from sparring.errors import Interrupted
+from sparring.recipe import Recipe
+from sparring.train.interrupt import Interruptions
+from sparring.train.optimizer import Optimizer, build_optimizer
+from sparring.train.order import rows_of_step
+from sparring.train.policy import Policy, build_policy
+from sparring.train.session import Session, open_session
+from sparring.train.step import score_loss, train_step
+
+
+def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
+    """Run SFT as the recipe says and return the summary that is written into the run directory.
+
+    Raises UserError for wrong input before anything is trained, RunError for a failure later,
+    Interrupted after a signal, with a checkpoint of the last whole step.
+    """
+    with Interruptions() as interruptions, open_session(recipe, "sft", resume=resume) as session:
+        policy = build_policy(recipe)
+        rows = _load(recipe, policy, session, recipe.data.train, recipe.data.split)
+        held_out = None
+        if recipe.data.eval:
+            held_out = _load(recipe, policy, session, recipe.data.eval, recipe.data.eval_split)
+        session.describe(policy)
+        optimizer = build_optimizer(
+            policy.model.trainable_parameters(),
+            name=recipe.optimizer.name,
+            learning_rate=recipe.optimizer.learning_rate,
+            betas=recipe.optimizer.betas,
+            weight_decay=recipe.optimizer.weight_decay,
+            schedule=recipe.optimizer.schedule,
+            warmup_steps=recipe.optimizer.warmup_steps,
+            num_steps=recipe.train.steps,
+            compute_dtype=policy.model.dtype,
+        )
+        start = session.restore(policy.model, optimizer)
+        _steps(recipe, policy, rows, held_out, optimizer, session, interruptions, start)
+        losses = {} if held_out is None else {"eval_loss": held_out_loss(recipe, policy, held_out)}
+        session.save_final(policy)
+        return session.finish(losses)
+
+
+def _steps(
+    recipe: Recipe,
+    policy: Policy,
+    rows: ConversationSet,
+    held_out: ConversationSet | None,
+    optimizer: Optimizer,
+    session: Session,
+    interruptions: Interruptions,
+    start: int,
+) -> None:
+    """The loop: one optimizer step a turn, from `start` to train.steps."""
+    section = recipe.train
+    try:
+        for step in range(start, section.steps):
+            with session.phase("train"):
+                conversations = rows_of_step(
+                    rows.conversations,
+                    step=step,
+                    per_step=section.conversations_per_step,
+                    seed=recipe.run.seed,
+                )
+                batches = pack_conversations(conversations, max_tokens=section.micro_batch_tokens)
+                update = train_step(
+                    policy.model,
+                    batches,
+                    sft_loss,
+                    optimizer,
+                    max_grad_norm=recipe.optimizer.max_grad_norm,
+                )
+            session.log_step(step + 1, {}, update, None)
+            if session.checkpoint_due(step + 1):
+                session.checkpoint(step + 1, policy.model, optimizer)
+            every = recipe.eval.every
+            if held_out is not None and every and (step + 1) % every == 0:
+                with session.phase("eval"):
+                    loss = held_out_loss(recipe, policy, held_out)
+                session.log_eval_loss(step + 1, loss)
+            interruptions.check()
+    except Interrupted:
+        session.checkpoint(optimizer.step_count, policy.model, optimizer)
+        raise
+
+
+def held_out_loss(recipe: Recipe, policy: Policy, rows: ConversationSet) -> float:
+    """Mean loss a token over the first eval.limit held-out conversations (0: all)."""
+    conversations = rows.conversations[: recipe.eval.limit or None]
+    batches = pack_conversations(conversations, max_tokens=recipe.train.micro_batch_tokens)
+    return score_loss(policy.model, batches, sft_loss)
+
+
+def _load(
+    recipe: Recipe, policy: Policy, session: Session, source: str, split: str
+) -> ConversationSet:
+    data = recipe.data
+    rows = load_conversations(
+        load_rows(source, split=split, bad_rows=data.bad_rows),
+        policy.tokenizer,
+        template=data.template,
+        system_prompt=data.system_prompt,
+        max_tokens=policy.max_tokens,
+        bad_rows=data.bad_rows,
+    )
+    for line in rows.report():
+        session.say(line)
+    return rows

@@ -1,0 +1,221 @@
+"""One optimizer step, top to bottom: micro-batches -> scores -> loss -> backward -> clip -> update.
+
+The loss is an argument, and so is the source of reference log-probabilities; rollouts, rewards and
+recipes are not known here. If the loss or a gradient is not finite, nothing is updated.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sparring.errors import RunError
+from sparring.train.optimizer import Optimizer
+from sparring.types import Batch, LossOutput, TokenScores
+
+
+class Scorer(Protocol):
+    """What a step needs of a model; `Decoder` has it."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+
+    def score(self, batch: Batch) -> TokenScores:
+        """Log-probabilities and entropies of the batch's labels."""
+
+    def refresh_shadows(self) -> None:
+        """Called after each update."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepMetrics:
+    """What one optimizer step did; means are over the loss tokens that were scored.
+
+    loss: of the whole step, before the update. gradient_norm: before clipping. num_tokens: rows
+    that went through the model, prompts included. values: the loss's own metrics and, where batches
+    carry sampler_logprobs_T, the mismatch of trainer and sampler (see `train_step`).
+    """
+
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+    num_micro_batches: int
+    num_tokens: int
+    num_loss_tokens: float
+    num_sequences: float
+    seconds: float
+    values: Mapping[str, float]
+
+
+def train_step(
+    model: Scorer,
+    batches: Sequence[Batch],
+    loss: Callable[[TokenScores, Batch], LossOutput],
+    optimizer: Optimizer,
+    *,
+    max_grad_norm: float = 1.0,
+    reference: Callable[[Batch], Tensor] | None = None,
+) -> StepMetrics:
+    """One update from the micro-batches of one step; the same however they are split.
+
+    loss: a function of losses.py with its knobs bound. reference: gives ref_logprobs_T of a batch,
+    called without gradient; None where the loss has no KL term. max_grad_norm 0: no clipping.
+
+    With d = trainer's logprob - sampler's logprob over the loss tokens: mismatch_mean is mean |d|,
+    mismatch_max is max |d| and mismatch_kl the mean of e^d - 1 - d, an estimate of KL(sampler ||
+    trainer). The trainer's are those before the update; in later passes over the same rollouts d
+    holds the updates made since.
+
+    Raises RunError where the loss or a gradient is not finite; nothing has changed then.
+    """
+    start = time.perf_counter()
+    assert batches, "a step needs a micro-batch"
+    batches = [_to_device(batch, model.device) for batch in batches]
+    if reference is not None:
+        with torch.no_grad():
+            batches = [replace(batch, ref_logprobs_T=reference(batch)) for batch in batches]
+    while True:
+        optimizer.zero_grad()
+        parts, logprobs = [], []
+        for batch in batches:
+            scores = model.score(batch)
+            output = loss(scores, batch)
+            torch.autograd.backward(output.loss * optimizer.loss_scale)
+            parts.append(_measure(output, scores, batch))
+            logprobs.append(scores.logprobs_T.detach())
+        values = _combine(parts)
+        if not math.isfinite(values["loss"]):
+            optimizer.zero_grad()
+            raise _loss_error(parts, batches, logprobs)
+        gradient_norm = optimizer.gradient_norm()
+        if math.isfinite(gradient_norm):
+            break
+        if not optimizer.shrink_loss_scale():
+            raise _gradient_error(optimizer)
+    learning_rate = optimizer.current_learning_rate()
+    optimizer.step(gradient_norm=gradient_norm, max_grad_norm=max_grad_norm)
+    model.refresh_shadows()
+    return StepMetrics(
+        loss=values.pop("loss"),
+        gradient_norm=gradient_norm,
+        learning_rate=learning_rate,
+        num_micro_batches=len(batches),
+        num_tokens=sum(len(batch.input_ids_T) for batch in batches),
+        num_loss_tokens=batches[0].num_loss_tokens,
+        num_sequences=batches[0].num_sequences,
+        seconds=time.perf_counter() - start,
+        values=values,
+    )
+
+
+def with_old_logprobs(model: Scorer, batches: Sequence[Batch]) -> list[Batch]:
+    """The batches with old_logprobs_T as the policy stands now.
+
+    For several passes over the same rollouts: call it once, before the first.
+    """
+    with torch.no_grad():
+        moved = [_to_device(batch, model.device) for batch in batches]
+        return [replace(batch, old_logprobs_T=model.score(batch).logprobs_T) for batch in moved]
+
+
+def score_loss(
+    model: Scorer, batches: Sequence[Batch], loss: Callable[[TokenScores, Batch], LossOutput]
+) -> float:
+    """The loss of these micro-batches together, without gradient and without a step."""
+    with torch.no_grad():
+        moved = [_to_device(batch, model.device) for batch in batches]
+        return float(sum(loss(model.score(batch), batch).loss.double() for batch in moved))
+
+
+def _to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with all of its tensors on the device."""
+    tensors: dict[str, Any] = {
+        field.name: value.to(device, non_blocking=True)
+        for field in fields(batch)
+        if isinstance(value := getattr(batch, field.name), Tensor)
+    }
+    return replace(batch, **tensors)
+
+
+def _measure(output: LossOutput, scores: TokenScores, batch: Batch) -> dict[str, Tensor]:
+    """A micro-batch's part of everything that is logged, still on the device."""
+    weights_T = batch.loss_mask_T if batch.weights_T is None else batch.weights_T
+    measured = {"loss": output.loss.detach(), **output.metrics}
+    measured["scored_share"] = weights_T.sum() / max(batch.num_loss_tokens, 1.0)
+    if batch.sampler_logprobs_T is not None:
+        difference_T = scores.logprobs_T.detach() - batch.sampler_logprobs_T
+        difference_T = torch.where(batch.loss_mask_T, difference_T, 0.0)
+        kl_T = torch.expm1(difference_T) - difference_T
+        measured["mismatch_kl"] = kl_T.sum() / max(batch.num_loss_tokens, 1.0)
+        measured["mismatch_mean"] = difference_T.abs().sum() / max(batch.num_loss_tokens, 1.0)
+        measured["mismatch_max"] = difference_T.abs().amax()
+    return measured
+
+
+def _combine(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    """The step's values: parts added up in float64, names that end in "_max" by maximum.
+
+    A mean (all but the losses) is divided by the share of the step's loss tokens that was scored:
+    packing may leave out completions that cannot change the loss.
+    """
+    names = list(parts[0])
+    table = torch.stack([torch.stack([part[name].double() for name in names]) for part in parts])
+    sums = dict(zip(names, table.sum(dim=0).tolist(), strict=True))
+    maxima = dict(zip(names, table.amax(dim=0).tolist(), strict=True))
+    share = sums.pop("scored_share") or 1.0
+    values = {}
+    for name, total in sums.items():
+        if name.endswith("_max"):
+            values[name] = maxima[name]
+        else:
+            values[name] = total if name in ("loss", "policy_loss") else total / share
+    return values
+
+
+def _loss_error(
+    parts: Sequence[Mapping[str, Tensor]], batches: Sequence[Batch], logprobs: Sequence[Tensor]
+) -> RunError:
+    """Names the first micro-batch whose loss is not finite and the completion that made it so."""
+    index = next(i for i, part in enumerate(parts) if not part["loss"].isfinite())
+    batch = batches[index]
+    streams = {"log-probabilities": logprobs[index]}
+    for name in ("advantages_T", "old_logprobs_T", "ref_logprobs_T", "weights_T"):
+        if (stream := getattr(batch, name)) is not None:
+            streams[name] = stream
+    cause = "every log-probability is finite, but the ratio to the old or reference ones overflows"
+    for name, stream in streams.items():
+        rows = (~stream.isfinite() & batch.loss_mask_T).nonzero()
+        if len(rows):
+            row = int(rows[0])
+            cause = (
+                f"{name} of completion {int(batch.sequence_ids_T[row])} of"
+                f" {batch.num_local_sequences} in it are {float(stream[row])} at row {row}"
+                f" (token id {int(batch.labels_T[row])}); {len(rows)} rows are not finite"
+            )
+            break
+    return RunError(
+        f"the loss is {float(parts[index]['loss'])} in micro-batch {index + 1} of {len(batches)}:"
+        f" {cause}. Weights and optimizer are as they were before this step. A lower learning rate,"
+        " dtype bfloat16 instead of float16, or an earlier checkpoint are the usual remedies"
+    )
+
+
+def _gradient_error(optimizer: Optimizer) -> RunError:
+    """Names the parameters whose gradients are not finite, and forgets all gradients."""
+    gradients = optimizer.gradients()
+    bad = [name for name, gradient in gradients.items() if not bool(gradient.isfinite().all())]
+    optimizer.zero_grad()
+    what = f"{len(bad)} of {len(gradients)} gradients are not finite: {', '.join(bad[:5])}"
+    if not bad:
+        what = "the norm of the gradients overflows, though each of them is finite"
+    return RunError(
+        f"{what}. Weights and optimizer are as they were before this step. A lower learning rate or"
+        " an earlier checkpoint are the usual remedies"
+    )
