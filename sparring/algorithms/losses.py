@@ -13,8 +13,8 @@ overflows.
 
 Metrics, parts that add up over micro-batches: policy_loss (without the KL term), entropy, kl,
 ratio_mean, ratio_max (by maximum), clip_low_fraction (A < 0 and the ratio below its bound) and
-clip_high_fraction (A > 0 and above). Means are over the step's loss tokens, those of gspo's ratios
-and clips over sequences.
+clip_high_fraction (A > 0 and above). Means are over the step's loss tokens, also where a
+sequence has one ratio (gspo).
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ def gspo(
     terms = _clip(ratio_S, advantages_S, clip_low=clip_low, clip_high=clip_high)
     weights_S = (tokens_S > 0).to(tokens_S.dtype) / max(batch.num_sequences, 1.0)
     kl_weights_T = _sequence_weights(scores, batch)
-    return _output(terms, weights_S, weights_S, kl_weights_T, scores, batch, kl_coef=kl_coef)
+    shares_S = tokens_S / max(batch.num_loss_tokens, 1.0)
+    return _output(terms, weights_S, shares_S, kl_weights_T, scores, batch, kl_coef=kl_coef)
 
 
 def cispo(
@@ -201,7 +202,7 @@ def _output(
     *,
     kl_coef: float,
 ) -> LossOutput:
-    """Loss: sum of weights * terms, plus KL. Metrics: means with the step's uniform `shares`."""
+    """Loss: sum of weights * terms, plus KL. Metrics: means; `shares` are of tokens."""
     token_shares_T = _token_weights(scores, batch)
     policy_loss = loss = (terms.losses * weights).sum()
     metrics = {
