@@ -72,7 +72,7 @@ class LoraSection(BaseModel):
 
     model_config = _FROZEN
     rank: Count = 16
-    alpha: Annotated[float, Field(gt=0.0)] = 16
+    alpha: Annotated[float, Field(gt=0.0)] = 16.0
     rslora: bool = False
     target_modules: Modules = "all-linear"
 
