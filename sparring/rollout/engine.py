@@ -1,0 +1,253 @@
+"""The rollout engine: completions of prompts, on the trainer's own weights, inside a byte budget.
+
+It knows tokens, and one function that decodes them for stop strings. Between calls it keeps the
+memory for keys and values and nothing that was computed: weights may change from call to call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sparring.errors import MemoryBudgetError, UserError
+from sparring.models.layout import KVPool
+from sparring.models.transformer import Decoder, kv_bytes_per_token, new_kv_pool
+from sparring.rollout.block_pool import BlockPool, blocks_for
+from sparring.rollout.generation import Generation, Progress
+from sparring.rollout.sampler import Sampling
+from sparring.rollout.scheduler import Scheduler
+from sparring.rollout.stopping import Decode
+from sparring.types import Prompt, Rollout
+
+_FIRST_GUESS_TOKENS = 128.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """What one generate call did.
+
+    num_prefill_tokens counts recomputed tokens too, and a shared prompt once; num_decode_tokens the
+    tokens of decode steps (the first token of a completion comes from the prefill). Blocks are
+    those that sequences may hold; num_free_blocks is taken at the end.
+    """
+
+    num_rollouts: int = 0
+    num_completion_tokens: int = 0
+    num_prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    num_decode_steps: int = 0
+    num_decode_tokens: int = 0
+    decode_seconds: float = 0.0
+    num_preemptions: int = 0
+    num_recomputed_tokens: int = 0
+    num_blocks: int = 0
+    num_free_blocks: int = 0
+    peak_blocks: int = 0
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """Tokens computed in prefill steps for each second of them."""
+        return self.num_prefill_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Tokens sampled in decode steps for each second of them."""
+        return self.num_decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def mean_rows(self) -> float:
+        """Sequences in flight, averaged over decode steps."""
+        return self.num_decode_tokens / self.num_decode_steps if self.num_decode_steps else 0.0
+
+
+class Engine:
+    """Samples completions with a paged key/value memory of fixed size.
+
+    kv_bytes: hard budget for keys and values. stop_ids: token ids that end a completion. decode:
+    token ids -> text without special tokens. max_tokens: most tokens of prompt and completion
+    together. max_running: most completions in flight. max_prefill_tokens: most tokens of one
+    prefill step. adapter: as in `Decoder.forward`. Raises UserError or MemoryBudgetError.
+
+    policy_version keys the noise and is recorded in every rollout; stats are of the last call that
+    ended.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        *,
+        kv_bytes: int,
+        stop_ids: Sequence[int],
+        decode: Decode,
+        max_tokens: int,
+        max_running: int = 256,
+        block_size: int = 16,
+        max_prefill_tokens: int = 8192,
+        adapter: str | None = "policy",
+    ) -> None:
+        _require_at_least(2, max_tokens=max_tokens)
+        _require_at_least(
+            1,
+            kv_bytes=kv_bytes,
+            max_running=max_running,
+            block_size=block_size,
+            max_prefill_tokens=max_prefill_tokens,
+        )
+        self.model = model
+        self.stop_ids = tuple(stop_ids)
+        self.decode = decode
+        self.max_tokens = max_tokens
+        self.max_running = max_running
+        self.block_size = block_size
+        self.max_prefill_tokens = max_prefill_tokens
+        self.adapter = adapter
+        self.policy_version = 0
+        self.stats = EngineStats()
+        self.block_bytes = kv_bytes_per_token(model.config, model.dtype) * block_size
+        most_useful = 1 + max_running * blocks_for(max_tokens, block_size)
+        self.num_blocks = min(kv_bytes // self.block_bytes, most_useful)
+        if self.num_blocks < 2:
+            raise MemoryBudgetError(
+                f"{kv_bytes:,} bytes for keys and values hold {self.num_blocks} blocks of "
+                f"{block_size} tokens ({self.block_bytes:,} bytes each); at least 2 are needed "
+                f"(one is a spare). Give them {2 * self.block_bytes:,} bytes or more."
+            )
+        self._kv_pool: KVPool | None = None
+        self._mean_completion_tokens = _FIRST_GUESS_TOKENS
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        num_samples: int = 1,
+        limits: Sequence[Sequence[int]] | None = None,
+        on_progress: Progress | None = None,
+    ) -> list[list[Rollout]]:
+        """`num_samples` rollouts of each prompt, in the order of the prompts and of the samples.
+
+        limits: completion limits by prompt and sample, beside those of `sampling` and max_tokens.
+        on_progress: called after every step with (finished, all, tokens so far). What is sampled
+        depends on seed, policy version, prompt id and sample index alone; prompts of the same id in
+        one call are samples of one prompt and differ. Raises UserError for a prompt that is empty,
+        too long or holds unknown ids, MemoryBudgetError for one that can never fit, RunError where
+        the model's logits are not finite; before any token is sampled but for the last.
+        """
+        _require_at_least(1, num_samples=num_samples)
+        limits_PG = self._completion_limits(prompts, sampling, num_samples, limits)
+        pool = BlockPool(self.num_blocks, self.block_size, self.block_bytes)
+        scheduler = Scheduler(
+            pool,
+            max_running=self.max_running,
+            max_prefill_tokens=self.max_prefill_tokens,
+            expected_completion_tokens=min(
+                self._mean_completion_tokens, sampling.max_completion_tokens
+            ),
+        )
+        with torch.no_grad():
+            generation = Generation(
+                self.model,
+                self._memory(),
+                scheduler,
+                adapter=self.adapter,
+                prompts=prompts,
+                limits=limits_PG,
+                sampling=sampling,
+                stop_ids=self.stop_ids,
+                decode=self.decode,
+                policy_version=self.policy_version,
+            )
+            rollouts = generation.run(on_progress)
+        self._keep_stats(generation, pool)
+        return rollouts
+
+    def weights_changed(self, *, policy_version: int) -> None:
+        """The model's weights are those of another policy version from now on."""
+        _require_at_least(0, policy_version=policy_version)
+        self.policy_version = policy_version
+
+    def release(self) -> None:
+        """Gives the memory for keys and values back; the next generate call takes it again."""
+        self._kv_pool = None
+
+    def _memory(self) -> KVPool:
+        if self._kv_pool is None:
+            self._kv_pool = new_kv_pool(
+                self.model.config,
+                self.num_blocks,
+                self.block_size,
+                self.model.dtype,
+                self.model.device,
+            )
+        return self._kv_pool
+
+    def _completion_limits(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        num_samples: int,
+        limits: Sequence[Sequence[int]] | None,
+    ) -> list[list[int]]:
+        """[P][G] most completion tokens of every sample, after checking the prompts."""
+        if limits is not None:
+            sizes = [len(limits_G) for limits_G in limits]
+            if sizes != [num_samples] * len(prompts) or min(map(min, limits), default=1) < 1:
+                raise UserError(
+                    f"limits must hold {num_samples} numbers from 1 up for each of {len(prompts)} "
+                    f"prompts; got lists of {sorted(set(sizes))} numbers for {len(sizes)} prompts."
+                )
+        limits_PG: list[list[int]] = []
+        for i, prompt in enumerate(prompts):
+            self._check_prompt(prompt)
+            most = min(sampling.max_completion_tokens, self.max_tokens - len(prompt.token_ids))
+            wanted = [most] * num_samples if limits is None else limits[i]
+            limits_PG.append([min(most, limit) for limit in wanted])
+        return limits_PG
+
+    def _check_prompt(self, prompt: Prompt) -> None:
+        length, vocab_size = len(prompt.token_ids), self.model.config.vocab_size
+        if length == 0:
+            raise UserError(
+                f"prompt {prompt.id} has no tokens; a prompt has at least one. Give it some text, "
+                "or a template that opens with a token."
+            )
+        if length > self.max_tokens - 1:
+            raise UserError(
+                f"prompt {prompt.id} has {length} tokens, but max_tokens = {self.max_tokens} "
+                f"leaves room for at most {self.max_tokens - 1} and a completion. Shorten the "
+                "prompt or raise max_tokens."
+            )
+        low, high = min(prompt.token_ids), max(prompt.token_ids)
+        if low < 0 or high >= vocab_size:
+            raise UserError(
+                f"prompt {prompt.id} holds token id {high if high >= vocab_size else low}; this "
+                f"model knows 0 to {vocab_size - 1}. Tokenise it with the model's own tokenizer."
+            )
+
+    def _keep_stats(self, generation: Generation, pool: BlockPool) -> None:
+        num_rollouts = len(generation.owners)
+        if num_rollouts:
+            self._mean_completion_tokens = generation.num_completion_tokens / num_rollouts
+        assert pool.num_free == pool.num_usable, "every block is free again after the last rollout"
+        self.stats = EngineStats(
+            num_rollouts=num_rollouts,
+            num_completion_tokens=generation.num_completion_tokens,
+            num_prefill_tokens=generation.num_prefill_tokens,
+            prefill_seconds=generation.prefill_seconds,
+            num_decode_steps=generation.num_decode_steps,
+            num_decode_tokens=generation.num_decode_tokens,
+            decode_seconds=generation.decode_seconds,
+            num_preemptions=generation.scheduler.num_preemptions,
+            num_recomputed_tokens=generation.scheduler.num_recomputed_tokens,
+            num_blocks=pool.num_usable,
+            num_free_blocks=pool.num_free,
+            peak_blocks=pool.peak_used,
+        )
+
+
+def _require_at_least(low: int, **values: int) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise UserError(f"{name} is {value!r}; it must be an integer from {low} up.")

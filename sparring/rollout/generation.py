@@ -1,0 +1,232 @@
+"""One generate call from its first prefill to its last token.
+
+Holds what lives only that long: the scheduler's books, the tokens so far, the rows of the decode
+step. An interrupted call leaves nothing behind but the memory for keys and values itself.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from sparring.errors import RunError
+from sparring.models.layout import KVPool
+from sparring.models.transformer import Decoder
+from sparring.rollout.rows import DecodeRows, prefill_layout
+from sparring.rollout.sampler import Sampling, end_id_tensor, sample_id, sample_tokens
+from sparring.rollout.scheduler import PrefillChunk, Scheduler, SequenceState
+from sparring.rollout.stopping import Decode, StopRule
+from sparring.types import FinishReason, Prompt, Rollout
+
+Progress = Callable[[int, int, int], None]
+"""Called after every step with (finished completions, all completions, tokens sampled so far)."""
+
+
+class Generation:
+    """Samples the completions of some prompts.
+
+    kv_pool is written to; scheduler is fresh and keeps its books on that pool. limits: for each
+    prompt the completion limit of each of its samples.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        kv_pool: KVPool,
+        scheduler: Scheduler,
+        *,
+        adapter: str | None,
+        prompts: Sequence[Prompt],
+        limits: Sequence[Sequence[int]],
+        sampling: Sampling,
+        stop_ids: Sequence[int],
+        decode: Decode,
+        policy_version: int,
+    ) -> None:
+        self.model = model
+        self.kv_pool = kv_pool
+        self.scheduler = scheduler
+        self.adapter = adapter
+        self.prompts = prompts
+        self.limits = limits
+        self.sampling = sampling
+        self.policy_version = policy_version
+        self.stop_rule = StopRule(
+            stop_ids=stop_ids,
+            stop=sampling.stop,
+            min_completion_tokens=sampling.min_completion_tokens,
+            decode=decode,
+        )
+        self.end_ids = end_id_tensor(stop_ids, model.config.vocab_size, model.device)
+        self.rows = DecodeRows(block_size=kv_pool.block_size, device=model.device)
+        self.owners: list[Prompt] = []
+        self.sample_ids: list[tuple[int, int]] = []
+        for prompt, noise_offset, limits_G in zip(
+            prompts, _noise_offsets(prompts, limits), limits, strict=True
+        ):
+            scheduler.add(prompt_length=len(prompt.token_ids), max_completion_tokens=limits_G)
+            for sample_index in range(len(limits_G)):
+                self.owners.append(prompt)
+                noise_index = noise_offset + sample_index
+                self.sample_ids.append(sample_id(policy_version, prompt.id, noise_index))
+        self.token_ids: list[list[int]] = [[] for _ in self.owners]
+        self.logprobs: list[list[float]] = [[] for _ in self.owners]
+        self.finish_reasons: list[FinishReason | None] = [None] * len(self.owners)
+        self.num_finished = 0
+        self.num_completion_tokens = 0
+        self.num_prefill_tokens = 0
+        self.num_decode_steps = 0
+        self.num_decode_tokens = 0
+        self.prefill_seconds = 0.0
+        self.decode_seconds = 0.0
+
+    def run(self, on_progress: Progress | None = None) -> list[list[Rollout]]:
+        """All rollouts, by prompt and sample, in the order asked for."""
+        scheduler = self.scheduler
+        while scheduler.has_work:
+            while chunks := scheduler.next_prefill():
+                self._prefill(chunks)
+                self._report(on_progress)
+            if running := scheduler.next_decode():
+                self._decode(running)
+                self._report(on_progress)
+        return self._rollouts()
+
+    def _report(self, on_progress: Progress | None) -> None:
+        if on_progress is not None:
+            on_progress(self.num_finished, len(self.owners), self.num_completion_tokens)
+
+    def _prefill(self, chunks: Sequence[PrefillChunk]) -> None:
+        """Computes prompts (and what preempted sequences had written); draws where one ends.
+
+        A prompt's last logits are computed once; every sequence of its group draws from them.
+        """
+        started = time.perf_counter()
+        device = self.model.device
+        layout, positions_T = prefill_layout(
+            chunks, block_size=self.kv_pool.block_size, device=device
+        )
+        tokens = [token for chunk in chunks for token in self._chunk_tokens(chunk)]
+        input_ids_T = torch.tensor(tokens, dtype=torch.int64, device=device)
+        hidden_TD = self.model(input_ids_T, positions_T, layout, self.kv_pool, adapter=self.adapter)
+        self._copy_blocks(self.scheduler.complete_prefill(chunks))
+        last_rows: list[int] = []
+        drawing: list[SequenceState] = []
+        row_of: list[int] = []
+        for chunk, end in zip(chunks, layout.cu_seqlens[1:], strict=True):
+            if chunk.drawing:
+                row_of += [len(last_rows)] * len(chunk.drawing)
+                drawing += chunk.drawing
+                last_rows.append(end - 1)
+        if drawing:
+            logits_SV = self.model.logits(hidden_TD[torch.tensor(last_rows, device=device)])
+            ids_R2 = torch.tensor([self.sample_ids[s.index] for s in drawing], device=device)
+            draws_R = torch.tensor([s.num_completion_tokens for s in drawing], device=device)
+            logits_RV = logits_SV[torch.tensor(row_of, device=device)]
+            tokens_R, logprobs_R = sample_tokens(
+                logits_RV, self.sampling, ids_R2, draws_R, self.end_ids
+            )
+            self._record(drawing, tokens_R.tolist(), logprobs_R.tolist())
+        self.num_prefill_tokens += len(tokens)
+        self.prefill_seconds += time.perf_counter() - started
+
+    def _chunk_tokens(self, chunk: PrefillChunk) -> Sequence[int]:
+        index = chunk.sequence.index
+        prompt_ids = self.owners[index].token_ids
+        end = chunk.start + chunk.length
+        if end <= len(prompt_ids):
+            return prompt_ids[chunk.start : end]
+        return [*prompt_ids, *self.token_ids[index]][chunk.start : end]
+
+    def _copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        if not copies:
+            return
+        data = self.kv_pool.data
+        sources, targets = torch.tensor(copies, dtype=torch.int64, device=data.device).T
+        data[:, targets] = data[:, sources]
+
+    def _decode(self, running: Sequence[SequenceState]) -> None:
+        """One token for every running sequence."""
+        started = time.perf_counter()
+        rows = self.rows
+        rows.follow(running, self.token_ids, self.sample_ids)
+        hidden_RD = self.model(
+            rows.tokens_R, rows.positions_R, rows.layout(), self.kv_pool, adapter=self.adapter
+        )
+        logits_RV = self.model.logits(hidden_RD)
+        tokens_R, logprobs_R = sample_tokens(
+            logits_RV, self.sampling, rows.sample_ids_R2, rows.draws_R, self.end_ids
+        )
+        rows.advance(tokens_R)
+        for sequence in rows.sequences:
+            sequence.num_cached += 1
+        self._record(rows.sequences, tokens_R.tolist(), logprobs_R.tolist())
+        self.num_decode_steps += 1
+        self.num_decode_tokens += len(running)
+        self.decode_seconds += time.perf_counter() - started
+
+    def _record(
+        self, drawing: Sequence[SequenceState], tokens: list[int], logprobs: list[float]
+    ) -> None:
+        """Notes each sequence's new token; completions that end leave the scheduler."""
+        self.num_completion_tokens += len(tokens)
+        for sequence, token, logprob in zip(drawing, tokens, logprobs, strict=True):
+            index = sequence.index
+            if math.isnan(logprob):
+                self._refuse_nan(index)
+            token_ids = self.token_ids[index]
+            token_ids.append(token)
+            self.logprobs[index].append(logprob)
+            sequence.num_completion_tokens += 1
+            reason = self.stop_rule.reason(token_ids, sequence.max_completion_tokens)
+            if reason is not None:
+                self.finish_reasons[index] = reason
+                self.scheduler.finish(sequence)
+                self.num_finished += 1
+
+    def _refuse_nan(self, index: int) -> None:
+        raise RunError(
+            f"the model's logits are not finite after prompt {self.owners[index].id} and "
+            f"{len(self.token_ids[index])} completion tokens (policy version "
+            f"{self.policy_version}), so no token can be drawn. The policy has diverged or its "
+            "numbers overflow: go back to an earlier checkpoint with a lower learning rate, or use "
+            "bfloat16 or float32 in place of float16."
+        )
+
+    def _rollouts(self) -> list[list[Rollout]]:
+        rollouts: list[list[Rollout]] = []
+        index = 0
+        for prompt, limits_G in zip(self.prompts, self.limits, strict=True):
+            rollouts.append([])
+            for sample_index in range(len(limits_G)):
+                rollouts[-1].append(self._rollout(prompt, sample_index, index))
+                index += 1
+        return rollouts
+
+    def _rollout(self, prompt: Prompt, sample_index: int, index: int) -> Rollout:
+        token_ids, reason = self.token_ids[index], self.finish_reasons[index]
+        assert reason is not None, "every sequence finishes"
+        return Rollout(
+            prompt=prompt,
+            sample_index=sample_index,
+            token_ids=torch.tensor(token_ids, dtype=torch.int64),
+            logprobs=torch.tensor(self.logprobs[index], dtype=torch.float32),
+            loss_mask=torch.ones(len(token_ids), dtype=torch.bool),
+            text=self.stop_rule.text(token_ids),
+            finish_reason=reason,
+            policy_version=self.policy_version,
+            temperature=self.sampling.logprob_temperature,
+        )
+
+
+def _noise_offsets(prompts: Sequence[Prompt], limits: Sequence[Sequence[int]]) -> list[int]:
+    """Where the noise of each prompt's samples starts: past those of the same prompt before it."""
+    taken: dict[int, int] = {}
+    offsets: list[int] = []
+    for prompt, limits_G in zip(prompts, limits, strict=True):
+        offsets.append(taken.get(prompt.id, 0))
+        taken[prompt.id] = offsets[-1] + len(limits_G)
+    return offsets
