@@ -31,7 +31,7 @@ NAMED: dict[str, str] = {
     "repetition": "sparring.rewards.repetition:repetition",
     "countdown": "sparring.rewards.countdown:countdown",
     "random": "sparring.rewards.random:random_reward",
-    "code": "sparring.rewards.code:code",
+    "code": "sparring.rewards.code:CodeReward",
     "model": "sparring.rewards.model:model",
     "judge": "sparring.rewards.llm_judge:judge",
 }
