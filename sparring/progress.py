@@ -23,7 +23,7 @@ from rich.text import Text
 from sparring.types import Group
 
 SHOW_GROUP_EVERY = 5
-MAX_SHOWN_CHARACTERS = 480
+MAX_SHOWN_CHARACTERS = 320
 _BARS = "▁▂▃▄▅▆▇█"
 
 
