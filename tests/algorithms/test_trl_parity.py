@@ -148,7 +148,8 @@ def test_loss_and_gradient_equal_trl(
     ours.backward()
 
     assert ours.item() == pytest.approx(theirs.item(), abs=1e-12)
-    assert theirs_in.grad is not None and ours_in.grad is not None
+    assert theirs_in.grad is not None
+    assert ours_in.grad is not None
     assert float(theirs_in.grad.abs().max()) > 1e-3
     assert torch.allclose(ours_in.grad, theirs_in.grad, rtol=0, atol=1e-12)
 
@@ -187,6 +188,7 @@ def test_clip_fractions_equal_trl(
     ours = build_loss("dapo", knobs, max_completion_tokens=99)(scores, batch).metrics
     assert ours["clip_low_fraction"].item() == pytest.approx(theirs["clip_ratio/low_mean"])
     assert ours["clip_high_fraction"].item() == pytest.approx(theirs["clip_ratio/high_mean"])
-    assert theirs["clip_ratio/low_mean"] > 0 and theirs["clip_ratio/high_mean"] > 0
+    assert theirs["clip_ratio/low_mean"] > 0
+    assert theirs["clip_ratio/high_mean"] > 0
     assert ours["kl"].item() == pytest.approx(theirs["kl"])
     assert ours["entropy"].item() == pytest.approx(theirs["entropy"])

@@ -222,7 +222,7 @@ def test_a_state_that_does_not_fit_is_refused() -> None:
     with pytest.raises(CheckpointError, match="has no 'exp_avg_sq/norm'"):
         fresh.load_state(without, numbers)
     half = build_optimizer(make_parameters(torch.bfloat16), learning_rate=0.1, num_steps=1)
-    with pytest.raises(CheckpointError, match="has no 'master/layer.weight'"):
+    with pytest.raises(CheckpointError, match=r"has no 'master/layer\.weight'"):
         half.load_state(tensors, numbers)
 
 
