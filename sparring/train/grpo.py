@@ -27,7 +27,7 @@ from sparring.algorithms.registry import (
 from sparring.data.packing import pack_groups
 from sparring.data.prompts import PromptSet, load_prompts, shared_prompts
 from sparring.data.rows import load_rows
-from sparring.errors import Interrupted, RecipeError
+from sparring.errors import Interrupted, RecipeError, RunError
 from sparring.models.reference import Reference
 from sparring.recipe import Recipe
 from sparring.rewards.verdicts import Reward, check_rewards, judge, load_reward
@@ -157,7 +157,7 @@ def _steps(
             if every and (step + 1) % every == 0 and step + 1 < recipe.train.steps:
                 _measure(recipe, parts, session, interruptions, step=step + 1, greedy=False)
             interruptions.check()
-    except Interrupted:
+    except (Interrupted, RunError):
         session.checkpoint(parts.optimizer.step_count, parts.policy.model, parts.optimizer)
         raise
 
@@ -180,7 +180,7 @@ def _build(recipe: Recipe, session: Session, rewards: list[Reward]) -> Parts:
     if evaluation and (shared := shared_prompts(train, evaluation)):
         session.warn(
             f"{len(shared)} of {len(evaluation)} evaluation prompts are also training prompts"
-            f" (rows {', '.join(str(row + 1) for row in shared[:5])}...): accuracy on them is memory"
+            f" (the first: row {shared[0] + 1}): accuracy on them is memory"
         )
     settings = {"max_completion_tokens": rollout.max_completion_tokens}
     loss = build_loss(recipe.loss.name, recipe.loss.knobs, **settings)

@@ -235,7 +235,7 @@ class Session:
         self.log.event(step, "checkpoint", str(path.name))
 
     def restore(self, model: Decoder, optimizer: Optimizer) -> int:
-        """Load the checkpoint to go on from into model and optimizer; returns the steps done (0: none)."""
+        """Load the checkpoint to go on from; returns the steps done (0: there is none)."""
         if self._checkpoint is None:
             return 0
         checkpoint = load_checkpoint(self._checkpoint)

@@ -1,9 +1,10 @@
-"""SFT: learn given answers, token by token. For who the model is and what things are; GRPO is for how
-to think.
+"""SFT: learn given answers, token by token.
+
+It is the way to teach who the model is and what a thing is; GRPO teaches how to think.
 
     step:  conversations -> packing -> train_step
 
-The loss is the mean over all loss tokens of the step, so neither packing nor micro-batches change it.
+The loss is the mean over all loss tokens of the step: neither packing nor micro-batches change it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from sparring.algorithms.losses import sft as sft_loss
 from sparring.data.conversations import ConversationSet, load_conversations
 from sparring.data.packing import pack_conversations
 from sparring.data.rows import load_rows
-from sparring.errors import Interrupted
+from sparring.errors import Interrupted, RunError
 from sparring.recipe import Recipe
 from sparring.train.interrupt import Interruptions
 from sparring.train.optimizer import Optimizer, build_optimizer
@@ -93,7 +94,7 @@ def _steps(
                     loss = held_out_loss(recipe, policy, held_out)
                 session.log_eval_loss(step + 1, loss)
             interruptions.check()
-    except Interrupted:
+    except (Interrupted, RunError):
         session.checkpoint(optimizer.step_count, policy.model, optimizer)
         raise
 

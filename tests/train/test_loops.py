@@ -1,0 +1,200 @@
+"""Whole runs on a tiny checkpoint: what they write, how they go on, and how they end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.train.tiny_run import grpo_recipe, sft_recipe, write_checkpoint, write_data
+
+from sparring import runlog
+from sparring.errors import (
+    DataError,
+    Interrupted,
+    RecipeError,
+    RewardError,
+    RunDirectoryError,
+    RunError,
+)
+from sparring.recipe import build_recipe
+from sparring.train import grpo, sft
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint, data and rewards, copied for each test."""
+    folder = tmp_path_factory.mktemp("made")
+    write_checkpoint(folder / "model")
+    write_data(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    """A copy of the made folder that a test may write into."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def final_weights(folder: Path, run: str = "run") -> dict[str, torch.Tensor]:
+    (file,) = (folder / run / "final").glob("*.safetensors")
+    return load_file(file)
+
+
+def test_a_run_writes_what_is_promised(folder: Path) -> None:
+    changes: dict[str, Any] = {
+        "data": {"eval": str(folder / "prompts.jsonl")},
+        "lora": {"rank": 4},
+        "reward": [
+            {"name": f"{folder}/rewards.py:many_e"},
+            {"name": f"{folder}/rewards.py:full_credit"},
+        ],
+    }
+    summary = grpo.train(grpo_recipe(folder, **changes))
+    run = folder / "run"
+    names = {path.name for path in run.iterdir()}
+    assert {
+        "recipe.toml",
+        "environment.json",
+        "metrics.jsonl",
+        "rollouts",
+        "checkpoints",
+        "final",
+    } <= names
+    steps = runlog.read_steps(run)
+    assert [record.step for record in steps] == [1, 2, 3, 4]
+    mismatches = [record.metrics.get("mismatch_max") for record in steps]
+    assert mismatches[0] is not None
+    assert all(found is None or found < 1e-4 for found in mismatches)
+    rows = runlog.read_rollouts(run, 1)
+    assert len(rows) == 12
+    assert set(rows[0]) >= {"prompt", "completion", "rewards", "advantage", "finish_reason"}
+    assert sorted(rows[0]["rewards"]) == ["full_credit", "many_e"]
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == [
+        "step_000002",
+        "step_000004",
+    ]
+    assert (run / "final" / "adapter_model.safetensors").is_file()
+    assert json.loads((run / "summary.json").read_text()) == summary
+    assert set(summary["before"]) >= {"accuracy", "low", "high", "n", "greedy"}
+    assert summary["before"]["n"] == 12
+    assert summary["seconds"] > 0
+    text = (run / "environment.json").read_text()
+    assert str(Path.home()) not in text
+
+
+def test_reward_rises_when_it_can_be_learned(folder: Path) -> None:
+    grpo.train(grpo_recipe(folder, train={"steps": 25}, rollout={"group_size": 8}))
+    rewards = [record.metrics["reward"] for record in runlog.read_steps(folder / "run")]
+    assert sum(rewards[-5:]) / 5 > 3 * sum(rewards[:3]) / 3
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 4}])
+def test_resume_is_the_run_that_was_not_interrupted(
+    folder: Path, lora: dict[str, Any] | None
+) -> None:
+    changes: dict[str, Any] = {"loss": {"kl_coef": 0.1}} | ({"lora": lora} if lora else {})
+    grpo.train(grpo_recipe(folder, **changes))
+    grpo.train(
+        grpo_recipe(folder, run={"dir": str(folder / "other")}, train={"steps": 2}, **changes)
+    )
+    grpo.train(grpo_recipe(folder, run={"dir": str(folder / "other")}, **changes), resume=True)
+    straight, resumed = final_weights(folder), final_weights(folder, "other")
+    assert straight.keys() == resumed.keys()
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    kls = [
+        [record.metrics["kl"] for record in runlog.read_steps(folder / name)]
+        for name in ("run", "other")
+    ]
+    assert kls[0] == kls[1]
+    assert kls[0][-1] > 0
+
+
+def test_sigterm_writes_a_checkpoint_and_resume_goes_on(folder: Path) -> None:
+    reward = [{"name": f"{folder}/rewards.py:interrupts"}]
+    with pytest.raises(Interrupted) as caught:
+        grpo.train(grpo_recipe(folder, reward=reward, run={"checkpoint_every": 100}))
+    assert caught.value.exit_code == 143
+    assert [path.name for path in (folder / "run" / "checkpoints").iterdir()] == ["step_000002"]
+    grpo.train(grpo_recipe(folder, reward=reward, run={"checkpoint_every": 100}), resume=True)
+    grpo.train(grpo_recipe(folder, reward=reward, run={"dir": str(folder / "other")}))
+    one, two = final_weights(folder), final_weights(folder, "other")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_directory_with_a_run_is_refused(folder: Path) -> None:
+    sft.train(sft_recipe(folder))
+    with pytest.raises(RunDirectoryError, match=r"--resume.*--run.dir"):
+        sft.train(sft_recipe(folder))
+    with pytest.raises(RunDirectoryError, match=r"optimizer.learning_rate: 0.01 -> 0.5"):
+        sft.train(sft_recipe(folder, optimizer={"learning_rate": 0.5}), resume=True)
+
+
+def test_resume_without_a_checkpoint_says_so(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sft.train(sft_recipe(folder), resume=True)
+    assert "no checkpoint: starting at step 0" in capsys.readouterr().err
+
+
+def test_sft_learns_its_rows(folder: Path) -> None:
+    changes = {
+        "data": {"eval": str(folder / "chats.jsonl"), "eval_split": "train"},
+        "eval": {"every": 20},
+    }
+    summary = sft.train(sft_recipe(folder, train={"steps": 60}, **changes))
+    losses = [record.metrics["loss"] for record in runlog.read_steps(folder / "run")]
+    assert losses[-1] < 0.35 * losses[0]
+    assert summary["eval_loss"] == pytest.approx(losses[-1], rel=0.5)
+    assert len(runlog.read_evaluations(folder / "run")) >= 2
+
+
+def test_group_rewards_that_say_nothing_change_nothing(folder: Path) -> None:
+    reward = [{"name": f"{folder}/rewards.py:full_credit"}]
+    grpo.train(grpo_recipe(folder, reward=reward))
+    before = load_file(folder / "model" / "model.safetensors")
+    after = final_weights(folder)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert {r.metrics["groups_without_signal"] for r in runlog.read_steps(folder / "run")} == {3}
+
+
+def test_rewards_that_judge_nothing_stop_the_run(folder: Path) -> None:
+    with pytest.raises(RewardError, match="judged none"):
+        grpo.train(grpo_recipe(folder, reward=[{"name": f"{folder}/rewards.py:nothing"}]))
+    later = [{"name": f"{folder}/rewards.py:fails_later"}]
+    with pytest.raises(RunError, match="judged none"):
+        grpo.train(grpo_recipe(folder, reward=later, run={"dir": str(folder / "later")}))
+    assert [path.name for path in (folder / "later" / "checkpoints").iterdir()] == ["step_000002"]
+
+
+def test_a_broken_reward_names_itself(folder: Path) -> None:
+    with pytest.raises(RewardError, match="wrong_length"):
+        grpo.train(grpo_recipe(folder, reward=[{"name": f"{folder}/rewards.py:wrong_length"}]))
+
+
+def test_limits_that_leave_no_room_for_a_prompt(folder: Path) -> None:
+    with pytest.raises(RecipeError, match="leaves no room"):
+        grpo.train(grpo_recipe(folder, rollout={"max_completion_tokens": 128}))
+    with pytest.raises(DataError, match="all 12 prompts are longer"):
+        grpo.train(
+            grpo_recipe(
+                folder, rollout={"max_completion_tokens": 120}, run={"dir": str(folder / "other")}
+            )
+        )
+
+
+def test_an_adapter_needs_a_lora_section(folder: Path) -> None:
+    tables = {
+        "model": {"path": str(folder / "model"), "adapter": str(folder / "model")},
+        "data": {"train": str(folder / "chats.jsonl")},
+        "optimizer": {"learning_rate": 0.01},
+        "train": {"steps": 1},
+        "run": {"dir": str(folder / "run")},
+    }
+    with pytest.raises(RecipeError, match=r"needs a \[lora\] section"):
+        sft.train(build_recipe(tables, command="sft"))
