@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sparring.models.layout import PackedLayout
+from sparring.models.lora import LoraConfig
 from sparring.models.transformer import Decoder
 from sparring.rollout.engine import Engine
 from sparring.rollout.sampler import Sampling, sample_id, sample_tokens
@@ -247,6 +248,26 @@ def test_changed_weights_take_effect_at_once(
     engine.weights_changed(policy_version=1)
     got = tokens(engine.generate(prompts, sampling))
     assert got == [[naive(model, prompts[0], sampling, 0, version=1)]]
+
+
+def test_the_adapter_is_sampled_from_and_can_be_left_out(
+    build_model: BuildModel, build_engine: BuildEngine, build_prompts: BuildPrompts
+) -> None:
+    model = build_model()
+    prompts, sampling = build_prompts([6, 3]), Sampling(max_completion_tokens=12)
+    plain = tokens(build_engine(model).generate(prompts, sampling))
+    model.add_adapter(LoraConfig(rank=2))
+    fresh = build_engine(model)
+    assert tokens(fresh.generate(prompts, sampling)) == plain
+    with torch.no_grad():
+        for parameter in model.trainable_parameters().values():
+            parameter += 0.2
+    model.refresh_shadows()
+    adapted = fresh.generate(prompts, sampling)
+    assert tokens(adapted) != plain
+    for r, expected in zip(flat(adapted), score(model, flat(adapted), 1.0), strict=True):
+        torch.testing.assert_close(r.logprobs, expected, rtol=0, atol=1e-5)
+    assert tokens(build_engine(model, adapter=None).generate(prompts, sampling)) == plain
 
 
 def test_training_after_generating_gets_gradients(
