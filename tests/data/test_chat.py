@@ -43,6 +43,12 @@ def generation(end: str) -> str:
             "[A]",
             "<think>\n",
         ),
+        # a space behind the header in a finished turn, none in the generation prompt
+        (
+            generation("<think>\n").replace("'[A]' }}{{ m.content", "'[A] ' }}{{ m.content"),
+            "[A] ",
+            "<think>\n",
+        ),
         # no generation prompt at all, as in Mistral; a space stands before the answer
         (
             "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
