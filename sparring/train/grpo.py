@@ -2,9 +2,9 @@
 
     step:  prompts -> engine -> rewards -> advantages -> packing -> train_step -> the same weights
 
-(Group Relative Policy Optimization, arXiv 2402.03300.) Every update is on-policy: one optimizer step
-for each batch of rollouts, made by the very weights that are trained. The loop is `_steps`; what
-surrounds it opens the run, measures before and after, and sees to it that nothing is lost.
+(Group Relative Policy Optimization, arXiv 2402.03300.) Every update is on-policy: one optimizer
+step for each batch of rollouts, made by the very weights that are trained. The loop is `_steps`;
+what surrounds it opens the run, measures before and after, and sees that nothing is lost.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from sparring.train.step import train_step
 from sparring.types import Batch, Group
 
 EVAL_SEED = 20_240_201
-"""Noise of evaluations: the same for every run seed, so that runs are measured with the same dice."""
+"""Noise of evaluations: the same for every run seed, so that all runs roll the same dice."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,8 +168,8 @@ def _build(recipe: Recipe, session: Session, rewards: list[Reward]) -> Parts:
     limit = policy.max_tokens - rollout.max_completion_tokens
     if limit < 1:
         raise RecipeError(
-            f"[rollout] max_completion_tokens = {rollout.max_completion_tokens} leaves no room for a"
-            f" prompt: the model takes {policy.max_tokens} tokens in all; lower it, or raise"
+            f"[rollout] max_completion_tokens = {rollout.max_completion_tokens} leaves no room"
+            f" for a prompt: the model takes {policy.max_tokens} tokens in all; lower it, or raise"
             " [model] max_tokens if the checkpoint allows it"
         )
     train = _load(recipe, policy, data.train, data.split, limit)

@@ -2,7 +2,7 @@
 
 Long phases that change no weights (rollouts, rewards, evaluation) run inside `interruptible()` and
 are left at once. Everything else runs to its end, and `check()` between phases raises. A second
-signal ends the process on the spot; checkpoints are written atomically, so the last one stays whole.
+signal ends the process on the spot; checkpoints are written atomically, so the last stays whole.
 """
 
 from __future__ import annotations

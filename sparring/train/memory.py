@@ -1,4 +1,4 @@
-"""How much memory a run has taken: of the CUDA allocator where there is a GPU, else of the process."""
+"""How much memory a run has taken: the CUDA allocator's where there is a GPU, else the process's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class MemoryWatch:
         self.highest_bytes = 0
 
     def peak_bytes(self) -> int:
-        """Largest bytes reserved on the GPU since the last call; without one the process's peak so far."""
+        """Most bytes reserved on the GPU since the last call; without one the process's peak."""
         if torch.cuda.is_available():
             peak = int(torch.cuda.max_memory_reserved())
             torch.cuda.reset_peak_memory_stats()

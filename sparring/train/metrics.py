@@ -1,4 +1,4 @@
-"""What a step of GRPO tells: numbers for the log, rows for the rollout files, warnings for a person."""
+"""What a step of GRPO tells: numbers for the log, rows for the rollout files, and warnings."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ class Watch:
         if self._steps_without_signal == STEPS_WITHOUT_SIGNAL:
             mean = metrics["reward"]
             warnings.append(
-                f"no group had a signal for {STEPS_WITHOUT_SIGNAL} steps: all completions of a prompt"
-                f" earned the same (mean reward {mean:.3g}), so nothing is learned; take easier"
+                f"no group had a signal for {STEPS_WITHOUT_SIGNAL} steps: all completions of a"
+                f" prompt earned the same (mean reward {mean:.3g}), so nothing is learned; take easier"
                 " problems if rewards are low, harder ones if they are high, a larger"
                 " rollout.group_size, or look at what `sparring reward` says of a few completions"
             )

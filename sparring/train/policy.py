@@ -1,4 +1,4 @@
-"""The policy of a run: one model with its tokenizer, end tokens and reference, read and written here.
+"""The policy of a run: one model with tokenizer, end tokens and reference, read and written here.
 
 The same object trains and generates. Nothing here loops, samples or optimises.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sparring.recipe import Recipe
 
 SETTINGS_FILE = "sparring.json"
-"""Beside the weights in `final/`: template, system prompt and limits that the policy was trained with."""
+"""Beside the weights in `final/`: template, system prompt and limit that it was trained with."""
 
 KV_SHARE_OF_FREE_MEMORY = 0.5
 MAX_RUNNING = 512
@@ -79,7 +79,8 @@ def build_policy(recipe: Recipe) -> Policy:
         _make_adapter(model, recipe)
     elif model.has_adapter():
         raise RecipeError(
-            f"[model] path = '{section.path}' holds an adapter; add a [lora] section to go on training it"
+            f"[model] path = '{section.path}' holds an adapter; add a [lora] section"
+            " to go on training it"
         )
     else:
         model.requires_grad_(True)
@@ -113,14 +114,14 @@ def _make_adapter(model: Decoder, recipe: Recipe) -> None:
         wanted.rslora,
     ):
         raise RecipeError(
-            f"[lora] says rank {wanted.rank}, alpha {wanted.alpha:g}, rslora {wanted.rslora}, but the"
-            f" adapter to go on from has rank {have.rank}, alpha {have.alpha:g}, rslora {have.rslora};"
-            " set [lora] to the adapter's values"
+            f"[lora] says rank {wanted.rank}, alpha {wanted.alpha:g}, rslora {wanted.rslora}, but"
+            f" the adapter to go on from has rank {have.rank}, alpha {have.alpha:g}, rslora"
+            f" {have.rslora}; set [lora] to the adapter's values"
         )
 
 
 def build_reference_policy(policy: Policy, kl_coef: float) -> Reference | None:
-    """The policy as it stands now, frozen, for the KL term; None while kl_coef is 0, and nothing is kept.
+    """The policy as it stands now, frozen, for the KL term; None, and nothing kept, where kl_coef is 0.
 
     Call it before a checkpoint is loaded on resume: the reference is the policy at step 0.
     """

@@ -121,7 +121,8 @@ class Session:
         dtype = str(policy.model.dtype).removeprefix("torch.")
         self.say(
             f"{policy.source}: {policy.model.config.family}, {total:,} parameters in {dtype} on"
-            f" {policy.model.device}, {trained:,} of them trained; end tokens {list(policy.stop_ids)}"
+            f" {policy.model.device}, {trained:,} of them trained; end tokens"
+            f" {list(policy.stop_ids)}"
         )
 
     @contextmanager
