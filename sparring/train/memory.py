@@ -1,4 +1,4 @@
-"""How much memory a run has taken: the CUDA allocator's where there is a GPU, else the process's."""
+"""How much memory a run takes: the CUDA allocator's where there is a GPU, else the process's."""
 
 from __future__ import annotations
 

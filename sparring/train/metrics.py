@@ -93,8 +93,8 @@ class Watch:
             mean = metrics["reward"]
             warnings.append(
                 f"no group had a signal for {STEPS_WITHOUT_SIGNAL} steps: all completions of a"
-                f" prompt earned the same (mean reward {mean:.3g}), so nothing is learned; take easier"
-                " problems if rewards are low, harder ones if they are high, a larger"
+                f" prompt earned the same (mean reward {mean:.3g}), so nothing is learned; take"
+                " easier problems if rewards are low, harder ones if they are high, a larger"
                 " rollout.group_size, or look at what `sparring reward` says of a few completions"
             )
         too_long = metrics["truncated"] > TRUNCATED_SHARE

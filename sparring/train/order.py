@@ -12,8 +12,8 @@ Row = TypeVar("Row")
 
 def rows_of_step(rows: Sequence[Row], *, step: int, per_step: int, seed: int) -> list[Row]:
     """The rows of optimizer step `step` (0-based): every epoch is a new permutation, and steps
-    run on over its end, so each row comes up equally often. More per step than there are rows is allowed;
-    a row may then appear more than once in a step.
+    run on over its end, so each row comes up equally often. More per step than there
+    are rows is allowed; a row may then appear more than once in a step.
     """
     picked: list[Row] = []
     position = step * per_step

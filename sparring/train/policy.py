@@ -121,7 +121,7 @@ def _make_adapter(model: Decoder, recipe: Recipe) -> None:
 
 
 def build_reference_policy(policy: Policy, kl_coef: float) -> Reference | None:
-    """The policy as it stands now, frozen, for the KL term; None, and nothing kept, where kl_coef is 0.
+    """The policy as it stands, frozen, for the KL term; None, and nothing kept, if kl_coef is 0.
 
     Call it before a checkpoint is loaded on resume: the reference is the policy at step 0.
     """
