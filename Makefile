@@ -23,7 +23,7 @@ help:
 	@echo "make format          mend lint and format"
 	@echo "make test-slow       tests that take minutes        make test-gpu       tests that need a GPU"
 	@echo "make bench           the committed benchmarks       make check-kernels  kernels interpreted and compiled"
-	@echo "make policy          make the quickstart policy     make golden         rewrite recorded results"
+	@echo "make policy          make the quickstart policy     make golden         compare bits with a commit (REV=...)"
 	@echo "make clean           remove caches and build files (runs/ and .venv stay)"
 
 # The run before is kept as runs/quickstart.previous; nothing else is touched.
@@ -54,7 +54,7 @@ bench: $(DEV_READY)
 	$(BIN)/python benchmarks/quickstart.py
 
 golden: $(DEV_READY)
-	$(BIN)/python -m benchmarks.golden
+	$(BIN)/python benchmarks/golden.py $(REV)
 
 check-kernels: $(DEV_READY)
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels -m "not gpu" $(TEST_ARGS)
