@@ -28,7 +28,7 @@ _VULGAR = {
 }  # fmt: skip
 _SPACES = re.compile(
     r"\\(?:quad|qquad|thinspace|medspace|displaystyle|textstyle|limits|nonumber|enspace)(?![A-Za-z])"
-    r"|\\[!,;:> ]|~|\\(?=\n)"
+    r"|(?<!\\)\\[!,;:> ]|~|(?<!\\)\\(?=\n)"
 )
 _SIZES = re.compile(r"\\(?:left|right|bigg?[lrm]?|Bigg?[lrm]?|middle)(?![A-Za-z])\.?")
 _RENAMED = {
@@ -44,6 +44,12 @@ _BARE_FRACTION = re.compile(r"\\frac\s*(\d|[A-Za-z](?![A-Za-z]))\s*(\d|[A-Za-z](
 _FRACTION_THEN_DIGIT = re.compile(r"(\\frac\s*\{[^{}]*\})\s*(\d|[A-Za-z](?![A-Za-z]))")
 _BARE_ROOT = re.compile(r"\\sqrt\s*(\d|[A-Za-z](?![A-Za-z]))")
 _TEXT_WRAPPER = re.compile(r"\\(?:text|mathrm|textrm|mbox|textnormal|operatorname|rm|hbox)\s*\{")
+_SPACE = re.compile(r"(?<!\d)\s+|\s+(?!\d)")
+_EMPTY_SET = re.compile(r"\\\{\s*\\\}")
+_PLAIN_PI = re.compile(r"(?<![A-Za-z\\])pi(?![A-Za-z])")
+_PLAIN_ROOT = re.compile(r"(?<![A-Za-z\\])sqrt\s*\(([^()]*)\)")
+_LONG_EXPONENT = re.compile(r"([\^_])\s*(-?\d{2,}|-\d)")
+_PLAIN_EXPONENT = re.compile(r"\^\s*\(([^()]*)\)")
 _CIRCLE = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)")
 
 
@@ -57,7 +63,7 @@ def normalise(text: str) -> str:
     text = _SIZES.sub("", text)
     text = _COMMAND.sub(_rename, text)
     text = _unwrap(_STYLE, text)
-    text = _CIRCLE.sub(r"^\\circ ", text)
+    text = _plain_to_latex(_CIRCLE.sub(r"^\\circ ", text))
     for _ in range(3):
         text = _BARE_FRACTION.sub(_brace_fraction, text)
         text = _FRACTION_THEN_DIGIT.sub(r"\1{\2}", text)
@@ -68,8 +74,8 @@ def normalise(text: str) -> str:
 
 
 def compact(text: str) -> str:
-    """A normal form for equality of strings: normalised text without any white space."""
-    return "".join(text.split())
+    """A normal form for equality of strings: normalised text without white space, but between digits."""
+    return _SPACE.sub("", text)
 
 
 def unwrap_text(text: str) -> str:
@@ -114,6 +120,16 @@ def _strip_dollars(text: str) -> str:
     kept = re.sub(r"\\\$", "\x00", text)
     kept = re.sub(r"\\[()\[\]]|\$", " ", kept) if kept.count("$") % 2 == 0 else kept
     return kept.replace("\x00", r"\$").strip()
+
+
+def _plain_to_latex(text: str) -> str:
+    """Spellings of plain text (sqrt(2), x**10, 2pi) as LaTeX; x^10 means x^{10} to everybody."""
+    text = text.replace("**", "^").replace(">=", "\\geq ").replace("<=", "\\leq ")
+    text = _PLAIN_PI.sub(r"\\pi ", text)
+    text = _PLAIN_ROOT.sub(r"\\sqrt{\1}", text)
+    text = _PLAIN_EXPONENT.sub(r"^{\1}", text)
+    text = _LONG_EXPONENT.sub(r"\1{\2}", text)
+    return _EMPTY_SET.sub(r"\\emptyset ", text)
 
 
 def _rename(match: re.Match[str]) -> str:

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from sparring.rewards.math_normal import unwrap_text
+from sparring.rewards.math_normal import is_wrapped_text, unwrap_text
 from sparring.rewards.math_words import chinese_number, english_number, scale_of, unit_of
 
 MAX_EXPONENT = 400
@@ -65,7 +65,7 @@ class Number:
 
 def parse_number(text: str) -> Number | None:
     """The literal that the whole of a normalised text is, or None."""
-    text = text.strip()
+    text = unwrap_text(text) if is_wrapped_text(text.strip()) else text.strip()
     based = _BASE.fullmatch(text)
     if based:
         base = int(based.group("braced") or based.group("bare"))

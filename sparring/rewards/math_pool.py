@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sparring.rewards.math_formula import Pair
 from sparring.rewards.process import (
     START_SECONDS,
     LineProcess,
@@ -24,10 +25,6 @@ from sparring.rewards.process import (
 
 RECYCLE_AFTER = 500
 """Pairs that one worker compares before it is replaced: SymPy's caches only grow."""
-
-Pair = tuple[str, str]
-"""A reference and an answer, both as LaTeX without delimiters."""
-
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
@@ -110,10 +107,10 @@ class Worker:
         process = self._process
         if process is None:
             return Comparison(None, self._broken)
-        reference, answer = pair
+        reference = pair[0]
         deadline = time.monotonic() + self._limit
         try:
-            process.send([reference, answer], deadline)
+            process.send(pair, deadline)
             message = process.receive(deadline)
             if "verdict" not in message:  # the reference was read; now the answer
                 self._known.add(reference)

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import queue
-import re
 import resource
 import signal
 import sys
@@ -21,8 +20,6 @@ from typing import Any
 
 MEMORY_BYTES = 1 << 30
 """Address space of one worker. Start-up takes about a quarter of it."""
-
-_CASE = re.compile(r"\\[A-Za-z]+|[A-Za-z]")
 
 
 def main() -> None:
@@ -40,11 +37,11 @@ def main() -> None:
         return
     _say({"ready": True})
     while True:
-        reference, answer = json.loads(requests.get())
+        reference, answer, *places = json.loads(requests.get())
         # The default action of SIGALRM ends this process even inside a long C call, should the
         # parent be gone or stopped. Math-Verify's own alarms are switched off.
         signal.setitimer(signal.ITIMER_REAL, limit_seconds + 2.0)
-        _say(comparer.compare(reference, answer))
+        _say(comparer.compare(reference, answer, *places))
         signal.setitimer(signal.ITIMER_REAL, 0.0)
 
 
@@ -71,8 +68,11 @@ class Comparer:
         self._parse, self._verify = parse, verify
         self._reference = lru_cache(maxsize=512)(self.read)
 
-    def compare(self, reference: str, answer: str) -> dict[str, Any]:
-        """{"verdict": true, false or null (the reference cannot be read), "reason"}."""
+    def compare(self, reference: str, answer: str, places: int | None = None) -> dict[str, Any]:
+        """{"verdict": true, false or null (the reference cannot be read), "reason"}.
+
+        places: the answer is a decimal that rounds the reference to so many places.
+        """
         known = self._reference.cache_info().misses
         try:
             parsed = self._reference(reference)
@@ -83,7 +83,7 @@ class Comparer:
         if self._reference.cache_info().misses > known:
             _say({"reference": True})
         try:
-            return self._judge(reference, answer, parsed)
+            return self._judge(answer, parsed, places)
         except (MemoryError, RecursionError) as error:
             return {"verdict": False, "reason": _name(error, "the answer"), "recycle": True}
 
@@ -99,14 +99,23 @@ class Comparer:
         )
         return parsed or None
 
-    def _judge(self, reference: str, answer: str, parsed: list[Any]) -> dict[str, Any]:
+    def _judge(self, answer: str, parsed: list[Any], places: int | None) -> dict[str, Any]:
         read = self.read(answer)
         if read is None:
             return {"verdict": False, "reason": "the answer cannot be read as mathematics"}
+        if places is not None:
+            near = _rounds(parsed[0], read[0], places)
+            return {"verdict": near, "reason": f"{'a' if near else 'no'} rounding to {places} places"}
         equal = self._verify(
             parsed, read, float_rounding=12, numeric_precision=30, timeout_seconds=None
         )
         return {"verdict": bool(equal), "reason": "Math-Verify: " + ("equal" if equal else "not equal")}
+
+
+def _rounds(exact: Any, rounded: Any, places: int) -> bool:
+    """Whether a decimal is the reference within half a unit of its last place."""
+    difference = abs(exact.evalf(30) - rounded)
+    return bool(difference.is_number and difference <= 0.5000001 * 10.0**-places)
 
 
 def _name(error: BaseException, what: str) -> str:
