@@ -19,6 +19,8 @@ from sparring.recipe.toml_text import KeyPath, read_toml, read_value
 PACKAGE_PREFIX = "package:"
 """A path that starts with this lies in the package's own assets, wherever it is installed."""
 
+QUICKSTART = "quickstart"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
@@ -36,10 +38,15 @@ class Source:
 
 
 def locate(path: str) -> str:
-    """The path itself, or, for "package:quickstart/policy", where that asset is installed."""
-    if not path.startswith(PACKAGE_PREFIX):
+    """The path itself; for "package:quickstart/policy", where that asset is installed.
+
+    "quickstart" alone is that policy too, unless a model or a run of this name lies right here.
+    """
+    if path.startswith(PACKAGE_PREFIX):
+        return str(_assets() / path.removeprefix(PACKAGE_PREFIX))
+    if path != QUICKSTART or _holds_model(Path(path)):
         return path
-    return str(_assets() / path.removeprefix(PACKAGE_PREFIX))
+    return str(_assets() / QUICKSTART / "policy")
 
 
 def portable(path: str) -> str:
@@ -97,6 +104,11 @@ def override(source: Source, overrides: Sequence[str]) -> Source:
         table[str(path[-1])] = _value(section, str(path[-1]), text)
         places[path] = option
     return Source(name=source.name, tables=tables, places=places)
+
+
+def _holds_model(folder: Path) -> bool:
+    names = ("config.json", "adapter_config.json")
+    return any((place / name).is_file() for place in (folder, folder / "final") for name in names)
 
 
 def _assets() -> Path:

@@ -25,15 +25,15 @@ from sparring.algorithms.registry import (
     knob_defaults,
 )
 from sparring.data.packing import pack_groups
-from sparring.data.prompts import PromptSet, load_prompts, shared_prompts
-from sparring.data.rows import load_rows
-from sparring.errors import Interrupted, RecipeError, RunError
+from sparring.data.prompts import PromptSet, shared_prompts
+from sparring.errors import Interrupted, RunError
 from sparring.models.reference import Reference
 from sparring.recipe import Recipe
-from sparring.rewards.verdicts import Reward, check_rewards, judge, load_reward
+from sparring.rewards.verdicts import Reward, judge
 from sparring.rollout.engine import Engine
 from sparring.rollout.sampler import Sampling
 from sparring.train.evaluate import Evaluation, evaluate
+from sparring.train.inputs import evaluation_sampling, load_prompt_set, load_rewards
 from sparring.train.interrupt import Interruptions
 from sparring.train.metrics import Watch, rollout_metrics, rollout_rows
 from sparring.train.optimizer import Optimizer, build_optimizer
@@ -42,9 +42,6 @@ from sparring.train.policy import Policy, build_engine, build_policy, build_refe
 from sparring.train.session import Session, open_session
 from sparring.train.step import train_step
 from sparring.types import Batch, Group
-
-EVAL_SEED = 20_240_201
-"""Noise of evaluations: the same for every run seed, so that all runs roll the same dice."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,9 +70,8 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
     after a signal; whenever training had begun, a checkpoint of the last whole step is there.
     """
     with Interruptions() as interruptions, open_session(recipe, "grpo", resume=resume) as session:
-        rewards = [_load_reward(section) for section in recipe.reward]
+        rewards = load_rewards(recipe)
         try:
-            check_rewards(rewards)
             parts = _build(recipe, session, rewards)
             start = session.restore(parts.policy.model, parts.optimizer)
             parts.engine.weights_changed(policy_version=start)
@@ -165,15 +161,8 @@ def _steps(
 def _build(recipe: Recipe, session: Session, rewards: list[Reward]) -> Parts:
     policy = build_policy(recipe)
     rollout, data = recipe.rollout, recipe.data
-    limit = policy.max_tokens - rollout.max_completion_tokens
-    if limit < 1:
-        raise RecipeError(
-            f"[rollout] max_completion_tokens = {rollout.max_completion_tokens} leaves no room"
-            f" for a prompt: the model takes {policy.max_tokens} tokens in all; lower it, or raise"
-            " [model] max_tokens if the checkpoint allows it"
-        )
-    train = _load(recipe, policy, data.train, data.split, limit)
-    evaluation = _load(recipe, policy, data.eval, data.eval_split, limit) if data.eval else None
+    train = load_prompt_set(recipe, policy, data.train, data.split)
+    evaluation = load_prompt_set(recipe, policy, data.eval, data.eval_split) if data.eval else None
     for prompts in (train, evaluation):
         for line in prompts.report() if prompts else ():
             session.say(line)
@@ -225,32 +214,6 @@ def _build(recipe: Recipe, session: Session, rewards: list[Reward]) -> Parts:
     )
 
 
-def _load(recipe: Recipe, policy: Policy, source: str, split: str, limit: int) -> PromptSet:
-    data = recipe.data
-    return load_prompts(
-        load_rows(source, split=split, bad_rows=data.bad_rows),
-        policy.tokenizer,
-        prompt_column=data.prompt,
-        reference_column=data.reference,
-        template=data.template,
-        system_prompt=data.system_prompt,
-        max_prompt_tokens=limit,
-        bad_rows=data.bad_rows,
-    )
-
-
-def _load_reward(section: Any) -> Reward:
-    return load_reward(
-        section.name,
-        knobs=section.knobs,
-        weight=section.weight,
-        required=section.required,
-        gate=section.gate,
-        timeout_seconds=section.timeout_seconds,
-        isolate=section.isolate,
-    )
-
-
 def _judged(groups: list[Group], fewest: int) -> list[Group]:
     """The groups that have enough judged samples to learn from."""
     counts = judged_counts(groups)
@@ -280,18 +243,12 @@ def _measure(
     if parts.eval is None:
         return None
     prompts = parts.eval.prompts[: recipe.eval.limit or None]
-    sampling = Sampling(
-        temperature=recipe.eval.temperature,
-        max_completion_tokens=recipe.rollout.max_completion_tokens,
-        stop=recipe.rollout.stop,
-        seed=EVAL_SEED,
-    )
     with session.phase("eval"), interruptions.interruptible():
         found: tuple[Evaluation, list[Group]] = evaluate(
             parts.engine,
             prompts,
             parts.rewards,
-            sampling,
+            evaluation_sampling(recipe),
             num_samples=recipe.eval.num_samples,
             greedy=greedy,
             on_progress=session.on_rollout,

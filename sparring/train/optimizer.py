@@ -272,7 +272,7 @@ def _collect_gradients(parameter: nn.Parameter, master: Tensor) -> None:
         master.grad = gradient if master.grad is None else master.grad.add_(gradient)
         arrived.grad = None
 
-    parameter.register_post_accumulate_grad_hook(move)  # type: ignore[no-untyped-call]
+    parameter.register_post_accumulate_grad_hook(move)
 
 
 def _fitting(tensors: Mapping[str, Tensor], key: str, like: Tensor) -> Tensor:

@@ -167,7 +167,7 @@ def recipe_hash(values: Mapping[str, Any]) -> str:
 
 def _generators() -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if torch.cuda.is_initialized():
         states = torch.cuda.get_rng_state_all()
         tensors |= {f"cuda:{index}": state for index, state in enumerate(states)}
     kind, keys, *rest = np.random.get_state(legacy=True)

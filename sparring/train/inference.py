@@ -1,0 +1,114 @@
+"""A policy opened for use instead of training: loaded from anywhere, sized for a few completions.
+
+What a run recorded beside its weights (template, system prompt, end tokens) travels with the
+tokenizer, in its own settings, and is taken from there when text is rendered.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from sparring.data.chat import ChatTemplate, build_template
+from sparring.errors import UserError
+from sparring.models import checkpoint
+from sparring.models.memory import free_bytes
+from sparring.models.transformer import kv_bytes_per_token
+from sparring.rollout.engine import Engine
+from sparring.train.policy import (
+    KV_SHARE_OF_FREE_MEMORY,
+    MAX_RUNNING,
+    SETTINGS_FILE,
+    Policy,
+    pick_device,
+)
+
+SETTINGS_KEY = "sparring"
+"""Under this key of a tokenizer's init_kwargs lies what `open_policy` found of a run's settings."""
+
+
+def open_policy(
+    path: str, *, adapter: str | None = None, dtype: str = "auto", device: str = "auto"
+) -> Policy:
+    """Load a model and its tokenizer for sampling and scoring; nothing is trainable.
+
+    path: a folder, a run directory, an adapter's folder or a Hub id. dtype "auto": the checkpoint's
+    on a GPU, float32 on a CPU. Raises UserError, CheckpointError or MemoryBudgetError.
+    """
+    where = _device(device)
+    wanted = "float32" if dtype == "auto" and where.type == "cpu" else dtype
+    model = checkpoint.load_model(path, adapter=adapter, dtype=wanted, device=where)
+    model.requires_grad_(False)
+    tokenizer = checkpoint.load_tokenizer(path)
+    checkpoint.check_vocabulary(tokenizer, model.config)
+    stop_ids = checkpoint.end_token_ids(path, tokenizer)
+    settings = saved_settings(adapter) if adapter else {}
+    settings = settings or saved_settings(path)
+    tokenizer.init_kwargs[SETTINGS_KEY] = {**settings, "stop_ids": list(stop_ids)}
+    return Policy(
+        model=model,
+        tokenizer=tokenizer,
+        stop_ids=stop_ids,
+        source=path,
+        max_tokens=int(settings.get("max_tokens") or model.config.max_tokens),
+    )
+
+
+def saved_settings(path: str) -> dict[str, Any]:
+    """Template, system prompt and limit that a run recorded beside its final weights, or {}."""
+    file = checkpoint.resolve(path) / SETTINGS_FILE
+    if not file.is_file():
+        return {}
+    settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return settings
+
+
+def template_of(tokenizer: Any, *, template: str = "auto", system_prompt: str = "") -> ChatTemplate:
+    """The conversation format to use: what is asked for here, else what the run recorded."""
+    settings = tokenizer_settings(tokenizer)
+    if template == "auto":
+        template = str(settings.get("template", "auto"))
+    return build_template(
+        tokenizer, template, system_prompt or str(settings.get("system_prompt", ""))
+    )
+
+
+def tokenizer_settings(tokenizer: Any) -> Mapping[str, Any]:
+    """What travels with a tokenizer that `open_policy` loaded; empty for any other."""
+    found = getattr(tokenizer, "init_kwargs", {}).get(SETTINGS_KEY, {})
+    return found if isinstance(found, Mapping) else {}
+
+
+def sampling_engine(policy: Policy, *, num_rollouts: int, max_tokens: int) -> Engine:
+    """An engine for `num_rollouts` completions of at most `max_tokens` tokens, prompt included.
+
+    Keys and values take what these can use, at most half of the memory that is free now.
+    """
+    model = policy.model
+    running = min(num_rollouts, MAX_RUNNING)
+    useful = (running * max_tokens + 4096) * kv_bytes_per_token(model.config, model.dtype)
+    return Engine(
+        model,
+        kv_bytes=min(useful, int(free_bytes(model.device) * KV_SHARE_OF_FREE_MEMORY)),
+        stop_ids=policy.stop_ids,
+        decode=policy.decode,
+        max_tokens=max_tokens,
+        max_running=MAX_RUNNING,
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return pick_device()
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device '{name}' is not known; known: auto, cpu, cuda, cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device '{name}' asked for, but there is no CUDA device; take auto or cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device '{name}' is not supported; supported: auto, cpu, cuda, cuda:N")
+    return device

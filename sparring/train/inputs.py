@@ -1,0 +1,89 @@
+"""What a recipe names, opened: its prompts, its rewards, and how an evaluation samples.
+
+The loops and `sparring eval` share these; each is one call below train/ with the recipe's values.
+"""
+
+from __future__ import annotations
+
+from sparring.data.chat import ChatTemplate
+from sparring.data.prompts import PromptSet, load_prompts
+from sparring.data.rows import load_rows
+from sparring.errors import RecipeError
+from sparring.recipe import Recipe
+from sparring.rewards.verdicts import Reward, check_rewards, load_reward
+from sparring.rollout.sampler import Sampling
+from sparring.train.policy import Policy
+
+EVAL_SEED = 20_240_201
+"""Noise of evaluations: the same for every run seed, so that all runs roll the same dice."""
+
+
+def load_rewards(recipe: Recipe) -> list[Reward]:
+    """The recipe's rewards, checked together; the caller closes them. Raises RewardError."""
+    rewards: list[Reward] = []
+    try:
+        for section in recipe.reward:
+            rewards.append(
+                load_reward(
+                    section.name,
+                    knobs=section.knobs,
+                    weight=section.weight,
+                    required=section.required,
+                    gate=section.gate,
+                    timeout_seconds=section.timeout_seconds,
+                    isolate=section.isolate,
+                )
+            )
+        check_rewards(rewards)
+    except Exception:
+        for reward in rewards:
+            reward.close()
+        raise
+    return rewards
+
+
+def max_prompt_tokens(recipe: Recipe, policy: Policy) -> int:
+    """Tokens that are left for a prompt; RecipeError where there are none."""
+    limit = policy.max_tokens - recipe.rollout.max_completion_tokens
+    if limit < 1:
+        raise RecipeError(
+            f"[rollout] max_completion_tokens = {recipe.rollout.max_completion_tokens} leaves no"
+            f" room for a prompt: the model takes {policy.max_tokens} tokens in all; lower it, or"
+            " raise [model] max_tokens if the checkpoint allows it"
+        )
+    return limit
+
+
+def load_prompt_set(
+    recipe: Recipe,
+    policy: Policy,
+    source: str,
+    split: str,
+    *,
+    template: ChatTemplate | None = None,
+) -> PromptSet:
+    """The prompts of one data set as the recipe reads them. Raises DataError or RecipeError.
+
+    template: a conversation format already built, in place of the recipe's.
+    """
+    data = recipe.data
+    return load_prompts(
+        load_rows(source, split=split, bad_rows=data.bad_rows),
+        policy.tokenizer,
+        prompt_column=data.prompt,
+        reference_column=data.reference,
+        template=template or data.template,
+        system_prompt="" if template else data.system_prompt,
+        max_prompt_tokens=max_prompt_tokens(recipe, policy),
+        bad_rows=data.bad_rows,
+    )
+
+
+def evaluation_sampling(recipe: Recipe) -> Sampling:
+    """How evaluations of this recipe sample: always with the same noise."""
+    return Sampling(
+        temperature=recipe.eval.temperature,
+        max_completion_tokens=recipe.rollout.max_completion_tokens,
+        stop=recipe.rollout.stop,
+        seed=EVAL_SEED,
+    )
