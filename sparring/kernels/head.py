@@ -1,9 +1,10 @@
 """Output head: log-probability of a label and entropy, without keeping the logits.
 
-z = x W^T / temperature in float32; logprob = z_label - logsumexp(z); entropy = logsumexp(z) - sum(p z).
-Shapes: x [M, D], weight [V, D], labels [M] -> logprobs [M], entropy [M], both float32 (float64 for
-float64 input). Rows go through in chunks of `chunk_rows`, so at most chunk_rows x V logits exist at
-once; the chunk is a constant, never a function of free memory, so results do not depend on the machine.
+z = x W^T / temperature in float32; logprob = z_label - logsumexp(z); entropy = logsumexp(z) -
+sum(p z). Shapes: x [M, D], weight [V, D], labels [M] -> logprobs [M], entropy [M], both float32
+(float64 for float64 input). Rows go through in chunks of `chunk_rows`, so at most chunk_rows x V
+logits exist at once; the chunk is a constant, never a function of free memory, so results do not
+depend on the machine.
 
 Gradient (through logprobs alone): d logprob / d z = [v = label] - p. With a frozen weight the row
 gradient U = (W_label - p W) / temperature is computed in the forward pass and backward is g U: 4MDV
@@ -22,7 +23,9 @@ __all__ = ["head_logits", "linear_logprob", "linear_logprob_reference"]
 
 
 def head_logits(x_MD: Tensor, weight_VD: Tensor) -> Tensor:
-    """Logits [M, V] in float32 (float64 for float64 input): products accumulate and stay in float32."""
+    """Logits [M, V] in float32 (float64 for float64 input): products accumulate and stay in
+    float32.
+    """
     if x_MD.dtype in (torch.float32, torch.float64):
         return x_MD @ weight_VD.T
     if x_MD.device.type == "cuda":
@@ -109,7 +112,9 @@ def linear_logprob_reference(
     temperature: float = 1.0,
     chunk_rows: int = 1024,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [M] of the labels and entropies [M] (without gradient) of softmax(x W^T / temperature)."""
+    """Log-probabilities [M] of the labels and entropies [M] (without gradient) of softmax(x W^T /
+    temperature).
+    """
     pair: tuple[Tensor, Tensor] = _LinearLogprob.apply(  # type: ignore[no-untyped-call]
         x_MD, weight_VD, labels_M, temperature, chunk_rows
     )
@@ -124,7 +129,9 @@ def linear_logprob(
     temperature: float = 1.0,
     chunk_rows: int = 1024,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [M] of the labels and entropies [M] (without gradient) of softmax(x W^T / temperature)."""
+    """Log-probabilities [M] of the labels and entropies [M] (without gradient) of softmax(x W^T /
+    temperature).
+    """
     return linear_logprob_reference(
         x_MD, weight_VD, labels_M, temperature=temperature, chunk_rows=chunk_rows
     )

@@ -41,11 +41,17 @@ class _Rope(torch.autograd.Function):
 
 
 def rope_reference(x_THE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate every head of x [T, H, E] by its token's angles; cos and sin [T, E / 2]; differentiable in x."""
+    """Rotate every head of x [T, H, E] by its token's angles; cos and sin [T, E / 2];
+    differentiable in x.
+    """
+    if not torch.is_grad_enabled():
+        return _rotate(x_THE, cos, sin)
     rotated: Tensor = _Rope.apply(x_THE, cos, sin)  # type: ignore[no-untyped-call]
     return rotated
 
 
 def rope(x_THE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate every head of x [T, H, E] by its token's angles; cos and sin [T, E / 2]; differentiable in x."""
+    """Rotate every head of x [T, H, E] by its token's angles; cos and sin [T, E / 2];
+    differentiable in x.
+    """
     return rope_reference(x_THE, cos, sin)

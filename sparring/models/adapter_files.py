@@ -1,8 +1,8 @@
 """Adapters in PEFT's file format: adapter_config.json and adapter_model.safetensors.
 
-What this project does not compute (DoRA, ranks per module, other PEFT methods ...) is refused by name,
-never dropped. lora_dropout of a foreign file is a setting of its training, not of the adapter, and has
-no counterpart here.
+What this project does not compute (DoRA, ranks per module, other PEFT methods ...) is refused by
+name, never dropped. lora_dropout of a foreign file is a setting of its training, not of the
+adapter, and has no counterpart here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from sparring.models.transformer import Decoder
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 ModuleNames = Mapping[tuple[str, str], str]
-"""(path of a Linear in the Decoder, one of its parts) -> that matrix's module path in Hugging Face's model."""
+"""(path of a Linear in the Decoder, one of its parts) -> that matrix's module path in Hugging
+Face's model.
+"""
 
 _PREFIX = "base_model.model."
 _UNDERSTOOD = {
@@ -57,14 +59,17 @@ def adapter_base(folder: Path) -> str:
     base = read_json(folder / CONFIG_FILE).get("base_model_name_or_path")
     if not base or not isinstance(base, str):
         raise CheckpointError(
-            f"{folder / CONFIG_FILE} names no base_model_name_or_path; give the base model explicitly"
+            f"{folder / CONFIG_FILE} names no base_model_name_or_path; give the base model "
+            "explicitly"
         )
     beside = folder / base
     return str(beside) if beside.is_dir() and not Path(base).is_dir() else base
 
 
 def read_adapter_config(folder: Path) -> LoraConfig:
-    """Rank, alpha, rslora and targets of a PEFT adapter; raises CheckpointError for features that are not computed here."""
+    """Rank, alpha, rslora and targets of a PEFT adapter; raises CheckpointError for features that
+    are not computed here.
+    """
     file = folder / CONFIG_FILE
     config = read_json(file)
     if config.get("peft_type") != "LORA":
@@ -82,21 +87,15 @@ def read_adapter_config(folder: Path) -> LoraConfig:
             refused.append(f"{key}={value!r}")
     if refused:
         raise CheckpointError(
-            f"{file}: this adapter uses {', '.join(refused)}, which is not supported; supported: plain LoRA with r, "
-            "lora_alpha, use_rslora and target_modules"
+            f"{file}: this adapter uses {', '.join(refused)}, which is not supported; supported: "
+            "plain LoRA with r, lora_alpha, use_rslora and target_modules"
         )
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if (
-        not isinstance(rank, int)
-        or isinstance(rank, bool)
-        or not isinstance(alpha, int | float)
-    ):
+    if not isinstance(rank, int) or isinstance(rank, bool) or not isinstance(alpha, int | float):
         raise CheckpointError(
             f"{file}: r is {rank!r} and lora_alpha is {alpha!r}; both must be numbers"
         )
-    return LoraConfig(
-        rank=rank, alpha=float(alpha), rslora=bool(config.get("use_rslora", False))
-    )
+    return LoraConfig(rank=rank, alpha=float(alpha), rslora=bool(config.get("use_rslora", False)))
 
 
 def load_adapter(
@@ -104,8 +103,8 @@ def load_adapter(
 ) -> None:
     """Put the adapter of a folder on the model, as `name`; the base is frozen.
 
-    Raises CheckpointError where the adapter was made for another base, has other shapes, or uses what is
-    not supported; the model is unchanged then.
+    Raises CheckpointError where the adapter was made for another base, has other shapes, or uses
+    what is not supported; the model is unchanged then.
     """
     config = read_adapter_config(folder)
     tensors, metadata = _read_tensors(folder)
@@ -127,7 +126,8 @@ def load_adapter(
             f"; ... ({len(problems)} in all)" if len(problems) > 4 else ""
         )
         raise CheckpointError(
-            f"the adapter in {folder} does not fit this base ({model.config.family}, {model.config.num_layers} layers, "
+            f"the adapter in {folder} does not fit this base ({model.config.family}, "
+            f"{model.config.num_layers} layers, "
             f"width {model.config.width}): {shown}; give the base it was made for"
         )
     model.add_adapter(config, name=name)
@@ -151,10 +151,7 @@ def write_adapter(
     config = model.lora[name]
     folder.mkdir(parents=True, exist_ok=True)
     views = _adapter_views(model, name, module_names)
-    tensors = {
-        key: view.to("cpu", torch.float32, copy=True)
-        for key, view in sorted(views.items())
-    }
+    tensors = {key: view.to("cpu", torch.float32, copy=True) for key, view in sorted(views.items())}
     metadata = {"format": "pt", "base_sample": json.dumps(_base_sample(model))}
     save_file(tensors, folder / WEIGHTS_FILE, metadata=metadata)
     targets = config.targets()
@@ -174,9 +171,7 @@ def write_adapter(
         "inference_mode": True,
         "modules_to_save": None,
     }
-    (folder / CONFIG_FILE).write_text(
-        json.dumps(written, indent=2) + "\n", encoding="utf-8"
-    )
+    (folder / CONFIG_FILE).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 
 def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -186,16 +181,15 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not file.is_file():
         if (folder / "adapter_model.bin").is_file():
             raise CheckpointError(
-                f"{folder} holds adapter_model.bin: pickled weights can run code while they are read and are refused; "
+                f"{folder} holds adapter_model.bin: pickled weights can run code while they are "
+                "read and are refused; "
                 "save the adapter again with PEFT's save_pretrained, which writes safetensors"
             )
         raise CheckpointError(f"{folder} has no {WEIGHTS_FILE}")
     try:
         with safe_open(file, framework="pt") as opened:
             names = opened.keys()
-            return {name: opened.get_tensor(name) for name in names}, dict(
-                opened.metadata() or {}
-            )
+            return {name: opened.get_tensor(name) for name in names}, dict(opened.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{file} is cut off or not a safetensors file ({error}); copy it again"
@@ -214,7 +208,8 @@ def _targets(tensors: Mapping[str, Tensor], folder: Path) -> tuple[str, ...]:
             or last not in PROJECTIONS
         ):
             raise CheckpointError(
-                f"{folder / WEIGHTS_FILE}: {key} belongs to no matrix that can be adapted here; those are {', '.join(PROJECTIONS)} "
+                f"{folder / WEIGHTS_FILE}: {key} belongs to no matrix that can be adapted here; "
+                f"those are {', '.join(PROJECTIONS)} "
                 "(embeddings and the output head carry no adapter)"
             )
         found.add(last)
@@ -243,16 +238,14 @@ def _expected_shapes(
     return expected
 
 
-def _adapter_views(
-    model: Decoder, name: str, module_names: ModuleNames
-) -> dict[str, Tensor]:
+def _adapter_views(model: Decoder, name: str, module_names: ModuleNames) -> dict[str, Tensor]:
     """Every matrix of an adapter by its name in PEFT's files, as views of the parameters."""
     views = {}
     for path, adapter in model.adapter_modules(name).items():
         for part in adapter.parts:
             module = _PREFIX + module_names[path, part]
-            views[f"{module}.lora_A.weight"], views[f"{module}.lora_B.weight"] = (
-                adapter.matrices(part)
+            views[f"{module}.lora_A.weight"], views[f"{module}.lora_B.weight"] = adapter.matrices(
+                part
             )
     return views
 
@@ -276,9 +269,8 @@ def _check_base(model: Decoder, metadata: Mapping[str, str], folder: Path) -> No
         return
     theirs: Any = torch.tensor(json.loads(metadata["base_sample"]))
     ours = torch.tensor(_base_sample(model))
-    if theirs.shape != ours.shape or not torch.allclose(
-        theirs, ours, rtol=2**-6, atol=1e-5
-    ):
+    if theirs.shape != ours.shape or not torch.allclose(theirs, ours, rtol=2**-6, atol=1e-5):
         raise CheckpointError(
-            f"the adapter in {folder} was trained on a base with other weights ({adapter_base(folder)}); give that base"
+            f"the adapter in {folder} was trained on a base with other weights "
+            f"({adapter_base(folder)}); give that base"
         )

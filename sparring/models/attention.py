@@ -1,9 +1,9 @@
 """Attention in plain torch, for packed training batches and for paged generation.
 
 A plan is built once per batch from its layout (who attends to whom, as index tensors) and then
-serves every layer. The model's streams stay flat; inside a plan, segments of similar length are laid
-into dense scratch blocks of bounded size, because that is what matrix units are fast at. There is no
-kernel of our own here, no rotary embedding and no projection.
+serves every layer. The model's streams stay flat; inside a plan, segments of similar length are
+laid into dense scratch blocks of bounded size, because that is what matrix units are fast at.
+There is no kernel of our own here, no rotary embedding and no projection.
 """
 
 from __future__ import annotations
@@ -17,14 +17,12 @@ from sparring.models.layout import KVPool, Layout, PackedLayout
 AttentionPlan = PackedPlan | PagedPlan
 
 
-def plan_attention(
-    layout: Layout, kv_pool: KVPool | None, device: torch.device
-) -> AttentionPlan:
-    """Index tensors for one batch; `kv_pool` is needed for a PagedLayout and must be absent otherwise."""
+def plan_attention(layout: Layout, kv_pool: KVPool | None, device: torch.device) -> AttentionPlan:
+    """Index tensors for one batch; `kv_pool` is needed for a PagedLayout and must be absent
+    otherwise.
+    """
     if isinstance(layout, PackedLayout):
         assert kv_pool is None, "a packed layout keeps no keys and values"
         return PackedPlan(layout, device)
-    assert kv_pool is not None, (
-        "a paged layout needs the pool that holds its keys and values"
-    )
+    assert kv_pool is not None, "a paged layout needs the pool that holds its keys and values"
     return PagedPlan(layout, kv_pool)

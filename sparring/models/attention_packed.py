@@ -6,6 +6,7 @@ P tokens first), and go through scaled_dot_product_attention; the results are pu
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,49 +18,41 @@ from torch.utils.checkpoint import checkpoint
 from sparring.models.layout import PackedLayout
 
 MAX_SCORES = 1 << 24
-"""Query-key pairs of one block of segments; a single longer segment goes through in slices of queries."""
+"""Query-key pairs of one block of segments; a single longer segment goes through in slices of
+queries.
+"""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Bucket:
     """Segments of similar shape: S of them, padded to L queries and P parent keys."""
 
-    queries: slice
-    keys: slice
     num_segments: int
     length: int
     parent_length: int
     parent_lengths_S: Tensor
-    masks: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
+    masks: dict[int, Tensor] = field(default_factory=dict)
 
 
 class PackedPlan:
-    """Index tensors that lay a PackedLayout into dense blocks and back."""
+    """Index tensors that lay a PackedLayout into dense blocks and back.
+
+    query_index, key_index: token of every row of the query and key blocks (padding repeats a real
+    token). query_position [T]: row of the query blocks where each token went. key_uses, offsets
+    [T + 1]: rows of the key blocks that hold each token, which is several times for a parent's.
+    """
 
     def __init__(self, layout: PackedLayout, device: torch.device) -> None:
         bounds = torch.tensor(layout.cu_seqlens)
         starts, lengths = bounds[:-1], bounds.diff()
         parents = torch.tensor(layout.parents)
-        has_parent = parents >= 0
-        parent_starts = torch.where(has_parent, starts[parents], 0)
-        parent_lengths = torch.where(has_parent, lengths[parents], 0)
-        order = sorted(
-            range(layout.num_segments),
-            key=lambda s: (layout.parents[s] >= 0, int(lengths[s])),
-        )
-        groups = _bucket_segments(order, lengths.tolist(), parent_lengths.tolist())
-        self.num_tokens = layout.cu_seqlens[-1]
+        parent_starts = torch.where(parents >= 0, starts[parents], 0)
+        parent_lengths = torch.where(parents >= 0, lengths[parents], 0)
         self.buckets: list[_Bucket] = []
-        query_index: list[Tensor] = []
-        key_index: list[Tensor] = []
-        query_valid: list[Tensor] = []
-        key_valid: list[Tensor] = []
-        num_queries = num_keys = 0
-        for members in groups:
-            length, parent_length = (
-                int(lengths[members].max()),
-                int(parent_lengths[members].max()),
-            )
+        query_index, query_valid, key_index, key_valid = [], [], [], []
+        for members in _bucket_segments(lengths.tolist(), parent_lengths.tolist()):
+            length = int(lengths[members].max())
+            parent_length = int(parent_lengths[members].max())
             own, own_valid = _ranges(starts[members], lengths[members], length)
             theirs, their_valid = _ranges(
                 parent_starts[members], parent_lengths[members], parent_length
@@ -68,61 +61,47 @@ class PackedPlan:
             query_valid.append(own_valid.flatten())
             key_index.append(torch.cat([theirs, own], 1).flatten())
             key_valid.append(torch.cat([their_valid, own_valid], 1).flatten())
-            bucket = _Bucket(
-                slice(num_queries, num_queries + own.numel()),
-                slice(num_keys, num_keys + key_index[-1].numel()),
-                len(members),
-                length,
-                parent_length,
-                parent_lengths[members].to(device),
-            )
-            num_queries, num_keys = bucket.queries.stop, bucket.keys.stop
-            self.buckets.append(bucket)
+            lengths_S = parent_lengths[members].to(device)
+            self.buckets.append(_Bucket(len(members), length, parent_length, lengths_S))
+        self.query_sizes = [len(index) for index in query_index]
+        self.key_sizes = [len(index) for index in key_index]
         queries, keys = torch.cat(query_index), torch.cat(key_index)
-        positions = torch.cat(query_valid).nonzero().squeeze(1)
-        self.query_index = queries.to(device)
-        self.key_index = keys.to(device)
-        self.query_position = (
-            torch.empty_like(positions)
-            .scatter_(0, queries[positions], positions)
-            .to(device)
-        )
+        rows = torch.cat(query_valid).nonzero().squeeze(1)
+        position_T = torch.empty_like(rows).scatter_(0, queries[rows], rows)
         uses = torch.cat(key_valid).nonzero().squeeze(1)
         tokens, by_token = keys[uses].sort(stable=True)
+        counts_T = torch.bincount(tokens, minlength=layout.cu_seqlens[-1])
+        self.query_index, self.key_index = queries.to(device), keys.to(device)
+        self.query_position = position_T.to(device)
         self.key_uses = uses[by_token].to(device)
-        counts = torch.bincount(tokens, minlength=self.num_tokens)
-        self.key_use_offsets = F.pad(counts.cumsum(0), (1, 0)).to(device)
+        self.key_use_offsets = F.pad(counts_T.cumsum(0), (1, 0)).to(device)
 
     def attend(
-        self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, layer: int, window: int
+        self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, _layer: int, window: int
     ) -> Tensor:
-        """Attention output [T, H, E]; `window` > 0: each token sees itself and the window - 1 tokens before."""
+        """Attention output [T, H, E]; `window` > 0: each token sees itself and the window - 1
+        tokens before.
+        """
         num_heads, head_size = q_THE.shape[1:]
-        q_pad: Tensor = _Spread.apply(
-            q_THE, self.query_index, self.query_position, None
-        )  # type: ignore[no-untyped-call]
-        k_pad: Tensor = _Spread.apply(
-            k_TKE, self.key_index, self.key_uses, self.key_use_offsets
-        )  # type: ignore[no-untyped-call]
-        v_pad: Tensor = _Spread.apply(
-            v_TKE, self.key_index, self.key_uses, self.key_use_offsets
-        )  # type: ignore[no-untyped-call]
+        q_pad: Tensor = _Spread.apply(q_THE, self.query_index, self.query_position, None)  # type: ignore[no-untyped-call]
+        k_pad: Tensor = _Spread.apply(k_TKE, self.key_index, self.key_uses, self.key_use_offsets)  # type: ignore[no-untyped-call]
+        v_pad: Tensor = _Spread.apply(v_TKE, self.key_index, self.key_uses, self.key_use_offsets)  # type: ignore[no-untyped-call]
         outputs = []
-        for bucket in self.buckets:
-            q = q_pad[bucket.queries].view(
-                bucket.num_segments, bucket.length, num_heads, head_size
-            )
-            shape = (
-                bucket.num_segments,
-                bucket.parent_length + bucket.length,
-                -1,
-                head_size,
-            )
+        blocks = zip(
+            self.buckets,
+            torch.split(q_pad, self.query_sizes),
+            torch.split(k_pad, self.key_sizes),
+            torch.split(v_pad, self.key_sizes),
+            strict=True,
+        )
+        for bucket, q_block, k_block, v_block in blocks:
+            q = q_block.view(bucket.num_segments, bucket.length, num_heads, head_size)
+            shape = (bucket.num_segments, bucket.parent_length + bucket.length, -1, head_size)
             out = _attend_bucket(
                 bucket,
                 q.transpose(1, 2),
-                k_pad[bucket.keys].view(shape).transpose(1, 2),
-                v_pad[bucket.keys].view(shape).transpose(1, 2),
+                k_block.view(shape).transpose(1, 2),
+                v_block.view(shape).transpose(1, 2),
                 window,
             )
             outputs.append(out.transpose(1, 2).reshape(-1, num_heads, head_size))
@@ -130,32 +109,35 @@ class PackedPlan:
         return gathered
 
 
-def _bucket_segments(
-    order: list[int], lengths: list[int], parent_lengths: list[int]
-) -> list[list[int]]:
-    """Cut a list of segments, ascending in length, where padding or the block would grow too much."""
-    groups: list[list[int]] = []
+def _bucket_segments(lengths: list[int], parent_lengths: list[int]) -> list[list[int]]:
+    """Segments sorted into buckets in which padding stays below a third and scores below
+    MAX_SCORES.
+    """
+
+    def parent_class(segment: int) -> int:
+        length = parent_lengths[segment]
+        return math.ceil(math.log(length, 1.3)) if length else -1
+
+    order = sorted(range(len(lengths)), key=lambda s: (parent_class(s), lengths[s]))
+    buckets: list[list[int]] = []
     shortest = widest = 0
     for segment in order:
-        length, parent_length = lengths[segment], parent_lengths[segment]
-        if groups:
-            group = groups[-1]
-            width = max(widest, parent_length)
-            fits = (len(group) + 1) * length * (width + length) <= MAX_SCORES
-            alike = length <= max(8, shortest * 1.25) and (parent_length > 0) == (
-                widest > 0
-            )
-            if fits and alike:
-                group.append(segment)
+        length, width = lengths[segment], max(widest, parent_lengths[segment])
+        if buckets and parent_class(buckets[-1][0]) == parent_class(segment):
+            pairs = (len(buckets[-1]) + 1) * length * (width + length)
+            if pairs <= MAX_SCORES and length <= max(8, shortest * 1.3):
+                buckets[-1].append(segment)
                 widest = width
                 continue
-        groups.append([segment])
-        shortest, widest = length, parent_length
-    return groups
+        buckets.append([segment])
+        shortest, widest = length, parent_lengths[segment]
+    return buckets
 
 
 def _ranges(starts_S: Tensor, lengths_S: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Token indices [S, width] of ranges of unequal length, the last one repeated, and which are real."""
+    """Token indices [S, width] of ranges of unequal length, the last one repeated, and which are
+    real.
+    """
     offsets = torch.arange(width)
     valid = offsets < lengths_S.unsqueeze(1)
     index = starts_S.unsqueeze(1) + torch.minimum(
@@ -164,9 +146,7 @@ def _ranges(starts_S: Tensor, lengths_S: Tensor, width: int) -> tuple[Tensor, Te
     return index, valid
 
 
-def _attend_bucket(
-    bucket: _Bucket, q: Tensor, k: Tensor, v: Tensor, window: int
-) -> Tensor:
+def _attend_bucket(bucket: _Bucket, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """q [S, H, L, E] with k, v [S, K, P + L, E] -> [S, H, L, E]."""
     length, parent_length = bucket.length, bucket.parent_length
     if window >= parent_length + length:
@@ -175,10 +155,9 @@ def _attend_bucket(
         return _sdpa(q, k, v, None, is_causal=True)
     pairs = bucket.num_segments * length * (parent_length + length)
     if pairs <= MAX_SCORES:
-        key = (window, 0)
-        if key not in bucket.masks:
-            bucket.masks[key] = _mask(bucket, 0, length, window, q.dtype)
-        return _sdpa(q, k, v, bucket.masks[key])
+        if window not in bucket.masks:
+            bucket.masks[window] = _mask(bucket, 0, length, window, q.dtype)
+        return _sdpa(q, k, v, bucket.masks[window])
     step = max(1, MAX_SCORES // (bucket.num_segments * (parent_length + length)))
     outputs = []
     for start in range(0, length, step):
@@ -206,9 +185,7 @@ def _attend_slice(
     return _sdpa(q, k, v, _mask(bucket, start, start + q.shape[2], window, q.dtype))
 
 
-def _mask(
-    bucket: _Bucket, start: int, stop: int, window: int, dtype: torch.dtype
-) -> Tensor:
+def _mask(bucket: _Bucket, start: int, stop: int, window: int, dtype: torch.dtype) -> Tensor:
     """Additive mask [S, 1, stop - start, P + stop] of queries start to stop."""
     device = bucket.parent_lengths_S.device
     parent_lengths = bucket.parent_lengths_S[:, None, None]
@@ -245,9 +222,7 @@ class _Spread(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, index: Tensor, uses: Tensor, offsets: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, index: Tensor, uses: Tensor, offsets: Tensor | None) -> Tensor:
         ctx.save_for_backward(uses, offsets)
         return x.index_select(0, index)
 
@@ -258,9 +233,7 @@ class _Spread(torch.autograd.Function):
         if offsets is None:
             return grad.index_select(0, uses), None, None, None
         flat = grad.reshape(len(grad), -1)
-        summed = F.embedding_bag(
-            uses, flat, offsets, mode="sum", include_last_offset=True
-        )
+        summed = F.embedding_bag(uses, flat, offsets, mode="sum", include_last_offset=True)
         return summed.view(-1, *grad.shape[1:]), None, None, None
 
 

@@ -7,7 +7,7 @@ Rows with the same number of new tokens and a similar context are computed toget
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,138 +18,145 @@ from sparring.models.layout import KVPool, PagedLayout
 MAX_SCORES = 1 << 24
 """Query-key pairs that one call may hold."""
 
+_CALL_BLOCKS = 64
+"""What one more call costs, in blocks of keys and values read in vain (measured on a CPU)."""
+
 
 @dataclass(slots=True)
 class _Rows:
-    """Rows computed together: n of them, L new tokens each, over N blocks each."""
+    """Rows computed together: n of them, L new tokens each, padded to the same number of blocks.
 
-    tokens: Tensor | slice
+    tokens: their new tokens, None where these are all the tokens in order. key_blocks [2 n K N]:
+    which (block, key or value, head) of the pool, as one running number, in the order [2, n, K, N].
+    first_positions [n]: index of each row's first new token in its context. masks: by window.
+    scratch: where one layer's keys and values are read into; every layer uses it again, because
+    fresh memory of this size would cost more than the reading.
+    """
+
+    tokens: Tensor | None
     num_rows: int
     length: int
     key_blocks: Tensor
-    mask: dict[int, Tensor]
-    kv_lengths: Tensor
-    query_starts: Tensor
+    first_positions: Tensor
+    masks: dict[int, Tensor] = field(default_factory=dict)
+    scratch: Tensor | None = None
 
 
 class PagedPlan:
     """Index tensors of one generation step over a KVPool."""
 
     def __init__(self, layout: PagedLayout, kv_pool: KVPool) -> None:
+        assert not torch.is_grad_enabled(), "attention over blocks has no gradient"
         self.pool = kv_pool
-        self.block_size = layout.block_size
         self.slot_blocks = layout.slots_T // layout.block_size
         self.slot_offsets = layout.slots_T % layout.block_size
-        self.num_tokens = layout.cu_seqlens[-1]
-        self.rows = _group_rows(layout, kv_pool)
+        self.rows = [_lay_out(layout, rows, kv_pool) for rows in _group_rows(layout)]
 
     def attend(
         self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, layer: int, window: int
     ) -> Tensor:
-        """Write k, v to their slots, then attend: output [T, H, E]."""
+        """Write k and v to their slots, then attend: [T, H, E]; `window` > 0 as in PackedPlan."""
         data = self.pool.data[layer]
-        data[self.slot_blocks, :, :, self.slot_offsets] = torch.stack(
-            [k_TKE, v_TKE], 1
-        ).to(data.dtype)
-        flat = data.view(-1, data.shape[-2] * data.shape[-1])
-        if len(self.rows) == 1 and isinstance(self.rows[0].tokens, slice):
-            return self._attend_rows(self.rows[0], q_THE, flat, window)
+        new = torch.stack((k_TKE, v_TKE), 1).to(data.dtype)
+        data[self.slot_blocks, :, :, self.slot_offsets] = new
+        blocks = data.view(-1, data.shape[-2] * data.shape[-1])
+        if len(self.rows) == 1 and self.rows[0].tokens is None:
+            return _attend_rows(self.rows[0], q_THE, blocks, data.shape[2], window)
         out = torch.empty_like(q_THE)
         for rows in self.rows:
-            out[rows.tokens] = self._attend_rows(rows, q_THE[rows.tokens], flat, window)
+            assert rows.tokens is not None, "several calls need to know their tokens"
+            q = q_THE.index_select(0, rows.tokens)
+            attended = _attend_rows(rows, q, blocks, data.shape[2], window)
+            out.index_copy_(0, rows.tokens, attended)
         return out
 
-    def _attend_rows(self, rows: _Rows, q: Tensor, flat: Tensor, window: int) -> Tensor:
-        """q [n L, H, E] -> [n L, H, E]."""
-        num_heads, head_size = q.shape[1:]
-        num_kv_heads = self.pool.data.shape[3]
-        shape = (rows.num_rows, num_kv_heads, -1, head_size)
-        k = flat.index_select(0, rows.key_blocks).view(shape)
-        v = flat.index_select(0, rows.key_blocks + num_kv_heads).view(shape)
-        group = num_heads // num_kv_heads
-        q = q.view(rows.num_rows, rows.length, num_kv_heads, group, head_size)
-        q = q.permute(0, 2, 3, 1, 4).reshape(
-            rows.num_rows, num_kv_heads, group * rows.length, head_size
-        )
-        if window not in rows.mask:
-            rows.mask[window] = _mask(rows, k.shape[2], window, q.dtype, group)
-        out = F.scaled_dot_product_attention(
-            q, k.to(q.dtype), v.to(q.dtype), attn_mask=rows.mask[window]
-        )
-        out = out.view(rows.num_rows, num_kv_heads, group, rows.length, head_size)
-        return out.permute(0, 3, 1, 2, 4).reshape(-1, num_heads, head_size)
+
+def _attend_rows(rows: _Rows, q: Tensor, blocks: Tensor, num_kv_heads: int, window: int) -> Tensor:
+    """q [n L, H, E] over the pool's blocks, each a row [B E] of `blocks` -> [n L, H, E]."""
+    num_heads, head_size = q.shape[1:]
+    group = num_heads // num_kv_heads
+    shape = (2, rows.num_rows, num_kv_heads, -1, head_size)
+    if rows.scratch is None:
+        rows.scratch = blocks.new_empty(len(rows.key_blocks), blocks.shape[1])
+    torch.index_select(blocks, 0, rows.key_blocks, out=rows.scratch)
+    k, v = rows.scratch.to(q.dtype).view(shape)
+    q = q.reshape(rows.num_rows, rows.length, num_kv_heads, group, head_size)
+    q = q.permute(0, 2, 3, 1, 4).reshape(rows.num_rows, num_kv_heads, -1, head_size)
+    if window not in rows.masks:
+        rows.masks[window] = _mask(rows, k.shape[2], window, q.dtype, group)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=rows.masks[window])
+    out = out.view(rows.num_rows, num_kv_heads, group, rows.length, head_size)
+    return out.permute(0, 3, 1, 2, 4).reshape(-1, num_heads, head_size)
 
 
-def _group_rows(layout: PagedLayout, kv_pool: KVPool) -> list[_Rows]:
-    device = layout.slots_T.device
-    num_rows, num_kv_heads = len(layout.kv_lengths), kv_pool.data.shape[3]
-    lengths = [layout.cu_seqlens[r + 1] - layout.cu_seqlens[r] for r in range(num_rows)]
-    blocks = [-(-kv_length // layout.block_size) for kv_length in layout.kv_lengths]
-    order = sorted(range(num_rows), key=lambda r: (lengths[r], blocks[r]))
-    groups: list[list[int]] = []
-    for row in order:
-        if groups:
-            group = groups[-1]
-            pairs = (len(group) + 1) * lengths[row] * blocks[row] * layout.block_size
-            if (
-                lengths[group[0]] == lengths[row]
-                and pairs <= MAX_SCORES
-                and blocks[row] <= 2 * blocks[group[0]]
-            ):
-                group.append(row)
-                continue
-        groups.append([row])
-    result = []
-    starts = torch.tensor(layout.cu_seqlens[:-1])
-    for group in groups:
-        length, width = lengths[group[0]], blocks[group[-1]]
-        tokens: Tensor | slice
-        if len(groups) == 1 and (length == 1 or num_rows == 1):
-            group = sorted(group)
-            tokens = slice(0, layout.cu_seqlens[-1])
-        else:
-            tokens = (
-                (starts[group].unsqueeze(1) + torch.arange(length)).flatten().to(device)
-            )
-        chosen = torch.tensor(group, device=device)
-        table = layout.block_tables_RN[chosen, :width]
-        heads = torch.arange(num_kv_heads, device=device)
-        key_blocks = (
-            table[:, None, :] * (2 * num_kv_heads) + heads[None, :, None]
-        ).flatten()
-        kv_lengths = layout.kv_lengths_R[chosen]
-        result.append(
-            _Rows(
-                tokens,
-                len(group),
-                length,
-                key_blocks,
-                {},
-                kv_lengths,
-                kv_lengths - length,
-            )
-        )
-    return result
-
-
-def _mask(
-    rows: _Rows, num_keys: int, window: int, dtype: torch.dtype, group: int
-) -> Tensor:
-    """Additive mask [n, 1, group L, num_keys]."""
-    device = rows.kv_lengths.device
-    query = (
-        rows.query_starts[:, None, None]
-        + torch.arange(rows.length, device=device)[None, :, None]
-    )
-    key = torch.arange(num_keys, device=device)[None, None, :]
+def _mask(rows: _Rows, num_keys: int, window: int, dtype: torch.dtype, group: int) -> Tensor:
+    """Additive mask [n, 1, group L, num_keys]: group query heads share one key head."""
+    device = rows.first_positions.device
+    offsets = torch.arange(rows.length, device=device)
+    query = (rows.first_positions[:, None] + offsets)[:, :, None]
+    key = torch.arange(num_keys, device=device)
     sees = key <= query
     if window:
         sees = sees & (query - key < window)
-    mask = torch.zeros(sees.shape, dtype=dtype, device=device).masked_fill_(
-        ~sees, -torch.inf
-    )
-    return (
-        mask.unsqueeze(1)
-        .expand(-1, group, -1, -1)
-        .reshape(len(mask), 1, group * rows.length, num_keys)
-    )
+    mask = torch.zeros(sees.shape, dtype=dtype, device=device).masked_fill_(~sees, -torch.inf)
+    return mask.repeat(1, group, 1).unsqueeze(1)
+
+
+def _group_rows(layout: PagedLayout) -> list[list[int]]:
+    """Rows that go through one call: an equal number of new tokens, and contexts of like size."""
+    size = layout.block_size
+    by_length: dict[int, dict[int, list[int]]] = {}
+    for row, kv_length in enumerate(layout.kv_lengths):
+        length = layout.cu_seqlens[row + 1] - layout.cu_seqlens[row]
+        num_blocks = -(-kv_length // size)
+        by_length.setdefault(length, {}).setdefault(num_blocks, []).append(row)
+    groups: list[list[int]] = []
+    for length, by_blocks in sorted(by_length.items()):
+        for sizes in _cut(sorted(by_blocks), [len(by_blocks[n]) for n in sorted(by_blocks)]):
+            rows = sorted(row for num_blocks in sizes for row in by_blocks[num_blocks])
+            at_once = max(1, MAX_SCORES // (length * sizes[-1] * size))
+            groups += [rows[i : i + at_once] for i in range(0, len(rows), at_once)]
+    return groups
+
+
+def _cut(sizes: list[int], counts: list[int]) -> list[list[int]]:
+    """Cut ascending sizes into runs so that blocks read in vain and calls cost least together.
+
+    Every item of a run is read as if it had the run's largest size; counts: items of each size.
+    """
+    best = [0.0] + [float("inf")] * len(sizes)
+    cut = [0] * (len(sizes) + 1)
+    for end in range(1, len(sizes) + 1):
+        items = 0
+        for start in range(end - 1, -1, -1):
+            items += counts[start]
+            cost = best[start] + items * sizes[end - 1] + _CALL_BLOCKS
+            if cost < best[end]:
+                best[end], cut[end] = cost, start
+            if items * sizes[end - 1] > best[end]:
+                break
+    runs: list[list[int]] = []
+    end = len(sizes)
+    while end:
+        runs.append(sizes[cut[end] : end])
+        end = cut[end]
+    return runs[::-1]
+
+
+def _lay_out(layout: PagedLayout, group: list[int], kv_pool: KVPool) -> _Rows:
+    device = layout.slots_T.device
+    bounds, size = layout.cu_seqlens, layout.block_size
+    length = bounds[group[0] + 1] - bounds[group[0]]
+    width = -(-max(layout.kv_lengths[row] for row in group) // size)
+    num_kv_heads = kv_pool.data.shape[3]
+    tokens = None
+    table, kv_lengths = layout.block_tables_RN[:, :width], layout.kv_lengths_R
+    if len(group) < len(layout.kv_lengths):
+        chosen = torch.tensor(group, device=device)
+        table, kv_lengths = table[chosen], kv_lengths[chosen]
+        starts = torch.tensor([bounds[row] for row in group], device=device)
+        tokens = (starts[:, None] + torch.arange(length, device=device)).flatten()
+    heads = torch.arange(num_kv_heads, device=device)
+    keys = table[:, None, :] * (2 * num_kv_heads) + heads[:, None]
+    key_blocks = torch.stack((keys, keys + num_kv_heads)).flatten()
+    return _Rows(tokens, len(group), length, key_blocks, kv_lengths - length)

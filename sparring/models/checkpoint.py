@@ -1,8 +1,8 @@
 """Models in and out: safetensors under Hugging Face names, split and joined here and nowhere else.
 
-The door to every file of a model: what is passed as a path here may be a folder, a run directory, an
-adapter folder or a Hub id. Formats are in files.py, PEFT's adapters in adapter_files.py, names and
-shapes in families/.
+The door to every file of a model: what is passed as a path here may be a folder, a run directory,
+an adapter folder or a Hub id. Formats are in files.py, PEFT's adapters in adapter_files.py, names
+and shapes in families/.
 """
 
 from __future__ import annotations
@@ -95,7 +95,9 @@ def family_of(config: Mapping[str, Any]) -> Family:
 def build_model(
     config: Mapping[str, Any], *, device: torch.device | str = "cpu", dtype: torch.dtype
 ) -> Decoder:
-    """A Decoder of a config.json's shape; its weights are not initialised (see Decoder.init_weights)."""
+    """A Decoder of a config.json's shape; its weights are not initialised (see
+    Decoder.init_weights).
+    """
     return Decoder(family_of(config).config(config), device=device, dtype=dtype)
 
 
@@ -113,15 +115,15 @@ def weight_views(model: Decoder) -> Iterator[tuple[str, Tensor]]:
                 yield hub_names[0].format(layer), parameter.detach()
                 continue
             linear = model.get_submodule(".".join(name.split(".")[:3]))
-            assert isinstance(linear, Linear), (
-                "only linear layers are fused from several matrices"
-            )
+            assert isinstance(linear, Linear), "only linear layers are fused from several matrices"
             for hub_name, rows in zip(hub_names, linear.parts.values(), strict=True):
                 yield hub_name.format(layer), parameter.detach()[rows]
 
 
 def base_folder(path: str | Path) -> Path:
-    """The folder with config.json and weights behind `path`: of an adapter, its base. See `resolve`."""
+    """The folder with config.json and weights behind `path`: of an adapter, its base. See
+    `resolve`.
+    """
     folder = resolve(path)
     if (folder / "adapter_config.json").is_file() and not _holds_weights(folder):
         return base_folder(adapter_base(folder))
@@ -143,9 +145,9 @@ def load_model(
     """Load a model, and an adapter where `path` is an adapter's folder or `adapter` names one.
 
     path, adapter: see `resolve`. dtype: "auto" (the checkpoint's own), "float32", "bfloat16" or
-    "float16". kv_bytes: what the caller will need beside the weights; both must fit into free memory.
-    An adapter is loaded as "policy", ready for training. Raises CheckpointError for anything that
-    cannot be read as it stands, MemoryBudgetError for a model that does not fit.
+    "float16". kv_bytes: what the caller will need beside the weights; both must fit into free
+    memory. An adapter is loaded as "policy", ready for training. Raises CheckpointError for
+    anything that cannot be read as it stands, MemoryBudgetError for a model that does not fit.
     """
     device = torch.device(device)
     folder = resolve(path)
@@ -168,18 +170,20 @@ def load_model(
     return model
 
 
-def load_adapter_onto(
-    model: Decoder, folder: str | Path, *, name: str = "policy"
-) -> None:
-    """Put the PEFT adapter of a folder on a model, as `name` ("reference" is frozen, others are trained).
+def load_adapter_onto(model: Decoder, folder: str | Path, *, name: str = "policy") -> None:
+    """Put the PEFT adapter of a folder on a model, as `name` ("reference" is frozen, others are
+    trained).
 
-    Raises CheckpointError, with the model unchanged, where the adapter does not fit or is not supported.
+    Raises CheckpointError, with the model unchanged, where the adapter does not fit or is not
+    supported.
     """
     load_adapter(model, Path(folder), module_names(model), name=name)
 
 
 def module_names(model: Decoder) -> dict[tuple[str, str], str]:
-    """(path of a Linear, one of its parts) -> the path of that matrix's module in Hugging Face's model."""
+    """(path of a Linear, one of its parts) -> the path of that matrix's module in Hugging Face's
+    model.
+    """
     weights = _family(model).weights
     names = {}
     for path, linear in model.linears().items():
@@ -191,9 +195,7 @@ def module_names(model: Decoder) -> dict[tuple[str, str], str]:
 
 
 def _family(model: Decoder) -> Family:
-    return next(
-        family for family in FAMILIES.values() if family.name == model.config.family
-    )
+    return next(family for family in FAMILIES.values() if family.name == model.config.family)
 
 
 def check_model_fits(
@@ -203,7 +205,9 @@ def check_model_fits(
     device: torch.device | str = "cpu",
     kv_bytes: int = 0,
 ) -> None:
-    """Raise MemoryBudgetError if a checkpoint's bytes in the run's dtype and the KV budget exceed free memory."""
+    """Raise MemoryBudgetError if a checkpoint's bytes in the run's dtype and the KV budget exceed
+    free memory.
+    """
     device = torch.device(device)
     config = read_json(base_folder(path) / "config.json")
     _check_fits(config, _choose_dtype(dtype, config, device), device, kv_bytes)
@@ -217,13 +221,11 @@ def _check_fits(
     check_fits(num_parameters, dtype, device, kv_bytes=kv_bytes)
 
 
-def _choose_dtype(
-    name: str, config: Mapping[str, Any], device: torch.device
-) -> torch.dtype:
+def _choose_dtype(name: str, config: Mapping[str, Any], device: torch.device) -> torch.dtype:
     if name == "auto":
-        name = str(
-            config.get("dtype") or config.get("torch_dtype") or "float32"
-        ).removeprefix("torch.")
+        name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix(
+            "torch."
+        )
         name = "float32" if name == "float64" else name
     if name not in DTYPES:
         raise CheckpointError(f"dtype is {name!r}; known: auto, {', '.join(DTYPES)}")
@@ -295,23 +297,20 @@ def save_model(
 ) -> None:
     """Write config.json and the base weights (adapters left out) so that transformers loads them.
 
-    dtype: of the files; None keeps the model's. end_ids: written to generation_config.json where given.
+    dtype: of the files; None keeps the model's. end_ids: written to generation_config.json where
+    given.
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     stored = model.dtype if dtype is None else DTYPES[dtype]
-    write_tensors(
-        dict(weight_views(model)), folder, dtype=stored, max_shard_bytes=max_shard_bytes
-    )
+    write_tensors(dict(weight_views(model)), folder, dtype=stored, max_shard_bytes=max_shard_bytes)
     family = _family(model)
     config = {
         "architectures": [family.architecture],
         "model_type": family.name,
         **model.config.source,
     }
-    key = (
-        "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-    )
+    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
     config[key] = str(stored).removeprefix("torch.")
     _write_json(folder / "config.json", config)
     if end_ids is not None:
@@ -325,10 +324,10 @@ def save_adapter(
     *,
     name: str = "policy",
 ) -> None:
-    """Write one adapter in PEFT's file format: adapter_config.json and adapter_model.safetensors (float32)."""
-    write_adapter(
-        model, Path(directory), base_model_name_or_path, module_names(model), name=name
-    )
+    """Write one adapter in PEFT's file format: adapter_config.json and adapter_model.safetensors
+    (float32).
+    """
+    write_adapter(model, Path(directory), base_model_name_or_path, module_names(model), name=name)
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:
@@ -338,18 +337,15 @@ def _write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer of a model, run directory, adapter (or, where it has none, its base) or Hub id."""
+    """The tokenizer of a model, run directory, Hub id or adapter (its base's where it has none)."""
     folder = resolve(path)
-    has_own = (folder / "tokenizer.json").is_file() or (
-        folder / "tokenizer_config.json"
-    ).is_file()
+    has_own = (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file()
     return tokenizers.load_tokenizer(folder if has_own else base_folder(folder))
 
 
-def end_token_ids(
-    source: str | Path | Mapping[str, Any], tokenizer: Any
-) -> tuple[int, ...]:
-    """Every id that ends a completion, ascending: of generation_config.json, config.json and the tokenizer.
+def end_token_ids(source: str | Path | Mapping[str, Any], tokenizer: Any) -> tuple[int, ...]:
+    """Every id that ends a completion, ascending: of generation_config.json, config.json and the
+    tokenizer.
 
     source: a path as in `resolve`, or one such config. Raises CheckpointError where none names any.
     """

@@ -1,6 +1,8 @@
-"""Safetensors files: which ones make up a checkpoint, streaming them in, and writing them in shards.
+"""Safetensors files: which ones make up a checkpoint, streaming them in, and writing them in
+shards.
 
-Formats that are not plain safetensors weights are refused here by name. No model shape is known here.
+Formats that are not plain safetensors weights are refused here by name. No model shape is known
+here.
 """
 
 from __future__ import annotations
@@ -31,15 +33,15 @@ _QUANTISED_REMEDY = "give the unquantised model (float32, bfloat16 or float16)"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises CheckpointError where it is missing, unreadable or something else."""
+    """A JSON object from a file; raises CheckpointError where it is missing, unreadable or
+    something else.
+    """
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path.resolve()} does not exist") from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path.resolve()} cannot be read as JSON: {error}"
-        ) from error
+        raise CheckpointError(f"{path.resolve()} cannot be read as JSON: {error}") from error
     if not isinstance(loaded, dict):
         raise CheckpointError(
             f"{path.resolve()} holds a {type(loaded).__name__}, not a JSON object"
@@ -48,7 +50,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def refuse_quantised(config: Mapping[str, Any], where: str) -> None:
-    """Raise CheckpointError if config.json says that the weights are stored in a quantised format."""
+    """Raise CheckpointError if config.json says that the weights are stored quantised."""
     settings = config.get("quantization_config")
     if settings:
         method = settings.get("quant_method") if isinstance(settings, Mapping) else None
@@ -65,22 +67,23 @@ def refuse_quantised(config: Mapping[str, Any], where: str) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, in order; raises CheckpointError if some or all are missing."""
+    """The safetensors files of a checkpoint, in order; raises CheckpointError if some or all are
+    missing.
+    """
     index = folder / INDEX
     if index.is_file():
         names = sorted(set(read_json(index).get("weight_map", {}).values()))
         if not names or not all(
             isinstance(name, str) and Path(name).name == name for name in names
         ):
-            raise CheckpointError(
-                f"{index.resolve()} has no usable weight_map; download it again"
-            )
+            raise CheckpointError(f"{index.resolve()} has no usable weight_map; download it again")
     else:
         names = _unindexed_names(folder)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
-            f"{folder.resolve()}: {len(missing)} of {len(names)} shards are missing: {_listing(missing)}; download them again"
+            f"{folder.resolve()}: {len(missing)} of {len(names)} shards are missing: "
+            f"{_listing(missing)}; download them again"
         )
     return [folder / name for name in names]
 
@@ -88,11 +91,7 @@ def weight_files(folder: Path) -> list[Path]:
 def _unindexed_names(folder: Path) -> list[str]:
     if (folder / "model.safetensors").is_file():
         return ["model.safetensors"]
-    shards = [
-        match
-        for file in sorted(folder.iterdir())
-        if (match := _SHARD.fullmatch(file.name))
-    ]
+    shards = [match for file in sorted(folder.iterdir()) if (match := _SHARD.fullmatch(file.name))]
     if shards:
         digits, total = len(shards[0][2]), shards[0][2]
         return [
@@ -101,7 +100,8 @@ def _unindexed_names(folder: Path) -> list[str]:
         ]
     if any(folder.glob("*.gguf")):
         raise CheckpointError(
-            f"{folder.resolve()} holds GGUF files, which are for llama.cpp; give the model they were made from, in safetensors"
+            f"{folder.resolve()} holds GGUF files, which are for llama.cpp; give the model they "
+            "were made from, in safetensors"
         )
     pickled = sorted(
         file.name
@@ -110,16 +110,18 @@ def _unindexed_names(folder: Path) -> list[str]:
     )
     if pickled:
         raise CheckpointError(
-            f"{folder.resolve()} holds pickled weights ({_listing(pickled)}): reading them can run code, so they are "
-            "refused; convert them in a safe place with transformers' from_pretrained and save_pretrained"
+            f"{folder.resolve()} holds pickled weights ({_listing(pickled)}): reading them can run "
+            "code, so they are "
+            "refused; convert them in a safe place with transformers' from_pretrained and "
+            "save_pretrained"
         )
-    raise CheckpointError(
-        f"{folder.resolve()} holds no model.safetensors and no {INDEX}"
-    )
+    raise CheckpointError(f"{folder.resolve()} holds no model.safetensors and no {INDEX}")
 
 
 def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the files, one at a time, by name; raises CheckpointError for a broken or quantised one."""
+    """Every tensor of the files, one at a time, by name; raises CheckpointError for a broken or
+    quantised one.
+    """
     from safetensors import SafetensorError, safe_open
 
     for file in files:
@@ -127,27 +129,28 @@ def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
             with safe_open(file, framework="pt") as tensors:
                 names = list(tensors.keys())
                 for name in names:
-                    refuse_quantised_tensor(
-                        name, str(tensors.get_slice(name).get_dtype()), file
-                    )
+                    refuse_quantised_tensor(name, str(tensors.get_slice(name).get_dtype()), file)
                 for name in names:
                     yield name, tensors.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                f"{file.resolve()} is cut off or not a safetensors file ({error}); download it again"
+                f"{file.resolve()} is cut off or not a safetensors file ({error}); download it "
+                "again"
             ) from error
 
 
 def refuse_quantised_tensor(name: str, dtype: str, file: Path) -> None:
-    """Raise CheckpointError if a tensor's name or type shows that it is part of a quantised weight."""
+    """Raise CheckpointError if a tensor's name or type shows a quantised weight."""
     for suffix, kind in _QUANTISED_SUFFIXES.items():
         if name.endswith(suffix):
             raise CheckpointError(
-                f"{file.resolve()}: {name} shows a {kind} checkpoint, which cannot be read; {_QUANTISED_REMEDY}"
+                f"{file.resolve()}: {name} shows a {kind} checkpoint, which cannot be read; "
+                f"{_QUANTISED_REMEDY}"
             )
     if dtype not in ("F64", "F32", "F16", "BF16"):
         raise CheckpointError(
-            f"{file.resolve()}: {name} is stored as {dtype}; F64, F32, F16 and BF16 are read; {_QUANTISED_REMEDY}"
+            f"{file.resolve()}: {name} is stored as {dtype}; F64, F32, F16 and BF16 are read; "
+            f"{_QUANTISED_REMEDY}"
         )
 
 
@@ -158,7 +161,8 @@ def write_tensors(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int,
 ) -> None:
-    """Write model.safetensors, or shards of at most `max_shard_bytes` with their index, in `dtype` or as it is.
+    """Write model.safetensors, or shards of at most `max_shard_bytes` with their index, in `dtype`
+    or as it is.
 
     A tensor is copied (to the CPU, in the dtype asked for) only while its own shard is written.
     """
@@ -182,18 +186,14 @@ def write_tensors(
             else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         )
         contents = {
-            name: tensors[name]
-            .detach()
-            .to("cpu", dtype or tensors[name].dtype, copy=True)
+            name: tensors[name].detach().to("cpu", dtype or tensors[name].dtype, copy=True)
             for name in names
         }
         save_file(contents, folder / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(names, file))
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX).write_text(
-            json.dumps(index, indent=2) + "\n", encoding="utf-8"
-        )
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _listing(names: list[str], limit: int = 8) -> str:

@@ -1,7 +1,7 @@
 """From what a user calls a model to a folder on disk: a folder, a run directory, or a Hub id.
 
-Only safetensors, JSON, tokenizer files and chat templates are fetched, never code. Nothing here looks
-into weights.
+Only safetensors, JSON, tokenizer files and chat templates are fetched, never code. Nothing here
+looks into weights.
 """
 
 from __future__ import annotations
@@ -30,40 +30,36 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?"
 _Result = TypeVar("_Result")
 
 
-def resolve(
-    path: str | Path, *, endpoint: str | None = None, seconds: float = HUB_SECONDS
-) -> Path:
+def resolve(path: str | Path, *, endpoint: str | None = None, seconds: float = HUB_SECONDS) -> Path:
     """The folder that holds a model or an adapter.
 
-    path: such a folder, a run directory (its `final` is taken), or a Hub id, which is downloaded into
-    the Hub's own cache. endpoint: another Hub than the configured one. Raises CheckpointError with the
-    remedy for anything else; an unreachable Hub is told from the cache or given up within `seconds`.
+    path: such a folder, a run directory (its `final` is taken), or a Hub id, which is downloaded
+    into the Hub's own cache. endpoint: another Hub than the configured one. Raises CheckpointError
+    with the remedy for anything else; an unreachable Hub is told from the cache or given up within
+    `seconds`.
     """
     name = str(path)
     folder = Path(name).expanduser()
     if folder.is_dir():
         return _model_folder(folder)
     if folder.exists():
-        raise CheckpointError(
-            f"{folder.resolve()} is a file; give {_file_remedy(folder)}"
-        )
+        raise CheckpointError(f"{folder.resolve()} is a file; give {_file_remedy(folder)}")
     if isinstance(path, Path) or not _HUB_ID.fullmatch(name):
         raise CheckpointError(
-            f"no model folder at {folder.resolve()}; give a folder with config.json and safetensors, "
-            "a run directory, or a Hub id such as Qwen/Qwen2.5-0.5B-Instruct"
+            f"no model folder at {folder.resolve()}; give a folder with config.json and "
+            "safetensors, a run directory, or a Hub id such as Qwen/Qwen2.5-0.5B-Instruct"
         )
     return _download(name, folder, endpoint, seconds)
 
 
 def _model_folder(folder: Path) -> Path:
     for candidate in (folder, folder / "final"):
-        if (candidate / "config.json").is_file() or (
-            candidate / "adapter_config.json"
-        ).is_file():
+        if (candidate / "config.json").is_file() or (candidate / "adapter_config.json").is_file():
             return candidate
     if any(folder.glob("*.gguf")):
         raise CheckpointError(
-            f"{folder.resolve()} holds GGUF files, which are for llama.cpp; give the model they were made from, in safetensors"
+            f"{folder.resolve()} holds GGUF files, which are for llama.cpp; give the model they "
+            "were made from, in safetensors"
         )
     kind = (
         "a run directory that has not finished (no `final` in it)"
@@ -71,53 +67,48 @@ def _model_folder(folder: Path) -> Path:
         else "not a model"
     )
     raise CheckpointError(
-        f"{folder.resolve()} is {kind}: there is neither config.json nor adapter_config.json; give a folder "
-        "with config.json and safetensors, a PEFT adapter, or a finished run directory"
+        f"{folder.resolve()} is {kind}: there is neither config.json nor adapter_config.json; give "
+        "a folder with config.json and safetensors, a PEFT adapter, or a finished run directory"
     )
 
 
 def _file_remedy(file: Path) -> str:
     if file.suffix == ".gguf":
-        return "the model that this GGUF file was made from, as a folder of safetensors: GGUF is for llama.cpp"
+        return "the model it was made from, as a folder of safetensors: GGUF is for llama.cpp"
     if file.suffix in (".bin", ".pt", ".pth", ".ckpt"):
-        return "a folder of safetensors: pickled weights can run code while they are read and are refused"
+        return "a folder of safetensors: pickled weights can run code and are refused"
     return "the folder it lies in"
 
 
 def _download(name: str, tried: Path, endpoint: str | None, seconds: float) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
-    where = (
-        f"{name!r} (there is no folder {tried.resolve()}, so it was taken for a Hub id)"
-    )
+    where = f"{name!r} (there is no folder {tried.resolve()}, so it was taken for a Hub id)"
     api = HfApi(endpoint=endpoint)
 
     def look() -> Any:
         info = api.model_info(name, timeout=seconds / 3)
-        api.hf_hub_download(
-            name, "config.json", revision=info.sha, etag_timeout=seconds / 3
-        )
+        api.hf_hub_download(name, "config.json", revision=info.sha, etag_timeout=seconds / 3)
         return info
 
     try:
         info = _within(seconds, look)
-    except Exception as error:  # the Hub's client raises errors of several libraries, all reported here
+    except (
+        Exception
+    ) as error:  # the Hub's client raises errors of several libraries, all reported here
         if not _is_unreachable(error):
             raise CheckpointError(_refusal(where, name, error)) from error
         cached = _cached_snapshot(name)
         if cached is not None:
             return cached
         raise CheckpointError(
-            f"{where}: the Hub cannot be reached within {seconds:.0f} s ({type(error).__name__}: {_first_line(error)}), and the "
+            f"{where}: the Hub cannot be reached within {seconds:.0f} s ({type(error).__name__}: "
+            f"{_first_line(error)}), and the "
             "model is not in its cache; check the network (and HF_ENDPOINT), or give a local folder"
         ) from error
     files = [sibling.rfilename for sibling in info.siblings or []]
-    if files and not any(
-        file.endswith(".safetensors") and "/" not in file for file in files
-    ):
-        raise CheckpointError(
-            f"{where} has no safetensors files; {_missing_weights_remedy(files)}"
-        )
+    if files and not any(file.endswith(".safetensors") and "/" not in file for file in files):
+        raise CheckpointError(f"{where} has no safetensors files; {_missing_weights_remedy(files)}")
     try:
         found = snapshot_download(
             name,
@@ -137,16 +128,16 @@ def _cached_snapshot(name: str) -> Path | None:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        found = snapshot_download(
-            name, local_files_only=True, allow_patterns=list(WANTED_FILES)
-        )
+        found = snapshot_download(name, local_files_only=True, allow_patterns=list(WANTED_FILES))
     except LocalEntryNotFoundError:
         return None
     return Path(found) if (Path(found) / "config.json").exists() else None
 
 
 def _within(seconds: float, work: Callable[[], _Result]) -> _Result:
-    """Call `work` and give up after `seconds`: name look-up and slow servers know no time limit of their own."""
+    """Call `work` and give up after `seconds`: name look-up and slow servers know no time limit of
+    their own.
+    """
     results: list[_Result] = []
     errors: list[Exception] = []
 
@@ -190,13 +181,19 @@ def _refusal(where: str, name: str, error: Exception) -> str:
 
     if isinstance(error, GatedRepoError):
         return (
-            f"{where} is gated: accept its terms at https://huggingface.co/{name}, then log in with `hf auth login` "
-            "or set HF_TOKEN"
+            f"{where} is gated: accept its terms at https://huggingface.co/{name}, then log in "
+            "with `hf auth login` or set HF_TOKEN"
         )
     if isinstance(error, RepositoryNotFoundError):
-        return f"{where} is not on the Hub, or private: check the spelling; for a private one log in with `hf auth login`"
+        return (
+            f"{where} is not on the Hub, or private: check the spelling; for a private one log in "
+            "with `hf auth login`"
+        )
     if isinstance(error, EntryNotFoundError):
-        return f"{where} has no config.json, so it is not a model in Hugging Face format ({_first_line(error)})"
+        return (
+            f"{where} has no config.json, so it is not a model in Hugging Face format "
+            f"({_first_line(error)})"
+        )
     return f"{where} cannot be downloaded: {type(error).__name__}: {_first_line(error)}"
 
 
@@ -204,7 +201,8 @@ def _missing_weights_remedy(files: list[str]) -> str:
     if any(file.endswith(".gguf") for file in files):
         return "it holds GGUF files, which are for llama.cpp: give the model they were made from"
     return (
-        "pickled weights (.bin, .pt) can run code while they are read and are refused: convert them in a safe "
+        "pickled weights (.bin, .pt) can run code while they are read and are refused: convert "
+        "them in a safe "
         "place with transformers' from_pretrained and save_pretrained, then give that folder"
     )
 

@@ -1,8 +1,9 @@
-"""Linear layers over weight objects: what holds the numbers is separate from what is done with them.
+"""Linear layers over weight objects: what holds the numbers is separate from what is done with
+them.
 
 A weight object offers three operations, `matmul`, `matmul_transposed` and `dense`; `Dense` is the
-plain one. `Linear` adds an optional bias, the names of the matrices that were fused into it, and any
-adapters. No file format and no model shape is known here.
+plain one. `Linear` adds an optional bias, the names of the matrices that were fused into it, and
+any adapters. No file format and no model shape is known here.
 """
 
 from __future__ import annotations
@@ -28,9 +29,7 @@ class Dense(nn.Module):
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(
-            torch.empty(num_outputs, num_inputs, device=device, dtype=dtype)
-        )
+        self.weight = nn.Parameter(torch.empty(num_outputs, num_inputs, device=device, dtype=dtype))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -73,9 +72,7 @@ class Linear(nn.Module):
             num_outputs += size
         self.base = Dense(num_outputs, num_inputs, device=device, dtype=dtype)
         self.bias = (
-            nn.Parameter(torch.empty(num_outputs, device=device, dtype=dtype))
-            if bias
-            else None
+            nn.Parameter(torch.empty(num_outputs, device=device, dtype=dtype)) if bias else None
         )
         self.adapters = nn.ModuleDict()
 
@@ -86,7 +83,9 @@ class Linear(nn.Module):
         targets: frozenset[str],
         generator: torch.Generator,
     ) -> None:
-        """Put a fresh adapter called `name` on those parts that are in `targets` (none: nothing happens)."""
+        """Put a fresh adapter called `name` on those parts that are in `targets` (none: nothing
+        happens).
+        """
         parts = {part: rows for part, rows in self.parts.items() if part in targets}
         if parts:
             weight = self.base.weight

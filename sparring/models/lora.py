@@ -72,9 +72,10 @@ class LoraConfig:
         for name in names:
             if name in _EMBEDDINGS:
                 raise CheckpointError(
-                    f"target_modules names {name!r}: embeddings and the output head carry no adapter here, "
-                    "because with tied embeddings one matrix would have to change in two places, and the "
-                    f"sampler reads it as it stands; take names out of {known}"
+                    f"target_modules names {name!r}: embeddings and the output head carry no "
+                    "adapter here, "
+                    "because with tied embeddings one matrix would have to change in two places, "
+                    f"and the sampler reads it as it stands; take names out of {known}"
                 )
             if name not in PROJECTIONS:
                 raise CheckpointError(
@@ -95,7 +96,8 @@ class _Part:
 class LoraAdapter(nn.Module):
     """The adapter of one (fused) linear layer.
 
-    a [P r, I] stacks the A matrices of the P adapted parts, b [sum of their outputs, r] the B matrices.
+    a [P r, I] stacks the A matrices of the P adapted parts, b [sum of their outputs, r] the B
+    matrices.
     """
 
     a_shadow: Tensor | None
@@ -119,18 +121,14 @@ class LoraAdapter(nn.Module):
         for index, (name, rows) in enumerate(parts.items()):
             size = rows.stop - rows.start
             ranks = slice(index * config.rank, (index + 1) * config.rank)
-            self.parts[name] = _Part(
-                rows, slice(num_outputs, num_outputs + size), ranks
-            )
+            self.parts[name] = _Part(rows, slice(num_outputs, num_outputs + size), ranks)
             num_outputs += size
         master = torch.float64 if dtype == torch.float64 else torch.float32
         bound = 1.0 / math.sqrt(num_inputs)
         a = torch.empty(len(parts) * config.rank, num_inputs, dtype=master)
         a.uniform_(-bound, bound, generator=generator)
         self.a = nn.Parameter(a.to(device))
-        self.b = nn.Parameter(
-            torch.zeros(num_outputs, config.rank, dtype=master, device=device)
-        )
+        self.b = nn.Parameter(torch.zeros(num_outputs, config.rank, dtype=master, device=device))
         needs_shadow = dtype != master
         self.register_buffer(
             "a_shadow",
@@ -163,7 +161,9 @@ class LoraAdapter(nn.Module):
             self.b_shadow.copy_(self.b)
 
     def forward(self, y_TO: Tensor, x_TI: Tensor) -> Tensor:
-        """Add scale (x A^T) B^T to y [T, O] in place and return it; differentiable in y, x, A and B."""
+        """Add scale (x A^T) B^T to y [T, O] in place and return it; differentiable in y, x, A and
+        B.
+        """
         a = self.a if self.a_shadow is None else self.a_shadow
         b = self.b if self.b_shadow is None else self.b_shadow
         out: Tensor = _AddLora.apply(y_TO, x_TI, self.a, self.b, a, b, self)  # type: ignore[no-untyped-call]
@@ -176,8 +176,8 @@ class _AddLora(torch.autograd.Function):
         ctx: Any,
         y: Tensor,
         x: Tensor,
-        a: Tensor,
-        b: Tensor,
+        _a: Tensor,
+        _b: Tensor,
         a_used: Tensor,
         b_used: Tensor,
         adapter: LoraAdapter,

@@ -13,7 +13,9 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can be taken on a device now: free card memory, or available host memory within its limits."""
+    """Bytes that can be taken on a device now: free card memory, or available host memory within
+    its limits.
+    """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     available = _meminfo_available()
@@ -43,9 +45,9 @@ def check_fits(
     budget = f" and {_gib(kv_bytes)} for keys and values" if kv_bytes else ""
     smaller = " in a 16-bit dtype," if dtype.itemsize > 2 else ""
     raise MemoryBudgetError(
-        f"the model needs {_gib(weights)} ({num_parameters:,} parameters in {name}){budget}, but only "
-        f"{_gib(available)} are free on {device}; load it{smaller} on a larger device, take a smaller model"
-        f"{', or lower the KV budget' if kv_bytes else ''}"
+        f"the model needs {_gib(weights)} ({num_parameters:,} parameters in {name}){budget}, but "
+        f"only {_gib(available)} are free on {device}; load it{smaller} on a larger device, take a "
+        f"smaller model{', or lower the KV budget' if kv_bytes else ''}"
     )
 
 

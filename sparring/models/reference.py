@@ -1,7 +1,8 @@
 """The reference policy of a KL term: the policy as it was at step 0, frozen.
 
-The base itself where an adapter starts fresh, a frozen copy of the adapter where training goes on from
-one, a frozen copy of the weights for full fine-tuning. It is built only where a KL term needs it.
+The base itself where an adapter starts fresh, a frozen copy of the adapter where training goes on
+from one, a frozen copy of the weights for full fine-tuning. It is built only where a KL term needs
+it.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ _ADAPTER = "reference"
 class Reference:
     """Scores batches as the policy did at step 0, without gradient.
 
-    kind: "base" = the model with its adapter off, "adapter" = the model with the frozen adapter that
-    lies beside the trained one, "weights" = a model of its own.
+    kind: "base" = the model with its adapter off, "adapter" = the model with the frozen adapter
+    that lies beside the trained one, "weights" = a model of its own.
     """
 
     def __init__(self, model: Decoder, kind: Kind) -> None:
@@ -43,10 +44,10 @@ class Reference:
 
     @torch.no_grad()
     def score(self, batch: Batch) -> TokenScores:
-        """Log-probabilities and entropies of the batch's labels under the reference, without gradient."""
-        return self.model.score(
-            batch, adapter=_ADAPTER if self.kind == "adapter" else None
-        )
+        """Log-probabilities and entropies of the batch's labels under the reference, without
+        gradient.
+        """
+        return self.model.score(batch, adapter=_ADAPTER if self.kind == "adapter" else None)
 
     def save(self, directory: str | Path) -> None:
         """Write what a resumed run needs to have the same reference again."""
@@ -56,22 +57,20 @@ class Reference:
             save_adapter(self.model, folder, self.model.config.family, name=_ADAPTER)
         elif self.kind == "weights":
             save_model(self.model, folder)
-        (folder / _FILE).write_text(
-            json.dumps({"kind": self.kind}) + "\n", encoding="utf-8"
-        )
+        (folder / _FILE).write_text(json.dumps({"kind": self.kind}) + "\n", encoding="utf-8")
 
 
 def build_reference(model: Decoder) -> Reference:
-    """The reference of a policy that has not been trained yet: call it before the first optimizer step."""
+    """The reference of a policy that has not been trained yet: call it before the first optimizer
+    step.
+    """
     if model.has_adapter(_ADAPTER):
         return Reference(model, "adapter")
     if not model.has_adapter("policy"):
         frozen = copy.deepcopy(model)
         frozen.requires_grad_(False)
         return Reference(frozen, "weights")
-    if not any(
-        bool(adapter.b.any()) for adapter in model.adapter_modules("policy").values()
-    ):
+    if not any(bool(adapter.b.any()) for adapter in model.adapter_modules("policy").values()):
         return Reference(model, "base")
     model.add_adapter(model.lora["policy"], name=_ADAPTER)
     frozen_parts = model.adapter_modules(_ADAPTER)
@@ -95,6 +94,4 @@ def load_reference(model: Decoder, directory: str | Path) -> Reference:
         )
         frozen.requires_grad_(False)
         return Reference(frozen, "weights")
-    raise CheckpointError(
-        f"{folder / _FILE}: kind is {kind!r}; known: base, adapter, weights"
-    )
+    raise CheckpointError(f"{folder / _FILE}: kind is {kind!r}; known: base, adapter, weights")

@@ -15,8 +15,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeConfig:
-    """theta: base of the geometric series. scaling: "default" none, "linear" all frequencies divided
-    by factor, "llama3" low frequencies divided by factor with a smooth passage (Llama 3.1)."""
+    """How fast the pairs of a head's dimensions turn.
+
+    theta: base of the geometric series. scaling: "default" none, "linear" frequencies divided by
+    factor, "llama3" low frequencies divided by factor with a smooth passage (as in Llama 3.1).
+    """
 
     theta: float = 10000.0
     scaling: Literal["default", "linear", "llama3"] = "default"
@@ -40,16 +43,12 @@ def inverse_frequencies(config: RopeConfig, head_size: int) -> Tensor:
             config.high_freq_factor - config.low_freq_factor
         )
         between = (1 - smooth) * frequencies / config.factor + smooth * frequencies
-        scaled = torch.where(
-            wavelengths > longest, frequencies / config.factor, between
-        )
+        scaled = torch.where(wavelengths > longest, frequencies / config.factor, between)
         return torch.where(wavelengths < shortest, frequencies, scaled)
     return frequencies
 
 
-def rope_tables(
-    inverse_frequencies_E2: Tensor, positions_T: Tensor
-) -> tuple[Tensor, Tensor]:
+def rope_tables(inverse_frequencies_E2: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every token's angles: two float32 tensors [T, E / 2]."""
     angles = positions_T.float().unsqueeze(1) * inverse_frequencies_E2
     return angles.cos(), angles.sin()

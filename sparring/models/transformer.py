@@ -1,8 +1,8 @@
 """The decoder: one model definition for training, scoring and generation, over flat tokens [T].
 
-What a family's models look like is data (TransformerConfig, filled in by models/families); who is in
-the batch is an argument (models/layout). There is no batch axis, no padding, no file format and no
-sampling here.
+What a family's models look like is data (TransformerConfig, filled in by models/families); who is
+in the batch is an argument (models/layout). There is no batch axis, no padding, no file format and
+no sampling here.
 """
 
 from __future__ import annotations
@@ -99,9 +99,7 @@ class DecoderLayer(nn.Module):
             {"gate_proj": config.ffn_width, "up_proj": config.ffn_width},
             config.mlp_bias,
         )
-        self.down = linear(
-            config.ffn_width, {"down_proj": config.width}, config.mlp_bias
-        )
+        self.down = linear(config.ffn_width, {"down_proj": config.width}, config.mlp_bias)
 
     def forward(
         self,
@@ -115,29 +113,34 @@ class DecoderLayer(nn.Module):
         config = self.config
         normed = rms_norm(x_TD, self.attention_norm, config.norm_eps)
         heads = self.qkv(normed, adapter).view(len(x_TD), -1, config.head_size)
-        q, k, v = heads.split(
-            (config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1
-        )
-        if self.q_norm is not None and self.k_norm is not None:
-            q = rms_norm(q, self.q_norm, config.norm_eps)
-            k = rms_norm(k, self.k_norm, config.norm_eps)
-        attended = plan.attend(
-            rope(q, cos, sin),
-            rope(k, cos, sin),
-            v,
-            self.index,
-            config.windows[self.index],
-        )
+        q, k, v = self._rotate(heads, cos, sin)
+        attended = plan.attend(q, k, v, self.index, config.windows[self.index])
         x_TD = x_TD + self.output(attended.reshape(len(x_TD), -1), adapter)
         normed = rms_norm(x_TD, self.mlp_norm, config.norm_eps)
         out: Tensor = x_TD + self.down(swiglu(self.gate_up(normed, adapter)), adapter)
         return out
 
+    def _rotate(self, heads: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of [T, H + 2K, E], the first two normed where the family does,
+        and rotated.
+        """
+        config = self.config
+        sizes = [config.num_heads, config.num_kv_heads]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k, v = torch.split(heads, [*sizes, config.num_kv_heads], dim=1)
+            q = rope(rms_norm(q, self.q_norm, config.norm_eps), cos, sin)
+            k = rope(rms_norm(k, self.k_norm, config.norm_eps), cos, sin)
+            return q, k, v
+        both, v = torch.split(heads, [sum(sizes), config.num_kv_heads], dim=1)
+        q, k = torch.split(rope(both, cos, sin), sizes, dim=1)
+        return q, k, v
+
 
 class Decoder(nn.Module):
     """A causal language model over flat tokens.
 
-    Parameters are uninitialised after construction: models/checkpoint.py fills them, or `init_weights`.
+    Parameters are uninitialised after construction: models/checkpoint.py fills them, or
+    `init_weights`.
     """
 
     def __init__(
@@ -177,7 +180,10 @@ class Decoder(nn.Module):
         return self.embed.weight.dtype
 
     def set_checkpointing(self, mode: Literal["none", "layer"]) -> None:
-        """ "layer": keep only layer inputs in the training forward and compute each layer again in backward."""
+        """Choose what the training forward keeps for backward.
+
+        "layer": only the inputs of layers, each layer is computed again; "none": everything.
+        """
         self._checkpointing = mode
 
     def forward(
@@ -191,12 +197,10 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Hidden states [T, D] after the final norm.
 
-        adapter: "policy" = the trained adapter where there is one; any other name must exist; None =
-        the base alone. A PagedLayout needs `kv_pool`, which is written to.
+        adapter: "policy" = the trained adapter where there is one; any other name must exist; None
+        = the base alone. A PagedLayout needs `kv_pool`, which is written to.
         """
-        assert adapter in (None, "policy") or adapter in self.lora, (
-            f"no adapter called {adapter!r}"
-        )
+        assert adapter in (None, "policy") or adapter in self.lora, f"no adapter called {adapter!r}"
         plan = plan_attention(layout, kv_pool, self.device)
         cos, sin = rope_tables(self._frequencies.to(self.device), positions_T)
         x_TD = F.embedding(input_ids_T, self.embed.weight)
@@ -217,14 +221,16 @@ class Decoder(nn.Module):
         return rms_norm(x_TD, self.norm, self.config.norm_eps)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
-        """Logits [T, V] in float32 (float64 for a float64 model), the numbers that `score` sees too."""
+        """Logits [T, V] in float32 (float64 for a float64 model), the numbers that `score` sees
+        too.
+        """
         return head_logits(hidden_TD, self.head.weight)
 
     def score(self, batch: Batch, *, adapter: str | None = "policy") -> TokenScores:
-        """Log-probabilities (with gradient) and entropies of the batch's labels, 0 where loss_mask_T is False."""
-        hidden_TD = self(
-            batch.input_ids_T, batch.positions_T, batch.layout, adapter=adapter
-        )
+        """Log-probabilities (with gradient) and entropies of the batch's labels, 0 where
+        loss_mask_T is False.
+        """
+        hidden_TD = self(batch.input_ids_T, batch.positions_T, batch.layout, adapter=adapter)
         rows_M = batch.loss_mask_T.nonzero().squeeze(1)
         logprobs_M, entropy_M = linear_logprob(
             hidden_TD.index_select(0, rows_M),
@@ -241,16 +247,16 @@ class Decoder(nn.Module):
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """What the optimizer changes, by stable names in sorted order."""
-        return {
-            name: p for name, p in sorted(self.named_parameters()) if p.requires_grad
-        }
+        return {name: p for name, p in sorted(self.named_parameters()) if p.requires_grad}
 
     def has_adapter(self, name: str = "policy") -> bool:
         """Whether an adapter of that name is there."""
         return name in self.lora
 
     def add_adapter(self, config: LoraConfig, *, name: str = "policy") -> None:
-        """Freeze the base and put a fresh adapter on it; it is trained unless its name is "reference"."""
+        """Freeze the base and put a fresh adapter on it; it is trained unless its name is
+        "reference".
+        """
         assert name not in self.lora, f"there is an adapter called {name!r} already"
         targets = config.targets()
         generator = torch.Generator().manual_seed(config.seed)
@@ -265,11 +271,7 @@ class Decoder(nn.Module):
 
     def linears(self) -> dict[str, Linear]:
         """Every linear layer of the decoder's layers, by its path."""
-        return {
-            path: module
-            for path, module in self.named_modules()
-            if isinstance(module, Linear)
-        }
+        return {path: module for path, module in self.named_modules() if isinstance(module, Linear)}
 
     def adapter_modules(self, name: str) -> dict[str, LoraAdapter]:
         """The named adapter's parts, by the path of the Linear they sit on."""
@@ -277,9 +279,7 @@ class Decoder(nn.Module):
         for path, module in self.named_modules():
             if isinstance(module, Linear) and name in module.adapters:
                 adapter = module.adapters[name]
-                assert isinstance(adapter, LoraAdapter), (
-                    "adapters hold LoraAdapter only"
-                )
+                assert isinstance(adapter, LoraAdapter), "adapters hold LoraAdapter only"
                 found[path] = adapter
         return found
 
@@ -291,7 +291,7 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Random weights: norms 1, biases 0, all else normal with the config's initializer_range."""
+        """Random weights: norms 1, biases 0, the rest normal by the config's initializer_range."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in sorted(self.named_parameters()):
             if name.endswith("norm"):
@@ -301,9 +301,7 @@ class Decoder(nn.Module):
             else:
                 values = torch.empty(parameter.shape, dtype=torch.float32)
                 parameter.copy_(
-                    values.normal_(
-                        0.0, self.config.initializer_range, generator=generator
-                    )
+                    values.normal_(0.0, self.config.initializer_range, generator=generator)
                 )
 
 
@@ -314,7 +312,9 @@ def new_kv_pool(
     dtype: torch.dtype,
     device: torch.device,
 ) -> KVPool:
-    """A zeroed pool of keys and values; bytes: num_blocks * block_size * kv_bytes_per_token(config, dtype)."""
+    """A zeroed pool of keys and values; bytes: num_blocks * block_size *
+    kv_bytes_per_token(config, dtype).
+    """
     shape = (
         config.num_layers,
         num_blocks,
@@ -328,6 +328,4 @@ def new_kv_pool(
 
 def kv_bytes_per_token(config: TransformerConfig, dtype: torch.dtype) -> int:
     """Bytes that one token's keys and values take over all layers."""
-    return (
-        config.num_layers * 2 * config.num_kv_heads * config.head_size * dtype.itemsize
-    )
+    return config.num_layers * 2 * config.num_kv_heads * config.head_size * dtype.itemsize

@@ -20,7 +20,9 @@ HfConfig = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """Data about one family: which architectures it reads, how, and under which names weights are stored."""
+    """Data about one family: which architectures it reads, how, and under which names weights are
+    stored.
+    """
 
     name: str
     architecture: str
@@ -29,14 +31,16 @@ class Family:
 
 
 def shared_config(hf: HfConfig, *, family: str, **flags: Any) -> TransformerConfig:
-    """A TransformerConfig from the keys that all families write alike; `flags` are the family's own.
+    """A TransformerConfig from the keys that all families write alike; `flags` are the family's
+    own.
 
     Raises CheckpointError for a key that is missing or a value that is not supported.
     """
     activation = hf.get("hidden_act", "silu")
     if activation != "silu":
         raise CheckpointError(
-            f"config.json: hidden_act is {activation!r}; the {family} family is read with 'silu' only"
+            f"config.json: hidden_act is {activation!r}; the {family} family is read with 'silu' "
+            "only"
         )
     width, num_heads = _count(hf, "hidden_size"), _count(hf, "num_attention_heads")
     num_kv_heads = int(hf.get("num_key_value_heads") or num_heads)
@@ -44,7 +48,8 @@ def shared_config(hf: HfConfig, *, family: str, **flags: Any) -> TransformerConf
     num_layers = _count(hf, "num_hidden_layers")
     if num_heads % num_kv_heads:
         raise CheckpointError(
-            f"config.json: {num_heads} attention heads cannot share {num_kv_heads} key/value heads evenly"
+            f"config.json: {num_heads} attention heads cannot share {num_kv_heads} key/value heads "
+            "evenly"
         )
     if head_size % 2:
         raise CheckpointError(
@@ -73,9 +78,7 @@ def shared_config(hf: HfConfig, *, family: str, **flags: Any) -> TransformerConf
 
 def rope_config(hf: HfConfig, max_tokens: int) -> RopeConfig:
     """Rotary settings in either dialect; raises CheckpointError for a scaling that is not known."""
-    settings: dict[str, Any] = dict(
-        hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    )
+    settings: dict[str, Any] = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
     theta = float(settings.get("rope_theta") or hf.get("rope_theta") or 10000.0)
     kind = settings.get("rope_type") or settings.get("type") or "default"
     partial = settings.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
@@ -89,40 +92,30 @@ def rope_config(hf: HfConfig, max_tokens: int) -> RopeConfig:
         raise CheckpointError(
             f"config.json: rope scaling {kind!r} is not supported; known: default, linear, llama3"
         )
-    needed = (
-        ("factor",)
-        if kind == "linear"
-        else ("factor", "low_freq_factor", "high_freq_factor")
-    )
+    needed = ("factor",) if kind == "linear" else ("factor", "low_freq_factor", "high_freq_factor")
     missing = [key for key in needed if not isinstance(settings.get(key), int | float)]
     if missing:
         raise CheckpointError(
             f"config.json: rope scaling {kind!r} needs a number for {', '.join(missing)}"
         )
     if kind == "linear":
-        return RopeConfig(
-            theta=theta, scaling="linear", factor=float(settings["factor"])
-        )
+        return RopeConfig(theta=theta, scaling="linear", factor=float(settings["factor"]))
     return RopeConfig(
         theta=theta,
         scaling="llama3",
         factor=float(settings["factor"]),
         low_freq_factor=float(settings["low_freq_factor"]),
         high_freq_factor=float(settings["high_freq_factor"]),
-        original_max_tokens=int(
-            settings.get("original_max_position_embeddings") or max_tokens
-        ),
+        original_max_tokens=int(settings.get("original_max_position_embeddings") or max_tokens),
     )
 
 
 def qwen_windows(hf: HfConfig) -> tuple[int, ...]:
-    """Sliding windows of the Qwen families: `layer_types` where given, else the layers from max_window_layers on."""
+    """Sliding windows of the Qwen families: `layer_types` where given, else the layers from
+    max_window_layers on.
+    """
     num_layers = _count(hf, "num_hidden_layers")
-    window = (
-        int(hf.get("sliding_window", 4096) or 0)
-        if hf.get("use_sliding_window", False)
-        else 0
-    )
+    window = int(hf.get("sliding_window", 4096) or 0) if hf.get("use_sliding_window", False) else 0
     kinds = hf.get("layer_types")
     if kinds is None:
         first = int(hf.get("max_window_layers", 28))
@@ -130,8 +123,8 @@ def qwen_windows(hf: HfConfig) -> tuple[int, ...]:
     unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
     if unknown or len(kinds) != num_layers:
         raise CheckpointError(
-            f"config.json: layer_types has {len(kinds)} entries for {num_layers} layers, unknown kinds: {unknown}; "
-            "known: full_attention, sliding_attention"
+            f"config.json: layer_types has {len(kinds)} entries for {num_layers} layers, unknown "
+            f"kinds: {unknown}; known: full_attention, sliding_attention"
         )
     return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 
@@ -139,7 +132,5 @@ def qwen_windows(hf: HfConfig) -> tuple[int, ...]:
 def _count(hf: HfConfig, key: str) -> int:
     value = hf.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(
-            f"config.json: {key} is {value!r}; it must be a positive integer"
-        )
+        raise CheckpointError(f"config.json: {key} is {value!r}; it must be a positive integer")
     return value

@@ -19,6 +19,4 @@ def config(hf: HfConfig) -> TransformerConfig:
     )
 
 
-FAMILY = Family(
-    name="llama", architecture="LlamaForCausalLM", config=config, weights=LLAMA_NAMES
-)
+FAMILY = Family(name="llama", architecture="LlamaForCausalLM", config=config, weights=LLAMA_NAMES)

@@ -8,7 +8,9 @@ from sparring.models.transformer import TransformerConfig
 
 
 def config(hf: HfConfig) -> TransformerConfig:
-    """Read a Mistral config.json; where sliding_window is not mentioned it is 4096, as in the first release."""
+    """Read a Mistral config.json; where sliding_window is not mentioned it is 4096, as in the
+    first release.
+    """
     window = int(hf.get("sliding_window", 4096) or 0)
     return shared_config(
         {"num_key_value_heads": 8, "max_position_embeddings": 131072, **hf},

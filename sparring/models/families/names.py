@@ -1,4 +1,5 @@
-"""The weight-name table that the Llama-like families share: parameter of the Decoder -> Hugging Face names.
+"""The weight-name table that the Llama-like families share: parameter of the Decoder -> Hugging
+Face names.
 
 Several Hugging Face names mean that those tensors are fused by rows, in this order. "{}" stands for
 the layer's number. A family with more tensors extends the table.
@@ -16,9 +17,7 @@ _MLP = "model.layers.{}.mlp."
 LLAMA_NAMES: WeightNames = {
     "embed.weight": ("model.embed_tokens.weight",),
     "layers.{}.attention_norm": ("model.layers.{}.input_layernorm.weight",),
-    "layers.{}.qkv.base.weight": tuple(
-        _ATTENTION + f"{name}_proj.weight" for name in "qkv"
-    ),
+    "layers.{}.qkv.base.weight": tuple(_ATTENTION + f"{name}_proj.weight" for name in "qkv"),
     "layers.{}.qkv.bias": tuple(_ATTENTION + f"{name}_proj.bias" for name in "qkv"),
     "layers.{}.output.base.weight": (_ATTENTION + "o_proj.weight",),
     "layers.{}.output.bias": (_ATTENTION + "o_proj.bias",),

@@ -17,6 +17,4 @@ def config(hf: HfConfig) -> TransformerConfig:
     return shared_config(hf, family="qwen2", qkv_bias=True, windows=qwen_windows(hf))
 
 
-FAMILY = Family(
-    name="qwen2", architecture="Qwen2ForCausalLM", config=config, weights=LLAMA_NAMES
-)
+FAMILY = Family(name="qwen2", architecture="Qwen2ForCausalLM", config=config, weights=LLAMA_NAMES)

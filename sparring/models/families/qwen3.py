@@ -1,4 +1,6 @@
-"""Qwen3, dense sizes: Llama with an RMSNorm on every query and key head, and a head size of its own."""
+"""Qwen3, dense sizes: Llama with an RMSNorm on every query and key head, and a head size of its
+own.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +33,4 @@ def config(hf: HfConfig) -> TransformerConfig:
     )
 
 
-FAMILY = Family(
-    name="qwen3", architecture="Qwen3ForCausalLM", config=config, weights=_NAMES
-)
+FAMILY = Family(name="qwen3", architecture="Qwen3ForCausalLM", config=config, weights=_NAMES)
