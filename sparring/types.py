@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from sparring.models.layout import PackedLayout
+    from sparring.layout import PackedLayout
 
 Message = dict[str, Any]
 """One turn of a conversation: {"role": ..., "content": ...}."""

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from sparring.data.conversations import Conversation
 from sparring.errors import DataError
-from sparring.models.layout import PackedLayout
+from sparring.layout import PackedLayout
 from sparring.types import Batch, Group, Rollout
 
 Ints = npt.NDArray[np.int64]

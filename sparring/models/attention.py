@@ -12,7 +12,7 @@ import torch
 
 from sparring.models.attention_packed import PackedPlan
 from sparring.models.attention_paged import PagedPlan
-from sparring.models.layout import KVPool, Layout, PackedLayout
+from sparring.layout import KVPool, Layout, PackedLayout
 
 AttentionPlan = PackedPlan | PagedPlan
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from sparring.models.layout import PackedLayout
+from sparring.layout import PackedLayout
 
 MAX_SCORES = 1 << 24
 """Query-key pairs of one block of segments; a single longer segment goes through in slices of

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparring.models.layout import KVPool, PagedLayout
+from sparring.layout import KVPool, PagedLayout
 
 MAX_SCORES = 1 << 24
 """Query-key pairs that one call may hold."""

@@ -1,7 +1,7 @@
 """The decoder: one model definition for training, scoring and generation, over flat tokens [T].
 
 What a family's models look like is data (TransformerConfig, filled in by models/families); who is
-in the batch is an argument (models/layout). There is no batch axis, no padding, no file format and
+in the batch is an argument (layout). There is no batch axis, no padding, no file format and
 no sampling here.
 """
 
@@ -21,7 +21,7 @@ from sparring.kernels.norm import rms_norm
 from sparring.kernels.rope import rope
 from sparring.kernels.swiglu import swiglu
 from sparring.models.attention import AttentionPlan, plan_attention
-from sparring.models.layout import KVPool, Layout
+from sparring.layout import KVPool, Layout
 from sparring.models.linear import Dense, Linear
 from sparring.models.lora import LoraAdapter, LoraConfig
 from sparring.models.rope import RopeConfig, inverse_frequencies, rope_tables

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from sparring.errors import MemoryBudgetError, UserError
-from sparring.models.layout import KVPool
+from sparring.layout import KVPool
 from sparring.models.transformer import Decoder, kv_bytes_per_token, new_kv_pool
 from sparring.rollout.block_pool import BlockPool, blocks_for
 from sparring.rollout.generation import Generation, Progress

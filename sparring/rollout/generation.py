@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from sparring.errors import RunError
-from sparring.models.layout import KVPool
+from sparring.layout import KVPool
 from sparring.models.transformer import Decoder
 from sparring.rollout.rows import DecodeRows, prefill_layout
 from sparring.rollout.sampler import Sampling, end_id_tensor, sample_id, sample_tokens

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparring.models.layout import PagedLayout
+from sparring.layout import PagedLayout
 from sparring.rollout.block_pool import SPARE_BLOCK, blocks_for
 from sparring.rollout.scheduler import PrefillChunk, SequenceState
 

@@ -47,6 +47,7 @@ def open_policy(
     stop_ids = checkpoint.end_token_ids(path, tokenizer)
     settings = saved_settings(adapter) if adapter else {}
     settings = settings or saved_settings(path)
+    stop_ids = tuple(sorted({*stop_ids, *settings.get("stop_ids", ())}))
     tokenizer.init_kwargs[SETTINGS_KEY] = {**settings, "stop_ids": list(stop_ids)}
     return Policy(
         model=model,

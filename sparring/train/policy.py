@@ -5,14 +5,16 @@ The same object trains and generates. Nothing here loops, samples or optimises.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparring.data.chat import ChatTemplate
 from sparring.errors import RecipeError
 from sparring.models import checkpoint
 from sparring.models.lora import LoraConfig
@@ -36,6 +38,7 @@ class Policy:
     """A model with what it needs to speak.
 
     source: the folder or Hub id its base came from. max_tokens: prompt and completion together.
+    template: the conversation format that it is trained with, once data is loaded.
     """
 
     model: Decoder
@@ -43,6 +46,7 @@ class Policy:
     stop_ids: tuple[int, ...]
     source: str
     max_tokens: int
+    template: ChatTemplate | None = None
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of the ids without special tokens, exactly as the tokens spell it."""
@@ -50,6 +54,11 @@ class Policy:
             list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return text
+
+    def speaking(self, template: ChatTemplate) -> Policy:
+        """The policy with this conversation format, whose end of a turn ends a completion too."""
+        stop_ids = tuple(sorted({*self.stop_ids, *template.end_ids}))
+        return replace(self, template=template, stop_ids=stop_ids)
 
 
 def pick_device() -> torch.device:
@@ -164,11 +173,17 @@ def save_policy(recipe: Recipe, policy: Policy, directory: Path) -> None:
         checkpoint.save_adapter(policy.model, directory, source)
     else:
         checkpoint.save_model(policy.model, directory, end_ids=policy.stop_ids)
-    checkpoint.save_tokenizer(policy.tokenizer, directory)
+    template = policy.template
+    tokenizer = policy.tokenizer
+    if template is not None and template.source != tokenizer.chat_template:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.chat_template = template.source
+    checkpoint.save_tokenizer(tokenizer, directory)
     settings = {
-        "template": recipe.data.template,
+        "template": "none" if template is not None and template.source is None else "auto",
         "system_prompt": recipe.data.system_prompt,
         "max_tokens": policy.max_tokens,
+        "stop_ids": list(policy.stop_ids),
     }
     text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
     (directory / SETTINGS_FILE).write_text(text, encoding="utf-8")

@@ -34,6 +34,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
     with Interruptions() as interruptions, open_session(recipe, "sft", resume=resume) as session:
         policy = build_policy(recipe)
         rows = _load(recipe, policy, session, recipe.data.train, recipe.data.split)
+        policy = policy.speaking(rows.template)
         held_out = None
         if recipe.data.eval:
             held_out = _load(recipe, policy, session, recipe.data.eval, recipe.data.eval_split)

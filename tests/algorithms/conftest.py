@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparring.models.layout import PackedLayout
+from sparring.layout import PackedLayout
 from sparring.types import Batch
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from sparring.models.layout import KVPool, Layout
+from sparring.layout import KVPool, Layout
 from sparring.models.rope import RopeConfig
 from sparring.models.transformer import Decoder, TransformerConfig
 from sparring.rollout.engine import Engine

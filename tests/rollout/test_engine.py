@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from sparring.models.layout import PackedLayout
+from sparring.layout import PackedLayout
 from sparring.models.lora import LoraConfig
 from sparring.models.transformer import Decoder
 from sparring.rollout.engine import Engine

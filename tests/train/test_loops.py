@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.train.tiny_run import grpo_recipe, sft_recipe, write_checkpoint, write_data
 
 from sparring import runlog
 from sparring.errors import (
@@ -23,6 +22,7 @@ from sparring.errors import (
 )
 from sparring.recipe import build_recipe
 from sparring.train import grpo, sft
+from tests.train.tiny_run import grpo_recipe, sft_recipe, write_checkpoint, write_data
 
 
 @pytest.fixture(scope="module")
