@@ -16,7 +16,7 @@ from sparring.data.packing import pack_sequences, unpack
 from sparring.errors import UserError
 from sparring.models import checkpoint
 from sparring.models.transformer import Decoder
-from sparring.recipe import locate
+from sparring.recipe import locate_model
 from sparring.rollout.sampler import Sampling
 from sparring.train.inference import open_policy, sampling_engine, template_of, tokenizer_settings
 from sparring.train.policy import Policy
@@ -46,9 +46,7 @@ def load(
         raise UserError(
             f"quantization '{quantization}' is not built yet; the only value so far is 'none'"
         )
-    policy = open_policy(
-        locate(path), adapter=locate(adapter) if adapter else None, dtype=dtype, device=device
-    )
+    policy = open_policy(locate_model(path), adapter=adapter, dtype=dtype, device=device)
     return policy.model, policy.tokenizer
 
 

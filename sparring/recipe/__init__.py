@@ -13,7 +13,7 @@ from sparring.recipe.resolved import (
     recipe_text,
 )
 from sparring.recipe.sections import Command, Recipe, RewardSection, parse_size
-from sparring.recipe.source import locate, packaged_recipes
+from sparring.recipe.source import locate, locate_model, packaged_recipes
 
 __all__ = [
     "Command",
@@ -24,6 +24,7 @@ __all__ = [
     "check_resume",
     "load_recipe",
     "locate",
+    "locate_model",
     "packaged_recipes",
     "parse_size",
     "recipe_differences",

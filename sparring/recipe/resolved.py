@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from sparring.errors import RunDirectoryError
 from sparring.recipe.sections import SECTIONS, Recipe
-from sparring.recipe.source import locate, portable
+from sparring.recipe.source import locate, locate_model, portable
 from sparring.recipe.toml_text import write_toml, write_value
 
 RESUMABLE = frozenset({"train.steps", "run.checkpoint_every", "run.keep_checkpoints", "run.track"})
@@ -33,7 +33,8 @@ def located(recipe: Recipe) -> Recipe:
     changed = {}
     for section, names in _PATHS.items():
         table = getattr(recipe, section)
-        paths = {name: locate(getattr(table, name)) for name in names}
+        find = locate_model if section == "model" else locate
+        paths = {name: find(getattr(table, name)) for name in names}
         changed[section] = table.model_copy(update=paths)
     return recipe.model_copy(update=changed)
 

@@ -38,15 +38,17 @@ class Source:
 
 
 def locate(path: str) -> str:
-    """The path itself; for "package:quickstart/policy", where that asset is installed.
-
-    "quickstart" alone is that policy too, unless a model or a run of this name lies right here.
-    """
-    if path.startswith(PACKAGE_PREFIX):
-        return str(_assets() / path.removeprefix(PACKAGE_PREFIX))
-    if path != QUICKSTART or _holds_model(Path(path)):
+    """The path itself; for "package:quickstart/train.jsonl", where that asset is installed."""
+    if not path.startswith(PACKAGE_PREFIX):
         return path
-    return str(_assets() / QUICKSTART / "policy")
+    return str(_assets() / path.removeprefix(PACKAGE_PREFIX))
+
+
+def locate_model(path: str) -> str:
+    """As `locate`; "quickstart" is the packaged policy, unless a model of this name lies here."""
+    if path != QUICKSTART or _holds_model(Path(path)):
+        return locate(path)
+    return locate(f"{PACKAGE_PREFIX}{QUICKSTART}/policy")
 
 
 def portable(path: str) -> str:
