@@ -1,0 +1,90 @@
+"""The same house on a GPU: scores, rollouts and whole runs agree with the CPU's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sparring
+from sparring import runlog
+from sparring.train import grpo, sft
+from tests.train.tiny_run import grpo_recipe, sft_recipe, write_checkpoint, write_data
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint with data and rewards."""
+    folder = tmp_path_factory.mktemp("made")
+    write_checkpoint(folder / "model")
+    write_data(folder)
+    return folder
+
+
+def test_scores_agree_with_the_cpu(folder: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sequences = [torch.randint(0, 256, (n,), generator=generator).tolist() for n in (1, 2, 17, 100)]
+    scores = {}
+    for device in ("cpu", "cuda"):
+        model, _ = sparring.load(str(folder / "model"), dtype="float32", device=device)
+        scores[device] = sparring.score(model, sequences, temperature=0.7)
+    for cpu, gpu in zip(scores["cpu"], scores["cuda"], strict=True):
+        assert torch.allclose(cpu, gpu, atol=1e-4)
+
+
+def test_rollouts_agree_with_the_cpu(folder: Path) -> None:
+    texts = {}
+    for device in ("cpu", "cuda"):
+        model, tokenizer = sparring.load(str(folder / "model"), dtype="float32", device=device)
+        rollouts = sparring.generate(
+            model,
+            tokenizer,
+            ["One", "Two and more"],
+            num_samples=4,
+            max_completion_tokens=40,
+            seed=3,
+        )
+        texts[device] = [rollout.token_ids.tolist() for group in rollouts for rollout in group]
+    same = sum(a == b for a, b in zip(texts["cpu"], texts["cuda"], strict=True))
+    assert same >= 7, "the noise is the same integers, so tokens differ at near-ties alone"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("lora", [None, {"rank": 4}])
+def test_grpo_runs_in_every_dtype(
+    folder: Path, tmp_path: Path, dtype: str, lora: dict[str, Any] | None
+) -> None:
+    changes: dict[str, Any] = {
+        "model": {"dtype": dtype},
+        "run": {"dir": str(tmp_path / "run")},
+        "loss": {"kl_coef": 0.01},
+    }
+    grpo.train(grpo_recipe(folder, **changes, **({"lora": lora} if lora else {})))
+    steps = [record.metrics for record in runlog.read_steps(tmp_path / "run")]
+    limit = 1e-3 if dtype == "float32" else 0.05
+    found = [step["mismatch_mean"] for step in steps if "mismatch_mean" in step]
+    assert found
+    assert max(value for value in found if value is not None) < limit
+
+
+def test_sft_learns_in_bfloat16(folder: Path, tmp_path: Path) -> None:
+    changes = {"model": {"dtype": "bfloat16"}, "run": {"dir": str(tmp_path / "run")}}
+    sft.train(sft_recipe(folder, train={"steps": 60}, **changes))
+    losses = [record.metrics["loss"] for record in runlog.read_steps(tmp_path / "run")]
+    assert losses[-1] < 0.4 * losses[0]
+
+
+def test_resume_is_bitwise_on_a_gpu(folder: Path, tmp_path: Path) -> None:
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    grpo.train(grpo_recipe(folder, run={"dir": one}, lora={"rank": 4}))
+    grpo.train(grpo_recipe(folder, run={"dir": two}, lora={"rank": 4}, train={"steps": 2}))
+    grpo.train(grpo_recipe(folder, run={"dir": two}, lora={"rank": 4}), resume=True)
+    from safetensors.torch import load_file
+
+    name = "final/adapter_model.safetensors"
+    first, second = load_file(Path(one) / name), load_file(Path(two) / name)
+    assert all(torch.equal(first[key], second[key]) for key in first)
