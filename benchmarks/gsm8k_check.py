@@ -5,7 +5,7 @@ trains, saves and resumes, and reports seconds and memory by step. A `random` re
 no completion of such a model is ever right and a step without signal trains nothing.
 
     python benchmarks/gsm8k_check.py --recipe recipes/gsm8k-qwen2.5-0.5b.toml \
-        --config Qwen2.5-0.5B-Instruct.json --tokenizer qwen2.5/ --train train.jsonl --eval test.jsonl
+        --config config.json --tokenizer qwen2.5/ --train train.jsonl --eval test.jsonl
 
 Prints one JSON object.
 """
@@ -33,7 +33,7 @@ from sparring.train.policy import pick_device
 
 
 def write_random_model(config_file: Path, tokenizer: Path, folder: Path) -> int:
-    """A checkpoint of the config's shape in bfloat16 with random weights; returns its parameters."""
+    """A bfloat16 checkpoint of the config's shape with random weights; returns its parameters."""
     config = json.loads(config_file.read_text(encoding="utf-8"))
     model = checkpoint.build_model(config, device=pick_device(), dtype=torch.bfloat16)
     model.init_weights(0)
