@@ -120,6 +120,21 @@ class RunLog:
             os.close(self._lock)
             self._lock = -1
 
+    def discard(self) -> None:
+        """Remove the records of a run that never trained, and its directory if that is then empty."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+        with _writing(self.directory):
+            for name in (RECIPE, ENVIRONMENT, SUMMARY, METRICS, EVALUATIONS, EVENTS):
+                (self.directory / name).unlink(missing_ok=True)
+            for path in (self.directory / ROLLOUTS).glob("*.jsonl"):
+                if _ROLLOUT_FILE.fullmatch(path.name):
+                    path.unlink()
+            for folder in (self.directory / ROLLOUTS, self.directory):
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
+
     def recipe(self, text: str) -> None:
         """Write the resolved recipe."""
         _replace(self.directory / RECIPE, text)

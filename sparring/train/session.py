@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparring.environment import describe_environment
-from sparring.errors import CheckpointError
+from sparring.errors import CheckpointError, UserError
 from sparring.models.transformer import Decoder
 from sparring.progress import Progress, format_bytes
 from sparring.recipe import check_resume, load_recipe, recipe_tables, recipe_text
@@ -51,7 +51,8 @@ def open_session(
     """Open the run directory of a recipe, new or to go on with, and its display.
 
     Raises RunDirectoryError where it holds a run and resume is not asked for, or where the recipe
-    of a resumed run differs in more than it may.
+    of a resumed run differs in more than it may. A new run that ends in a UserError before its first
+    step leaves no records, so that the same command works once the input is mended.
     """
     began = time.monotonic()
     directory = Path(recipe.run.dir)
@@ -69,21 +70,26 @@ def open_session(
         log = RunLog.create(directory)
     title = f"sparring {command}  {directory}"
     with log, Progress(title=title, num_steps=recipe.train.steps, start=start) as progress:
-        log.recipe(recipe_text(recipe))
-        log.environment(describe_environment())
         session = Session(recipe, log, progress, checkpoint=checkpoint, start=start, began=began)
         if resume and checkpoint is None:
             session.say(f"{directory.absolute()} has no checkpoint: starting at step 0")
         elif resume:
             session.say(f"going on from {checkpoint} (step {start})")
-        log.event(start, "resume" if resume else "start", "; ".join(notes))
         for note in notes:
             session.say(f"changed: {note}")
-        yield session
+        log.recipe(recipe_text(recipe))
+        log.environment(describe_environment())
+        log.event(start, "resume" if resume else "start", "; ".join(notes))
+        try:
+            yield session
+        except UserError:
+            if not resume and not session.has_trained:
+                log.discard()
+            raise
 
 
 class Session:
-    """An open run: made by `open_session`."""
+    """An open run: made by `open_session`. has_trained: a step of this process is recorded."""
 
     def __init__(
         self,
@@ -96,6 +102,7 @@ class Session:
         began: float,
     ) -> None:
         self.recipe, self.log, self.progress = recipe, log, progress
+        self.has_trained = False
         self.on_rollout = progress.rollout
         self._checkpoint, self._step = checkpoint, start
         self._last_checkpoint = start if checkpoint else -1
@@ -153,7 +160,7 @@ class Session:
         groups: Sequence[Group] | None,
     ) -> None:
         """Record and show a finished step (1-based) with what its phases took."""
-        self._step = step
+        self._step, self.has_trained = step, True
         row = dict(metrics)
         if update is not None:
             row |= {

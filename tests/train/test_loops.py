@@ -198,3 +198,14 @@ def test_an_adapter_needs_a_lora_section(folder: Path) -> None:
     }
     with pytest.raises(RecipeError, match=r"needs a \[lora\] section"):
         sft.train(build_recipe(tables, command="sft"))
+
+
+def test_wrong_input_leaves_no_run_behind(folder: Path) -> None:
+    reward = [{"name": f"{folder}/rewards.py:nothing"}]
+    with pytest.raises(RewardError):
+        grpo.train(grpo_recipe(folder, reward=reward))
+    with pytest.raises(DataError):
+        grpo.train(grpo_recipe(folder, data={"train": str(folder / "absent.jsonl")}))
+    assert not (folder / "run").exists()
+    grpo.train(grpo_recipe(folder))
+    assert (folder / "run" / "summary.json").is_file()
