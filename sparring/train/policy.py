@@ -79,8 +79,13 @@ def build_policy(recipe: Recipe) -> Policy:
             " train through an adapter; add [lora], or merge the adapter into its base first"
         )
     dtype = "float32" if section.dtype == "auto" and device.type == "cpu" else section.dtype
+    kv_memory = recipe.rollout.kv_memory
     model = checkpoint.load_model(
-        section.path, adapter=section.adapter or None, dtype=dtype, device=device
+        section.path,
+        adapter=section.adapter or None,
+        dtype=dtype,
+        device=device,
+        kv_bytes=0 if kv_memory == "auto" else int(kv_memory),
     )
     tokenizer = checkpoint.load_tokenizer(section.path)
     checkpoint.check_vocabulary(tokenizer, model.config)
