@@ -49,6 +49,7 @@ def tables_of(arguments: argparse.Namespace, model: Path, run: Path, steps: int)
     tables = tomllib.loads(Path(arguments.recipe).read_text(encoding="utf-8"))
     tables["model"]["path"] = str(model)
     tables["data"] |= {"train": arguments.train, "eval": arguments.eval}
+    tables["data"] |= {"prompt": "prompt", "reference": "reference"}
     tables["reward"].append({"name": "random"})
     tables["rollout"] |= {"max_completion_tokens": arguments.max_completion_tokens}
     tables["eval"] = tables.get("eval", {}) | {"limit": 16, "every": 0}

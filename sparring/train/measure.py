@@ -34,7 +34,7 @@ def measure(
             say(line)
         prompts = found.prompts[: recipe.eval.limit or None]
         engine = sampling_engine(
-            policy,
+            policy.speaking(template),
             num_rollouts=len(prompts) * recipe.eval.num_samples,
             max_tokens=min(policy.max_tokens, found.longest + recipe.rollout.max_completion_tokens),
         )
