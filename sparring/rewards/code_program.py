@@ -113,13 +113,15 @@ def assemble(code: str, *, prompt: str, entry_point: str) -> str:
         return code
     tree = parse(code)
     if tree is not None and entry_point in defined_names(tree):
-        whole = close_definition(opened) + "\n" + code
-        return whole if parse(whole) is not None else code
+        if any(
+            isinstance(node, ast.ImportFrom) and node.module == "__future__" for node in tree.body
+        ):
+            return code  # such an import must come first
+        return close_definition(opened) + "\n" + code
     for body in (code, _indented(code)):
-        continued = opened + body
-        tree = parse(continued)
-        if tree is not None and entry_point in defined_names(tree):
-            return continued
+        tree = parse(opened + body)
+        if tree is not None and not any(isinstance(node, ast.Return) for node in tree.body):
+            return opened + body
     return code
 
 

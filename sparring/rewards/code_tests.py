@@ -19,7 +19,7 @@ from sparring.rewards.code_program import parse
 from sparring.rewards.code_test_program import build_test_program
 from sparring.rewards.sandbox.values import Equality, NotPlainError, encode, matches
 
-CheckKind = Literal["equal", "either", "different", "truthy", "falsy", "near"]
+CheckKind = Literal["equal", "identical", "either", "different", "truthy", "falsy", "near"]
 
 
 class TestsError(ValueError):
@@ -32,6 +32,7 @@ class TestsError(ValueError):
 class Check:
     """What an output must be. near: |output - expected| < tolerance; either: one of several.
 
+    identical: what `is` asks of True, False and None.
     expected: a value, or for "either" a list of values. It never leaves this process.
     """
 
@@ -43,6 +44,8 @@ class Check:
         """Whether the output, as typed JSON, is as it must be."""
         if self.kind == "equal":
             return matches(self.expected, document, equality)
+        if self.kind == "identical":
+            return matches(self.expected, document, Equality(tolerance=0.0))
         if self.kind == "either":
             return any(matches(value, document, equality) for value in self.expected)
         if self.kind == "different":
@@ -319,7 +322,7 @@ def _call_and_check(test: ast.expr) -> tuple[ast.Call, Check] | None:
             ops=[ast.Is()],
             comparators=[ast.Constant(value=True | False | None as value)],
         ):
-            return call, Check(kind="equal", expected=value)
+            return call, Check(kind="identical", expected=value)
         case ast.Compare(left=ast.Call(args=[difference]) as distance, ops=[ast.Lt()]) if (
             _is_distance(distance)
         ):

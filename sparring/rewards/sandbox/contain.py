@@ -45,7 +45,7 @@ def prepare_server(kernel: Kernel | None, level: str, readable: Sequence[str], *
     if level == FULL:
         namespaces.enter(kernel, readable, uid=uid)
         return True
-    if os.geteuid() == 0:
+    if namespaces.may_become(uid):
         if level == LANDLOCK:
             kernel.prctl(PR_SET_KEEPCAPS, 1)
         namespaces.become(kernel, uid)

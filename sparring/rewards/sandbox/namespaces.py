@@ -50,7 +50,7 @@ def enter(kernel: Kernel, readable: Sequence[str], *, uid: int) -> None:
     try:
         private = CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWNS
         is_built = False
-        if os.geteuid() == 0:
+        if may_become(uid):
             # Real root builds the root while it may still read the interpreter's files, wherever
             # they lie, and then becomes an ordinary user, whose processes the kernel counts.
             try:
@@ -69,6 +69,15 @@ def enter(kernel: Kernel, readable: Sequence[str], *, uid: int) -> None:
             _build_root(kernel, readable)
     finally:
         os.close(process)
+
+
+def may_become(uid: int) -> bool:
+    """Whether this process is root and `uid` exists in its user namespace."""
+    if os.geteuid() != 0:
+        return False
+    with open("/proc/self/uid_map") as file:
+        ranges = [[int(word) for word in line.split()] for line in file]
+    return any(first <= uid < first + count for first, _, count in ranges)
 
 
 def become(kernel: Kernel, uid: int) -> None:

@@ -42,7 +42,7 @@ class Link:
         self.num_calls = 0
 
     def ask(self, command: dict[str, Any]) -> dict[str, Any]:
-        """One command, one answer; raises what the program raised, if that is a built-in exception."""
+        """One command, one answer; raises what the program raised, if it is a built-in error."""
         self._reply.send({"command": command})
         line = self._answers.readline()
         answer = json.loads(line) if line else {"error": "the program ended", "kind": ""}
@@ -85,6 +85,7 @@ class Remote:
         object.__setattr__(self, "_key", key)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call it in the program's process, with copies of plain values."""
         link: Link = object.__getattribute__(self, "_link")
         link.num_calls += 1
         answer = link.ask(

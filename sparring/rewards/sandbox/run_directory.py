@@ -23,19 +23,17 @@ def is_over(path: str, *, max_bytes: int, max_files: int) -> bool:
         while waiting:
             descriptor = waiting.pop()
             try:
-                for entry in os.scandir(descriptor):
+                for name in os.listdir(descriptor):
                     try:
-                        found = os.stat(entry.name, dir_fd=descriptor, follow_symlinks=False)
+                        found = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
                         total_files += 1
                         total_bytes += found.st_blocks * 512
-                        if total_files > max_files or total_bytes > max_bytes:
-                            return True
                         if stat.S_ISDIR(found.st_mode):
-                            waiting.append(os.open(entry.name, _FLAGS, dir_fd=descriptor))
+                            waiting.append(os.open(name, _FLAGS, dir_fd=descriptor))
                     except OSError:
                         continue
-                    if len(waiting) > 200:  # as wide or as deep as no honest program
-                        return True
+                    if total_files > max_files or total_bytes > max_bytes or len(waiting) > 200:
+                        return True  # 200: wider and deeper than any honest program's
             finally:
                 os.close(descriptor)
     finally:

@@ -88,6 +88,11 @@ class Sandbox:
             )
 
     @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return not self._finalizer.alive
+
+    @property
     def server_pids(self) -> list[int]:
         """Process numbers of the fork servers that are idle now."""
         with self._condition:
@@ -177,21 +182,24 @@ class Sandbox:
         with self._condition:
             self._waiting.append(ticket)
             self._condition.wait_for(
-                lambda: self._is_closed or (self._waiting[0] is ticket and len(self._idle) >= count)
+                lambda: self.is_closed or (self._waiting[0] is ticket and len(self._idle) >= count)
             )
             self._waiting.remove(ticket)
-            if not self._finalizer.alive:
+            if self.is_closed:
                 raise RunError("the sandbox is closed")
             taken = [self._idle.pop() for _ in range(count)]
             self._condition.notify_all()
         try:
             yield taken
         finally:
-            with self._condition:
-                self._idle.extend(taken)
-                if not self._finalizer.alive:  # closed meanwhile
-                    _shut_down(self._idle, self._folders)
-                self._condition.notify_all()
+            self._give_back(taken)
+
+    def _give_back(self, taken: list[server.Server]) -> None:
+        with self._condition:
+            self._idle.extend(taken)
+            if self.is_closed:  # meanwhile
+                _shut_down(self._idle, self._folders)
+            self._condition.notify_all()
 
     def _replace(self, broken: server.Server) -> server.Server:
         broken.process.kill()
