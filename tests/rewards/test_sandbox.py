@@ -155,6 +155,8 @@ def test_results_tell_how_a_program_ended(sandbox):
         "threading.Thread(target=lambda: (time.sleep(0.1), print('thread'))).start()\nprint('main')"
     )
     assert sandbox.run(printed).stdout == "main\nthread\nlast\n"
+    ended = "class A:\n    def __del__(self): print('end')\na = A()\nprint('x')"
+    assert sandbox.run(ended).stdout == "x\nend\n"
 
 
 def test_tracebacks_show_the_program_alone(sandbox):

@@ -1,4 +1,4 @@
-"""Plain values through the sandbox's wall: types kept, nothing hostile built, equality by policy."""
+"""Plain values through the sandbox's wall: types kept, nothing hostile built."""
 
 from __future__ import annotations
 

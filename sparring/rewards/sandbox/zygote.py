@@ -224,7 +224,8 @@ class Server:
         os.close(status_out)
         os.closerange(5 if has_commands else 4, 4096)
         code = harness.run(request, reply_descriptor=3, commands_descriptor=4)
-        sys.exit(code)  # as a script ends: exit handlers, threads, flushed output
+        harness.finish(code)
+        raise SystemExit(code)  # as a script ends: exit handlers, threads, flushed output
 
     def _split_off_init(self, status_out: int) -> None:
         """Fork the namespace's PID 1, which forks the program and reaps; returns in the program."""
