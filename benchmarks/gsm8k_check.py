@@ -48,7 +48,8 @@ def tables_of(arguments: argparse.Namespace, model: Path, run: Path, steps: int)
     """The recipe's tables with this check's model, data and number of steps."""
     tables = tomllib.loads(Path(arguments.recipe).read_text(encoding="utf-8"))
     tables["model"]["path"] = str(model)
-    tables["data"] |= {"train": arguments.train, "eval": arguments.eval}
+    columns = {"prompt": "prompt", "reference": "reference"}
+    tables["data"] |= {"train": arguments.train, "eval": arguments.eval} | columns
     tables["data"] |= {"prompt": "prompt", "reference": "reference"}
     tables["reward"].append({"name": "random"})
     tables["rollout"] |= {"max_completion_tokens": arguments.max_completion_tokens}

@@ -20,6 +20,7 @@ from sparring.recipe import locate_model
 from sparring.rollout.sampler import Sampling
 from sparring.train.inference import open_policy, sampling_engine, template_of, tokenizer_settings
 from sparring.train.policy import Policy
+from sparring.train.step import to_device
 from sparring.types import Message, Prompt, Rollout
 
 SCORE_TOKENS = 8192
@@ -116,7 +117,8 @@ def score(
             )
     packed = pack_sequences(sequences, max_tokens=SCORE_TOKENS, temperature=temperature)
     with torch.no_grad():
-        scores = [model.score(batch).logprobs_T.float().cpu() for batch, _ in packed]
+        moved = [to_device(batch, model.device) for batch, _ in packed]
+        scores = [model.score(batch).logprobs_T.float().cpu() for batch in moved]
     return unpack(packed, scores, len(sequences))
 
 

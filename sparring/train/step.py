@@ -77,7 +77,7 @@ def train_step(
     """
     start = time.perf_counter()
     assert batches, "a step needs a micro-batch"
-    batches = [_to_device(batch, model.device) for batch in batches]
+    batches = [to_device(batch, model.device) for batch in batches]
     if reference is not None:
         with torch.no_grad():
             batches = [replace(batch, ref_logprobs_T=reference(batch)) for batch in batches]
@@ -121,7 +121,7 @@ def with_old_logprobs(model: Scorer, batches: Sequence[Batch]) -> list[Batch]:
     For several passes over the same rollouts: call it once, before the first.
     """
     with torch.no_grad():
-        moved = [_to_device(batch, model.device) for batch in batches]
+        moved = [to_device(batch, model.device) for batch in batches]
         return [replace(batch, old_logprobs_T=model.score(batch).logprobs_T) for batch in moved]
 
 
@@ -130,11 +130,11 @@ def score_loss(
 ) -> float:
     """The loss of these micro-batches together, without gradient and without a step."""
     with torch.no_grad():
-        moved = [_to_device(batch, model.device) for batch in batches]
+        moved = [to_device(batch, model.device) for batch in batches]
         return float(sum(loss(model.score(batch), batch).loss.double() for batch in moved))
 
 
-def _to_device(batch: Batch, device: torch.device) -> Batch:
+def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with all of its tensors on the device."""
     tensors: dict[str, Any] = {
         field.name: value.to(device, non_blocking=True)
