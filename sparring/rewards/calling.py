@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sparring.errors import RewardError, SparringError
-from sparring.rewards.isolation import IsolatedFunction
+from sparring.rewards import isolation_worker
+from sparring.rewards.isolation import IsolatedFunction, RemoteError
 from sparring.rewards.signatures import Parameters, Samples, bind, parameters_of
 
 if TYPE_CHECKING:
@@ -28,11 +29,15 @@ if TYPE_CHECKING:
 
 
 class Runtime:
-    """What a reward keeps alive between calls: its event loop, its worker process."""
+    """What a reward keeps alive between calls: its event loop, its worker process.
+
+    left_behind: set once the last call that ran over its time has come to an end after all.
+    """
 
     def __init__(self) -> None:
         self._loop: EventLoopThread | None = None
         self._isolated: IsolatedFunction | None = None
+        self.left_behind: threading.Event | None = None
 
     def loop(self) -> EventLoopThread:
         """The reward's event loop, started at its first use."""
@@ -68,7 +73,7 @@ class EventLoopThread:
         self._finalizer = weakref.finalize(self, _stop_loop, self._loop, self._thread)
 
     def run(self, coroutine: Any, seconds: float) -> Any:
-        """The coroutine's result. Raises TimeoutError past `seconds`; the task is then cancelled."""
+        """The coroutine's result. Raises TimeoutError past `seconds` and cancels the task."""
         future = asyncio.run_coroutine_threadsafe(_awaited(coroutine), self._loop)
         try:
             return future.result(timeout=seconds)
@@ -122,7 +127,7 @@ class Verdict:
 
 
 class CallLog:
-    """Collects what one call logs. A call that was given up keeps its own log, which nobody reads."""
+    """Collects what one call logs; a call that was given up writes into a log nobody reads."""
 
     def __init__(self, name: str, num_samples: int) -> None:
         self._name, self._num_samples = name, num_samples
@@ -146,7 +151,8 @@ class CallLog:
 def call_all(
     rewards: Sequence[Reward], samples: Samples, trainer_state: Mapping[str, Any]
 ) -> dict[str, Verdict]:
-    """Call all rewards side by side; those that take `judged` come after the others, with their values.
+    """Call all rewards side by side; those that take `judged` come after the others, with their
+    values.
 
     `judged` maps names to values, the reward that decides on correctness (the first required one,
     else the first) in front. Raises RewardError where a function breaks its contract.
@@ -209,30 +215,42 @@ class Call:
         if reward.is_fitted:
             for knob in reward.knobs:
                 del self._arguments[knob]
-        self._outcome: tuple[Any, BaseException | None, str] | None = None
+        self._outcome: tuple[Any, BaseException | None] | None = None
+        self._is_blocked = False
+        self._ended = 0.0
         self._done = threading.Event()
         self._started = 0.0
 
     def start(self) -> None:
-        """Set the call going in a thread of its own."""
+        """Set the call going in a thread of its own, unless an earlier one still hangs."""
         self._started = time.monotonic()
-        threading.Thread(
-            target=self._run, name=f"reward {self.reward.name}", daemon=True
-        ).start()
+        behind = self.reward.runtime.left_behind
+        if behind is not None and not behind.is_set():
+            self._is_blocked = True
+            return
+        threading.Thread(target=self._run, name=f"reward {self.reward.name}", daemon=True).start()
 
     def finish(self) -> Verdict:
         """Wait, at most until the reward's wall clock, and turn the outcome into a Verdict."""
         limit = self.reward.timeout_seconds
-        self._done.wait(max(0.0, self._started + limit + 2.0 * self._keeps_clock - time.monotonic()))
-        seconds = time.monotonic() - self._started
+        if self._is_blocked:
+            return self._nothing("busy: a call that timed out still runs; isolate = true ends it")
+        self._done.wait(
+            max(0.0, self._started + limit + 2.0 * self._keeps_clock - time.monotonic())
+        )
+        seconds = (self._ended or time.monotonic()) - self._started
         if self._outcome is None:
-            return self._nothing(f"timeout after {limit:g} s", "", seconds)
-        value, error, trace = self._outcome
+            self.reward.runtime.left_behind = self._done
+            return self._nothing(f"timeout after {limit:g} s", seconds=seconds)
+        value, error = self._outcome
         if isinstance(error, SparringError):
             raise error
         if isinstance(error, TimeoutError) and self._keeps_clock:
-            return self._nothing(f"timeout after {limit:g} s", "", seconds)
+            return self._nothing(f"timeout after {limit:g} s", seconds=seconds)
+        if isinstance(error, RemoteError):
+            return self._nothing(f"error: {error.kind}", str(error), seconds)
         if error is not None:
+            trace = "".join(traceback.format_exception(from_function(error)))
             return self._nothing(f"error: {type(error).__name__}", trace, seconds)
         verdict = check_values(self.reward.name, value, self._num_samples)
         verdict.seconds = seconds
@@ -246,10 +264,11 @@ class Call:
 
     def _run(self) -> None:
         try:
-            self._outcome = (self._value(), None, "")
+            self._outcome = (self._value(), None)
         except BaseException as error:  # foreign code: whatever it raises is reported by finish()
-            self._outcome = (None, error, traceback.format_exc())
+            self._outcome = (None, error)
         finally:
+            self._ended = time.monotonic()
             self._done.set()
 
     def _value(self) -> Any:
@@ -268,7 +287,7 @@ class Call:
                 raise
         return value
 
-    def _nothing(self, reason: str, trace: str, seconds: float) -> Verdict:
+    def _nothing(self, reason: str, trace: str = "", seconds: float = 0.0) -> Verdict:
         return Verdict(
             values=[None] * self._num_samples,
             reasons={reason: self._num_samples},
@@ -277,11 +296,20 @@ class Call:
         )
 
 
+def from_function(error: BaseException) -> BaseException:
+    """The error with Sparring's own frames cut off the top of its traceback."""
+    own = (__file__, isolation_worker.__file__)
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename in own:
+        trace = trace.tb_next
+    return error.with_traceback(trace)
+
+
 def check_values(name: str, value: Any, num_samples: int) -> Verdict:
     """Turn what a function returned into finite floats and None.
 
-    Takes a list, tuple, array or tensor of numbers, booleans and None. Raises RewardError naming the
-    function for anything else or for a wrong length.
+    Takes a list, tuple, array or tensor of numbers, booleans and None. Raises RewardError naming
+    the function for anything else or for a wrong length.
     """
     value = plain_values(value)
     if not isinstance(value, list):

@@ -1,6 +1,7 @@
 """The reward `countdown`: an expression that uses the given numbers and equals the target.
 
-The expression is walked as a syntax tree (arithmetic.py), never run: + - * / and brackets, no powers.
+The expression is walked as a syntax tree (arithmetic.py), never run: + - * / and brackets, no
+powers.
 """
 
 from __future__ import annotations
@@ -34,17 +35,19 @@ def countdown(
 ) -> list[float | None]:
     """1.0 where the expression uses each given number exactly once and equals the target, else 0.0.
 
-    The expression stands in an <answer> block, a box, after "answer is" or alone; a trailing "= n" is
-    allowed where n is its value. use "some": each number at most once. expression_credit: for a
-    well-formed expression with the right numbers and another value. None where a row's numbers or target cannot
-    be read.
+    The expression stands in an <answer> block, a box, after "answer is" or alone; a trailing "= n"
+    is allowed where n is its value. use "some": each number at most once. expression_credit: for a
+    well-formed expression with the right numbers and another value. None where a row's numbers or
+    target cannot be read.
     """
     if not 0.0 <= expression_credit < 1.0:
         raise RewardError(
-            f"reward 'countdown': expression_credit = {expression_credit} must lie in 0 to 1, 1 excluded"
+            f"reward 'countdown': expression_credit = {expression_credit} is not allowed; "
+            "it lies between 0 and 1, 1 excluded"
         )
     values: list[float | None] = []
-    notes, answers = [], []
+    notes: list[str] = []
+    answers: list[str | None] = []
     texts = full_texts(completions, prefills)
     for text, given, wanted in zip(texts, numbers, target, strict=True):
         pool, goal = _numbers(given), _numbers([wanted])

@@ -31,10 +31,11 @@ def format_reward(
 ) -> list[float]:
     """1.0 where the layout holds, else 0.0.
 
-    layout "think_answer": one <think> block, then one <answer> block; "think": one <think> block, then
-    text. strict: nothing but white space before, between and after the blocks, each tag exactly once
-    and in order, both bodies not blank, the completion not cut by the length limit. lenient: text
-    around and between the blocks is allowed. allow_empty_thinking: for models that may skip it.
+    layout "think_answer": one <think> block, then one <answer> block; "think": one <think> block,
+    then text. strict: nothing but white space before, between and after the blocks, each tag
+    exactly once and in order, both bodies not blank, the completion not cut by the length limit.
+    lenient: text around and between the blocks is allowed. allow_empty_thinking: for models that
+    may skip it.
     """
     texts = full_texts(completions, prefills)
     reasons = [
@@ -56,8 +57,8 @@ def tags(
 ) -> list[float]:
     """Partial credit while the layout is being learnt: 0.25 for each of the four tags.
 
-    A tag counts if it occurs exactly once and after the tag before it that counts. Bare tags around
-    nothing do not add up to full credit: a blank body takes its closing tag's quarter away.
+    A tag counts if it occurs exactly once and after the last one that counts; a closing tag only
+    after a body that is not blank. Full credit asks for the lenient layout of `format`.
     """
     values, notes = [], []
     for text in full_texts(completions, prefills):
@@ -72,7 +73,8 @@ def tags(
                 continue
             counted.append(tag)
             position = place + len(tag)
-        values.append(0.25 * len(counted))
+        is_whole = not fault(text, layout="think_answer", is_strict=False, allow_empty=False)
+        values.append(0.25 * (len(counted) if is_whole else min(3, len(counted))))
         notes.append("counted: " + (" ".join(counted) or "no tag"))
     if log_extra is not None:
         log_extra("reason", notes)

@@ -23,7 +23,11 @@ class WorkerCrash(RuntimeError):
 
 
 class RemoteError(RuntimeError):
-    """The function raised in its worker; the message is the traceback there."""
+    """The function raised in its worker: the traceback there, and the error's type as kind."""
+
+    def __init__(self, traceback: str, *, kind: str) -> None:
+        super().__init__(traceback)
+        self.kind = kind
 
 
 class IsolatedFunction:
@@ -35,9 +39,7 @@ class IsolatedFunction:
         self._process: LineProcess | None = None
         self.short_name, self.parameters = self._start()
 
-    def __call__(
-        self, arguments: Mapping[str, Any], *, num_samples: int, seconds: float
-    ) -> Any:
+    def __call__(self, arguments: Mapping[str, Any], *, num_samples: int, seconds: float) -> Any:
         """Judge in the worker. Raises TimeoutError, WorkerCrash or RemoteError."""
         log_extra, log_metric = arguments.get("log_extra"), arguments.get("log_metric")
         plain = {
@@ -62,12 +64,12 @@ class IsolatedFunction:
         except (TimeoutError, EOFError) as error:
             self.close()
             if isinstance(error, EOFError):
-                raise WorkerCrash(f"the worker of reward '{self._name}' {error}") from error
+                raise WorkerCrash(f"the worker of reward '{self._name}' {error}") from None
             raise
         if "contract" in answer:
             raise RewardError(answer["contract"])
         if "traceback" in answer:
-            raise RemoteError(answer["traceback"])
+            raise RemoteError(answer["traceback"], kind=answer["kind"])
         for column, values in answer["extras"].items():
             if log_extra is not None:
                 log_extra(column, values)
@@ -120,7 +122,7 @@ def isolated_command(code: str, search_path: list[str]) -> list[str]:
 
 
 def _not_plain(value: Any) -> str:
-    """"" if `value` is JSON through and through, else the name of the first type that is not."""
+    """The name of the first type inside `value` that is no JSON, "" if all of it is."""
     if value is None or isinstance(value, str | int | float | bool):
         return ""
     if isinstance(value, list | tuple):

@@ -1,4 +1,5 @@
-"""The far end of isolation.py: loads one reward function and judges batches that come as JSON lines.
+"""The far end of isolation.py: loads one reward function and judges batches that come as JSON
+lines.
 
 Standard output is the channel to the parent; whatever the function prints goes to standard error.
 """
@@ -59,7 +60,7 @@ def _judge(
     import asyncio
     import inspect
 
-    from sparring.rewards.calling import CallLog, plain_values
+    from sparring.rewards.calling import CallLog, from_function, plain_values
     from sparring.rewards.signatures import parameters_of
 
     log = CallLog("", num_samples)
@@ -73,8 +74,9 @@ def _judge(
             values = asyncio.run(_awaited(values))
     except SparringError as error:
         return {"contract": str(error)}
-    except BaseException:  # foreign code: reported to the parent with its traceback
-        return {"traceback": traceback.format_exc()}
+    except BaseException as error:  # foreign code: reported to the parent with its traceback
+        trace = "".join(traceback.format_exception(from_function(error)))
+        return {"traceback": trace, "kind": type(error).__name__}
     return {"values": plain_values(values), "extras": log.extras, "metrics": log.metrics}
 
 

@@ -1,8 +1,8 @@
 """The reward `language`: how much of the thinking is written in the language that was asked for.
 
-As in DeepSeek-R1 (arXiv 2501.12948): words of the target language over all words. Words are counted by
-Unicode script, characters one by one where a script writes without spaces. Scripts tell English from
-Chinese exactly, and English from French not at all; for that there is an optional detector.
+As in DeepSeek-R1 (arXiv 2501.12948): words of the target language over all words. Words are counted
+by Unicode script, characters one by one where a script writes without spaces. Scripts tell English
+from Chinese exactly, and English from French not at all; for that there is an optional detector.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ def _known(target: str) -> str:
     code = target.lower()
     if code not in SCRIPTS:
         raise RewardError(
-            f"reward 'language': target = '{target}' is not known; known: {', '.join(sorted(SCRIPTS))}"
+            f"reward 'language': target = '{target}' is not known; "
+            f"known: {', '.join(sorted(SCRIPTS))}"
         )
     return code
 

@@ -1,4 +1,4 @@
-"""Counting words by Unicode script: what remains of a text once code, formulas and links are gone."""
+"""Counting words by Unicode script, once code, formulas and links are gone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LATIN_LANGUAGES = frozenset(
 """Languages in Latin script: the script alone does not tell them apart."""
 
 SCRIPTS: dict[str, tuple[str, ...]] = {
-    **{code: ("Latin",) for code in LATIN_LANGUAGES},
+    **dict.fromkeys(LATIN_LANGUAGES, ("Latin",)),
     "zh": ("Han",),
     "ja": ("Japanese",),
     "ko": ("Hangul",),
@@ -31,15 +31,18 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
     "ka": ("Georgian",),
     "hy": ("Armenian",),
 }  # fmt: skip
-"""Language codes and the scripts whose words count for them. Japanese is kana, and Han beside kana."""
+"""Language codes and the scripts whose words count for them. Japanese is kana, and Han beside kana.
+"""
 
 _MARK = r"[\u0300-\u036f'’]"
 _RUNS = {
-    "Latin": r"[A-Za-z\u00aa\u00ba\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u1e00-\u1eff\uff21-\uff3a\uff41-\uff5a]",
+    "Latin": r"[A-Za-z\u00aa\u00ba\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u1e00-\u1eff"
+    r"\uff21-\uff3a\uff41-\uff5a]",
     "Cyrillic": r"[\u0400-\u052f\u1c80-\u1c8f]",
     "Greek": r"[\u0370-\u03ff\u1f00-\u1fff]",
     "Hebrew": r"[\u0590-\u05ff\ufb1d-\ufb4f]",
-    "Arabic": r"[\u0610-\u061a\u0620-\u065f\u066e-\u06d3\u06d5-\u06ef\u06fa-\u06ff\u0750-\u077f\ufb50-\ufdff\ufe70-\ufeff\u200c]",
+    "Arabic": r"[\u0610-\u061a\u0620-\u065f\u066e-\u06d3\u06d5-\u06ef\u06fa-\u06ff\u0750-\u077f"
+    r"\ufb50-\ufdff\ufe70-\ufeff\u200c]",
     "Devanagari": r"[\u0900-\u0963\u0970-\u097f\u200c\u200d]",
     "Bengali": r"[\u0980-\u09e3\u09f0-\u09ff]",
     "Tamil": r"[\u0b80-\u0be5]",
@@ -68,8 +71,44 @@ _NOT_WORDS = re.compile(
     re.DOTALL,
 )
 _NOTATION = frozenset(
-    "sin cos tan cot sec csc log ln exp lim max min mod gcd lcm det arg deg rad cm mm km kg mg ml "
-    "def abc abcd ab bc cd ac ad bd aime ai".split()
+    [
+        "sin",
+        "cos",
+        "tan",
+        "cot",
+        "sec",
+        "csc",
+        "log",
+        "ln",
+        "exp",
+        "lim",
+        "max",
+        "min",
+        "mod",
+        "gcd",
+        "lcm",
+        "det",
+        "arg",
+        "deg",
+        "rad",
+        "cm",
+        "mm",
+        "km",
+        "kg",
+        "mg",
+        "ml",
+        "def",
+        "abc",
+        "abcd",
+        "ab",
+        "bc",
+        "cd",
+        "ac",
+        "ad",
+        "bd",
+        "aime",
+        "ai",
+    ]
 )
 """Latin letters that any language writes alike in mathematics; single letters are left out too."""
 
@@ -79,7 +118,9 @@ _HAN_ALONE = 10
 
 
 def count_scripts(text: str) -> Counter[str]:
-    """Words by script ("Latin", "Han", "Japanese", ...): runs of letters, characters for Han, kana and Thai."""
+    """Words by script ("Latin", "Han", "Japanese", ...): runs of letters, characters for Han, kana
+    and Thai.
+    """
     counts: Counter[str] = Counter()
     undecided = 0
     for segment in _SEGMENT.findall(strip_notation(text)):
@@ -109,7 +150,9 @@ def strip_notation(text: str) -> str:
 
 
 def latin_passages(text: str, min_characters: int) -> Iterator[tuple[str, int]]:
-    """Runs of sentences with their number of Latin words, each of `min_characters` or more but the last."""
+    """Runs of sentences with their number of Latin words, each of `min_characters` or more but the
+    last.
+    """
     passage, words = "", 0
     for segment in _SEGMENT.findall(re.sub(r"(?<=[.;])\s", "\n", strip_notation(text))):
         latin = [match.group() for match in _WORD.finditer(segment) if match.lastgroup == "Latin"]

@@ -14,7 +14,8 @@ from typing import Any
 from sparring.errors import RewardError
 
 DEFAULT_BUFFER_SHARE = 5
-"""soft_overlong's buffer is a fifth of the limit where none is given, as in DAPO (4,096 of 20,480)."""
+"""soft_overlong's buffer is a fifth of the limit where none is given, as in DAPO (4,096 of 20,480).
+"""
 
 
 def soft_overlong(
@@ -34,7 +35,8 @@ def soft_overlong(
     buffer = buffer_tokens or max(1, limit // DEFAULT_BUFFER_SHARE)
     if not 0 < buffer <= limit:
         raise RewardError(
-            f"reward 'soft_overlong': buffer_tokens = {buffer} must lie between 1 and max_tokens = {limit}"
+            f"reward 'soft_overlong': buffer_tokens = {buffer} is not allowed; "
+            f"it lies between 1 and max_tokens = {limit}"
         )
     lengths = [len(ids) for ids in completion_ids]
     values = [min(0.0, max(-1.0, (limit - buffer - length) / buffer)) for length in lengths]
@@ -58,7 +60,8 @@ def cosine_length(
     wrong_at_zero: float = -1.0,
     wrong_at_limit: float = -0.5,
 ) -> list[float | None]:
-    """A half cosine over the length, from the value at 0 tokens to the value at the limit (arXiv 2502.03373).
+    """A half cosine over the length, from the value at 0 tokens to the value at the limit (arXiv
+    2502.03373).
 
     Right and wrong completions have their own pair of values; lengths beyond the limit count as the
     limit. None where correctness is not known. correct_by: the reward that decides (default: the
@@ -74,7 +77,9 @@ def cosine_length(
             values.append(None)
             notes.append("not known whether it is right")
             continue
-        start, end = (right_at_zero, right_at_limit) if is_right else (wrong_at_zero, wrong_at_limit)
+        start, end = (
+            (right_at_zero, right_at_limit) if is_right else (wrong_at_zero, wrong_at_limit)
+        )
         values.append(end + (start - end) * (1.0 + math.cos(math.pi * length / limit)) / 2.0)
         notes.append(f"{'right' if is_right else 'wrong'}, {len(ids)} of {limit} tokens")
     if log_extra is not None:
@@ -95,8 +100,8 @@ def group_length(
     """Shorter than the rest of its group is better (Kimi k1.5, arXiv 2501.12599).
 
     0.5 - (length - shortest) / (longest - shortest) over the judged samples of the group for right
-    completions; wrong ones get that or 0, whichever is less. A group of one length gets 0. None where
-    correctness is not known.
+    completions; wrong ones get that or 0, whichever is less. A group of one length gets 0. None
+    where correctness is not known.
     """
     right = _correctness("group_length", judged, correct, correct_by, correct_from)
     lengths: dict[int, list[int]] = {}

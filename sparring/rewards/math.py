@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from sparring.errors import RewardError
-from sparring.rewards.math_compare import Decision, Policy, decide
+from sparring.rewards.math_compare import STAGES, Decision, Policy, decide
 from sparring.rewards.math_extract import DEFAULT_SOURCES, Source, extract, gold
+from sparring.rewards.math_normal import normalise
 from sparring.rewards.math_pool import MathPool
 from sparring.rewards.texts import full_texts
 
@@ -24,8 +25,9 @@ from sparring.rewards.texts import full_texts
 class MathVerdict:
     """verdict: True, False, or None (the reference cannot be judged).
 
-    stage: what decided (extraction, reference, string, number, text, structure, formula). answer: what was
-    extracted, None for nothing; source: where it stood.
+    stage: what decided (extraction, reference, string, number, text, structure, formula). answer:
+    what was extracted, None for nothing; source: where it stood. compared: both sides in normal
+    form.
     """
 
     verdict: bool | None
@@ -33,10 +35,19 @@ class MathVerdict:
     reason: str
     answer: str | None = None
     source: str = ""
+    compared: str = ""
+
+    def path(self) -> str:
+        """The steps up to the verdict, such as "boxed > string > number"."""
+        if self.stage not in STAGES:
+            return self.stage
+        return " > ".join([self.source, *STAGES[: STAGES.index(self.stage) + 1]])
 
 
 class MathReward:
-    """1.0 for a right answer, 0.0 for a wrong or missing one, None where the reference cannot be judged."""
+    """1.0 for a right answer, 0.0 for a wrong or missing one, None where the reference cannot be
+    judged.
+    """
 
     def __init__(
         self,
@@ -54,11 +65,11 @@ class MathReward:
         """Set the policy.
 
         sources: where an answer may stand; the first that is there decides. several_boxes: the last
-        counts, or all must agree. percent "value": 50% equals 0.5; "match": the sign must be on both
-        sides or none; "ignore": 50% equals 50. units "one_side": a unit on one side only is dropped,
-        two must match; "match": both must carry the same; "ignore". fractions: "reduced" refuses 2/4
-        for 1/2. decimals "rounded": the reference is a rounded decimal, half a unit of its last place
-        is allowed. limit_seconds: wall clock of one comparison of formulas.
+        counts, or all must agree. percent "value": 50% equals 0.5; "match": the sign must be on
+        both sides or none; "ignore": 50% equals 50. units "one_side": a unit on one side only is
+        dropped, two must match; "match": both must carry the same; "ignore". fractions: "reduced"
+        refuses 2/4 for 1/2. decimals "rounded": the reference is a rounded decimal, half a unit of
+        its last place is allowed. limit_seconds: wall clock of one comparison of formulas.
         """
         if limit_seconds <= 0 or num_workers < 1:
             raise RewardError(
@@ -90,7 +101,8 @@ class MathReward:
             log_extra("reason", [verdict.reason for verdict in verdicts])
             log_extra("stage", [verdict.stage for verdict in verdicts])
             log_extra("answer", [verdict.answer for verdict in verdicts])
-            log_extra("source", [verdict.source for verdict in verdicts])
+            log_extra("path", [verdict.path() for verdict in verdicts])
+            log_extra("compared", [verdict.compared for verdict in verdicts])
         if log_metric is not None and verdicts:
             for stage, count in Counter(verdict.stage for verdict in verdicts).items():
                 log_metric(f"share_{stage}", count / len(verdicts))
@@ -136,6 +148,7 @@ class MathReward:
                 reason=decision.reason,
                 answer=found.text,
                 source=found.source,
+                compared=f"{normalise(found.text)} | {normalise(wanted)}",
             ),
             decision,
         )

@@ -1,7 +1,7 @@
 """The order of verdicts on one answer: exact string, exact number, words, structures, formulas.
 
-decide() settles what can be settled without a formula parser; for the rest it names the pairs that a
-worker has to compare, all of which must be equal. Nothing here evaluates anything a model wrote.
+decide() settles what can be settled without a formula parser; for the rest it names the pairs that
+a worker has to compare, all of which must be equal. Nothing here evaluates anything a model wrote.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from sparring.rewards.math_structures import Structure, parse_structure
 from sparring.rewards.math_text import choice_letter, is_text, plain_words, same_text
 
 MAX_LITERAL_DIGITS = 24
-"""A decimal or fraction with more digits than this could agree with an irrational number by search."""
+"""A decimal or fraction with more digits than this could agree with an irrational number by search.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +55,10 @@ class Decision:
     pairs: tuple[Pair, ...] = field(default=())
 
 
+STAGES = ("string", "number", "text", "structure", "formula")
+"""The order in which ways to compare are tried; the first that can decide does."""
+
+
 def decide(answer: str, reference: str, policy: Policy) -> Decision:
     """Judge an extracted answer against an extracted reference."""
     answer, reference = normalise(answer), normalise(reference)
@@ -74,7 +79,9 @@ def decide(answer: str, reference: str, policy: Policy) -> Decision:
 
 
 def literal_of(text: str) -> tuple[str, Number | None, str]:
-    """Name, number and fault of a numeric answer: a literal, `name = literal`, or a chain that holds."""
+    """Name, number and fault of a numeric answer: a literal, `name = literal`, or a chain that
+    holds.
+    """
     name, rest = split_name(text)
     while name and (inner := split_name(rest))[0]:
         rest = inner[1]
@@ -112,7 +119,9 @@ def compare_numbers(number: Number, gold: Number, policy: Policy) -> Decision:
     if ours == theirs:
         return _number(True, f"equal numbers: {_show(theirs)}")
     within = Fraction(1, 2) / Fraction(10) ** (gold.places or 0)
-    is_rounded = policy.decimals == "rounded" and gold.places and number.is_percent == gold.is_percent
+    is_rounded = (
+        policy.decimals == "rounded" and gold.places and number.is_percent == gold.is_percent
+    )
     if is_rounded and abs(number.value - gold.value) <= within:
         return _number(True, f"equal within half a unit of place {gold.places}")
     return _number(False, f"{_show(ours)} is not {_show(theirs)}")
@@ -171,7 +180,7 @@ def _against_structure(
         return _unordered(answer, reference, shape, gold, policy)
     if kinds == {"interval", "tuple"} and shape.brackets == gold.brackets:
         return _in_order(shape, gold, policy)
-    if kinds == {"assignments", "tuple"} and "tuple" == gold.kind:
+    if gold.kind == "tuple" and shape.kind == "assignments":
         return _in_order(shape, gold, policy)
     if shape.kind != gold.kind:
         if "union" in kinds or kinds == {"interval", "set"}:

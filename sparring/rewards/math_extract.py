@@ -25,12 +25,15 @@ MAX_BARE_CHARACTERS = 120
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
 _ANSWER_IS = re.compile(
-    r"(?:\banswer\s*(?:\*{0,2}\s*(?:is|are|equals|[:=])|\*{1,2}:)|答案\s*(?:\*{0,2}\s*(?:是|为|[:：=])))"
-    r"\s*(?:is\b|[:：])?\s*\**",
+    r"(?:\banswer\s{0,4}(?:\*{0,2}\s{0,4}(?:is|are|equals|[:=])|\*{1,2}:)"
+    r"|答案\s{0,4}\*{0,2}\s{0,4}(?:是|为|[:：=]))"
+    r"\s{0,4}(?:is\b|[:：])?\s{0,4}\*{0,2}",
     re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"[.!?](?=\s|\*|$)|[。！？；]")
-_MATH_SPAN = re.compile(r"\\\((.{1,500}?)\\\)|\\\[(.{1,500}?)\\\]|\$\$([^$]{1,500})\$\$|\$([^$\n]{1,500})\$", re.S)
+_MATH_SPAN = re.compile(
+    r"\\\((.{1,500}?)\\\)|\\\[(.{1,500}?)\\\]|\$\$([^$]{1,500})\$\$|\$([^$\n]{1,500})\$", re.S
+)
 _LAST_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?%?")
 
 
@@ -44,7 +47,8 @@ class Extracted:
 
 
 def extract(text: str, sources: Sequence[Source], *, several_boxes: str = "last") -> Extracted:
-    """The final answer of a completion (prefill included): the first of `sources` that is there decides.
+    """The final answer of a completion (prefill included): the first of `sources` that is there
+    decides.
 
     several_boxes "last": the last box counts; "agree": boxes that differ are no answer.
     """
@@ -89,7 +93,7 @@ def gold(reference: object) -> tuple[str | None, str]:
 
 
 def last_box(text: str) -> Extracted | None:
-    r"""The content of the last \boxed or \fbox, None without one; text None if it is never closed."""
+    r"""The last \boxed or \fbox, None without one; its text is None if it is never closed."""
     start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
     while start >= 0:
         match = _BOX.match(text, start)
@@ -100,7 +104,9 @@ def last_box(text: str) -> Extracted | None:
 
 
 def closing_brace(text: str, start: int) -> int:
-    """Index of the brace that closes the one at `start`, -1 if there is none; escaped ones do not count."""
+    """Index of the brace that closes the one at `start`, -1 if there is none; escaped ones do not
+    count.
+    """
     depth = 0
     for match in re.compile(r"\\.|[{}]", re.S).finditer(text, start):
         token = match.group()
@@ -116,7 +122,9 @@ def _from_source(body: str, source: Source, several_boxes: str) -> Extracted | N
         if block is None:
             return None
         inner = last_box(block) or _phrase(block, _after_hash(block), "answer")
-        return Extracted(inner.text, "answer", inner.reason) if inner else Extracted(block, "answer")
+        return (
+            Extracted(inner.text, "answer", inner.reason) if inner else Extracted(block, "answer")
+        )
     if source == "boxed":
         return _boxed(body, several_boxes)
     if source == "hash":
@@ -176,8 +184,8 @@ def _phrase(
     if not is_phrase:
         return None
     last = None
-    for last in _ANSWER_IS.finditer(body):
-        pass
+    for match in _ANSWER_IS.finditer(body):
+        last = match
     if last is None:
         return None
     rest = body[last.end() : last.end() + 4 * MAX_ANSWER_CHARACTERS].strip()

@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 import unicodedata
 
+from sparring.rewards.math_extract import closing_brace
+
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
 _SUPERSCRIPT_RUN = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
 _SYMBOLS = {
@@ -28,7 +30,7 @@ _VULGAR = {
 }  # fmt: skip
 _SPACES = re.compile(
     r"\\(?:quad|qquad|thinspace|medspace|displaystyle|textstyle|limits|nonumber|enspace)(?![A-Za-z])"
-    r"|(?<!\\)\\[!,;:> ]|~|(?<!\\)\\(?=\n)"
+    r"|(?<!\\)\\[,;:> ]|~|(?<!\\)\\(?=\n)"
 )
 _SIZES = re.compile(r"\\(?:left|right|bigg?[lrm]?|Bigg?[lrm]?|middle)(?![A-Za-z])\.?")
 _RENAMED = {
@@ -39,7 +41,9 @@ _RENAMED = {
     "tbinom": "binom", "simeq": "approx", "lbrack": "[", "rbrack": "]",
 }  # fmt: skip
 _COMMAND = re.compile(r"\\([A-Za-z]+)")
-_STYLE = re.compile(r"\\(?:textbf|textit|emph|underline|bm|boldsymbol|mathbf|mathit|mathsf|displaylines)\s*\{")
+_STYLE = re.compile(
+    r"\\(?:textbf|textit|emph|underline|bm|boldsymbol|mathbf|mathit|mathsf|displaylines)\s*\{"
+)
 _BARE_FRACTION = re.compile(r"\\frac\s*(\d|[A-Za-z](?![A-Za-z]))\s*(\d|[A-Za-z](?![A-Za-z])|\{)")
 _FRACTION_THEN_DIGIT = re.compile(r"(\\frac\s*\{[^{}]*\})\s*(\d|[A-Za-z](?![A-Za-z]))")
 _BARE_ROOT = re.compile(r"\\sqrt\s*(\d|[A-Za-z](?![A-Za-z]))")
@@ -48,6 +52,9 @@ _SPACE = re.compile(r"(?<!\d)\s+|\s+(?!\d)")
 _EMPTY_SET = re.compile(r"\\\{\s*\\\}")
 _PLAIN_PI = re.compile(r"(?<![A-Za-z\\])pi(?![A-Za-z])")
 _PLAIN_ROOT = re.compile(r"(?<![A-Za-z\\])sqrt\s*\(([^()]*)\)")
+_PLAIN_FUNCTION = re.compile(
+    r"(?<![A-Za-z\\{])(arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp)(?![A-Za-z])"
+)
 _LONG_EXPONENT = re.compile(r"([\^_])\s*(-?\d{2,}|-\d)")
 _PLAIN_EXPONENT = re.compile(r"\^\s*\(([^()]*)\)")
 _CIRCLE = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)")
@@ -58,7 +65,7 @@ def normalise(text: str) -> str:
     text = _unicode(text).strip()
     text = _strip_markdown(text)
     text = _strip_dollars(text)
-    text = text.replace("{,}", ",").replace(r"\%", "%").replace("\\\n", " ")
+    text = text.replace("{,}", ",").replace("\\!", "").replace(r"\%", "%").replace("\\\n", " ")
     text = _SPACES.sub(" ", text)
     text = _SIZES.sub("", text)
     text = _COMMAND.sub(_rename, text)
@@ -74,7 +81,9 @@ def normalise(text: str) -> str:
 
 
 def compact(text: str) -> str:
-    """A normal form for equality of strings: normalised text without white space, but between digits."""
+    """A normal form for equality of strings: normalised text without white space, but between
+    digits.
+    """
     return _SPACE.sub("", text)
 
 
@@ -86,7 +95,7 @@ def unwrap_text(text: str) -> str:
 def is_wrapped_text(text: str) -> bool:
     r"""Whether the whole is one \text{...}."""
     match = _TEXT_WRAPPER.match(text)
-    return bool(match) and _closing(text, match.end() - 1) == len(text) - 1 if match else False
+    return bool(match) and closing_brace(text, match.end() - 1) == len(text) - 1 if match else False
 
 
 def _unicode(text: str) -> str:
@@ -107,14 +116,15 @@ def _strip_markdown(text: str) -> str:
 
 
 def _strip_dollars(text: str) -> str:
-    """Drop math delimiters; a dollar sign that stands alone is a currency and becomes \\$."""
+    r"""Drop math delimiters; a dollar sign that stands alone is a currency and becomes \$."""
     text = text.strip()
     for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
         inner = text[len(opening) : len(text) - len(closing)]
         long_enough = len(text) > len(opening) + len(closing)
-        if long_enough and text.startswith(opening) and text.endswith(closing):
-            if opening not in inner and not (closing == "$" and inner.endswith("\\")):
-                text = inner.strip()
+        is_wrapped = long_enough and text.startswith(opening) and text.endswith(closing)
+        is_escaped = closing == "$" and inner.endswith("\\")
+        if is_wrapped and opening not in inner and not is_escaped:
+            text = inner.strip()
     if re.match(r"[-+]?\s*\$\s*[-+]?[\d.]", text) and text.count("$") == 1:
         return text.replace("$", r"\$")
     kept = re.sub(r"\\\$", "\x00", text)
@@ -126,6 +136,7 @@ def _plain_to_latex(text: str) -> str:
     """Spellings of plain text (sqrt(2), x**10, 2pi) as LaTeX; x^10 means x^{10} to everybody."""
     text = text.replace("**", "^").replace(">=", "\\geq ").replace("<=", "\\leq ")
     text = _PLAIN_PI.sub(r"\\pi ", text)
+    text = _PLAIN_FUNCTION.sub(r"\\\1 ", text)
     text = _PLAIN_ROOT.sub(r"\\sqrt{\1}", text)
     text = _PLAIN_EXPONENT.sub(r"^{\1}", text)
     text = _LONG_EXPONENT.sub(r"\1{\2}", text)
@@ -136,7 +147,7 @@ def _rename(match: re.Match[str]) -> str:
     new = _RENAMED.get(match.group(1))
     if new is None:
         return match.group()
-    return new if new == "" or not new[0].isalpha() and new not in "{}" else "\\" + new
+    return new if new == "" or (not new[0].isalpha() and new not in "{}") else "\\" + new
 
 
 def _brace_fraction(match: re.Match[str]) -> str:
@@ -146,10 +157,10 @@ def _brace_fraction(match: re.Match[str]) -> str:
 
 def _unwrap_whole(text: str) -> str:
     match = re.match(r"\\(?:mathrm|mathbf|textrm|mbox|hbox)\s*\{|\{", text)
-    if match and not text.startswith("{\\"):
-        if _closing(text, match.end() - 1) == len(text) - 1 and "," not in text:
-            return text[match.end() : -1].strip()
-    return text
+    if match is None or text.startswith("{\\") or "," in text:
+        return text
+    is_whole = closing_brace(text, match.end() - 1) == len(text) - 1
+    return text[match.end() : -1].strip() if is_whole else text
 
 
 def _unwrap(opening: re.Pattern[str], text: str, before: str = "", after: str = "") -> str:
@@ -158,15 +169,9 @@ def _unwrap(opening: re.Pattern[str], text: str, before: str = "", after: str = 
         match = opening.search(text, position)
         if match is None:
             break
-        end = _closing(text, match.end() - 1)
+        end = closing_brace(text, match.end() - 1)
         if end < 0:
             break
         text = text[: match.start()] + before + text[match.end() : end] + after + text[end + 1 :]
         position = match.start()
     return text
-
-
-def _closing(text: str, start: int) -> int:
-    from sparring.rewards.math_extract import closing_brace
-
-    return closing_brace(text, start)

@@ -1,8 +1,8 @@
 """Literals: the numbers that can be read off a text without working anything out.
 
 Integers, decimals, repeating decimals, fractions, mixed numbers, powers of ten, numerals in Chinese
-and small ones in English words, with a percent sign, a unit or a currency. Values are exact fractions. "2+3" or
-"2^{10}" is work that was not done, and no literal.
+and small ones in English words, with a percent sign, a unit or a currency. Values are exact
+fractions. "2+3" or "2^{10}" is work that was not done, and no literal.
 """
 
 from __future__ import annotations
@@ -33,9 +33,14 @@ _POWER_OF_TEN = re.compile(
 )
 _ONLY_POWER = re.compile(r"10\s*\^\s*(?:\{\s*(?P<braced>[-+]?\d{1,4})\s*\}|(?P<bare>\d))(?![\d^])")
 _SIGN = re.compile(r"\s*([-+])\s*")
-_CURRENCY = re.compile(r"\s*(\\\$|\$|€|£|¥|￥|₹|₩|US\\?\$|USD(?=\s*\d)|RMB(?=\s*\d)|\\pounds?|\\euro)\s*", re.I)
+_CURRENCY = re.compile(
+    r"\s*(\\\$|\$|€|£|¥|￥|₹|₩|US\\?\$|USD(?=\s*\d)|RMB(?=\s*\d)|\\pounds?|\\euro)\s*", re.I
+)
 _PERCENT = re.compile(r"\s*(?:\\?%|(?:percent|per cent|percentage|pct)\b|个?百分点)", re.I)
-_BASE = re.compile(r"(?P<digits>[0-9A-Za-z]+)\s*_\s*(?:\{\s*(?P<braced>\d{1,2})\s*\}|(?P<bare>\d))$")
+_BASE = re.compile(
+    r"(?P<digits>[0-9A-Za-z]+)\s*_\s*(?:\{\s*(?P<braced>\d{1,2})\s*\}|(?P<bare>\d))$"
+)
+_CHINESE_FRACTION = re.compile(r"(.{1,10})分之(.{1,10})")
 _CHINESE_PERCENT = re.compile(r"百分之(.+)")
 _CURRENCIES = {
     "\\$": "dollar", "$": "dollar", "us$": "dollar", "us\\$": "dollar", "usd": "dollar",
@@ -49,8 +54,8 @@ class Number:
     """A literal. value: as written, percent sign and unit apart (scale words are multiplied in).
 
     places: decimal places as written, None for fractions. is_reduced: False for a fraction that can
-    be cancelled. unit: canonical name, "" for none. base: of a numeral like 1011_2 (digits then kept in
-    `digits`), 0 for ordinary numbers.
+    be cancelled. unit: canonical name, "" for none. base: of a numeral like 1011_2 (digits then
+    kept in `digits`), 0 for ordinary numbers.
     """
 
     value: Fraction
@@ -166,6 +171,10 @@ def _worded(text: str) -> tuple[Number | None, str]:
     value = chinese_number(percent.group(1)) if percent else None
     if value is not None:
         return Number(value=value, is_percent=True), ""
+    part = _CHINESE_FRACTION.fullmatch(plain)
+    if part:
+        below, above = chinese_number(part.group(1)), chinese_number(part.group(2))
+        return (Number(value=above / below) if above is not None and below else None), ""
     for reader in (chinese_number, english_number):
         value = reader(plain)
         if value is not None:

@@ -1,8 +1,8 @@
 """Worker processes that compare formulas, each under a wall clock that the parent keeps.
 
 A formula can take any time and memory. So the parent waits at most `limit_seconds` for each pair,
-then kills the worker and starts a fresh one: one bomb costs one respawn and its own verdict, nothing
-else. Workers die with their parent.
+then kills the worker and starts a fresh one: one bomb costs one respawn and its own verdict,
+nothing else. Workers die with their parent.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from sparring.rewards.process import (
 
 RECYCLE_AFTER = 500
 """Pairs that one worker compares before it is replaced: SymPy's caches only grow."""
+
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
@@ -155,9 +156,7 @@ class Worker:
             self._process = process
 
 
-def _drain(
-    worker: Worker, work: queue.SimpleQueue[Pair], results: dict[Pair, Comparison]
-) -> None:
+def _drain(worker: Worker, work: queue.SimpleQueue[Pair], results: dict[Pair, Comparison]) -> None:
     while True:
         try:
             pair = work.get_nowait()

@@ -1,6 +1,7 @@
 r"""Answers with parts: lists, sets, tuples, intervals, unions, matrices and assignments.
 
-Only the outer shape is read here; the parts stay text, and math_compare.py compares them one by one.
+Only the outer shape is read here; the parts stay text, and math_compare.py compares them one by
+one.
 """
 
 from __future__ import annotations
@@ -22,14 +23,20 @@ _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|\s+(?:and|or)\s+|.", re.DOTALL)
 _ENVIRONMENT = re.compile(
     r"\\begin\s*\{([pbB]?(?:small)?matrix|array)\}(?:\s*\{[clr|]*\})?(.*?)\\end\s*\{\1\}", re.DOTALL
 )
-_NAMED = re.compile(r"([A-Za-z](?:_\s*(?:\{[^{}]{1,8}\}|\w))?'*|\\[a-z]+)\s*=\s*(?![=])(.+)", re.DOTALL)
+_NAMED = re.compile(
+    r"([A-Za-z](?:_\s*(?:\{[^{}]{1,8}\}|\w))?'*|\\[a-z]+)\s*=\s*(?![=])(.+)", re.DOTALL
+)
 _IN = re.compile(r"[A-Za-z](?:_\w)?\s*(?:\\in(?![A-Za-z])|\\isin(?![A-Za-z]))\s*")
 _NAME = r"[A-Za-z](?:_(?:\w|\{\w+\}))?"
 _LESS = r"(?P<{0}><|\\leq(?![A-Za-z])|\\lt(?![A-Za-z]))"
 _MORE = r"(?P<{0}>>|\\geq(?![A-Za-z])|\\gt(?![A-Za-z]))"
 _BOUND = r"[^<>=]{1,120}?"
-_BETWEEN = re.compile(rf"(?P<low>{_BOUND})\s*{_LESS.format('a')}\s*{_NAME}\s*{_LESS.format('b')}\s*(?P<high>{_BOUND})")
-_BETWEEN_DOWN = re.compile(rf"(?P<high>{_BOUND})\s*{_MORE.format('b')}\s*{_NAME}\s*{_MORE.format('a')}\s*(?P<low>{_BOUND})")
+_BETWEEN = re.compile(
+    rf"(?P<low>{_BOUND})\s*{_LESS.format('a')}\s*{_NAME}\s*{_LESS.format('b')}\s*(?P<high>{_BOUND})"
+)
+_BETWEEN_DOWN = re.compile(
+    rf"(?P<high>{_BOUND})\s*{_MORE.format('b')}\s*{_NAME}\s*{_MORE.format('a')}\s*(?P<low>{_BOUND})"
+)
 _BELOW = re.compile(rf"{_NAME}\s*{_LESS.format('b')}\s*(?P<high>{_BOUND})")
 _BELOW_TURNED = re.compile(rf"(?P<high>{_BOUND})\s*{_MORE.format('b')}\s*{_NAME}")
 _ABOVE = re.compile(rf"{_NAME}\s*{_MORE.format('a')}\s*(?P<low>{_BOUND})")
@@ -38,7 +45,9 @@ _ABOVE_TURNED = re.compile(rf"(?P<low>{_BOUND})\s*{_LESS.format('a')}\s*{_NAME}"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Structure:
-    """kind with its parts as text. brackets: of an interval or tuple, such as "[)". rows: of a matrix."""
+    """kind with its parts as text. brackets: of an interval or tuple, such as "[)". rows: of a
+    matrix.
+    """
 
     kind: Kind
     parts: tuple[str, ...]
@@ -58,6 +67,8 @@ def parse_structure(text: str) -> Structure | None:
     if text.count("\\pm") == 1 and not text.startswith("\\{") and len(split_top(text)) == 1:
         named = _NAMED.fullmatch(text)
         return Structure(kind="list", parts=tuple(_expanded([named.group(2) if named else text])))
+    if re.fullmatch(r"\\mathbb\s*\{?\s*R\s*\}?", text):
+        return Structure(kind="interval", parts=("-\\infty", "\\infty"), brackets="()")
     for reader in (_matrix, _inequality, _union, _bracketed, _bare_list):
         found = reader(text)
         if found is not None and len(found.parts) <= MAX_PARTS:
@@ -83,7 +94,9 @@ def split_top(text: str, separator: re.Pattern[str] = _SEPARATOR) -> list[str]:
 
 
 def closes_at(text: str, start: int) -> int:
-    """Index just after the bracket that closes the one at `start`, whatever its kind; -1 if none does."""
+    """Index just after the bracket that closes the one at `start`, whatever its kind; -1 if none
+    does.
+    """
     depth = 0
     for match in _TOKEN.finditer(text, start):
         token = match.group()
@@ -101,7 +114,10 @@ def _is_thousands(text: str, cut: re.Match[str]) -> bool:
     """Whether a comma groups digits: three follow, and other commas of the list have a space."""
     if cut.group() != "," or ", " not in text:
         return False
-    return bool(re.match(r"\d{3}(?!\d)", text[cut.end() :])) and text[cut.start() - 1 : cut.start()].isdigit()
+    return (
+        bool(re.match(r"\d{3}(?!\d)", text[cut.end() :]))
+        and text[cut.start() - 1 : cut.start()].isdigit()
+    )
 
 
 def _matrix(text: str) -> Structure | None:
@@ -214,7 +230,9 @@ def _expanded(parts: list[str]) -> list[str]:
             before, _, after = part.partition("\\pm")
             expanded += [
                 f"{before.strip()} + {after.strip()}" if before.strip() else after.strip(),
-                f"{before.strip()} - {after.strip()}".strip() if before.strip() else f"-{after.strip()}",
+                f"{before.strip()} - {after.strip()}".strip()
+                if before.strip()
+                else f"-{after.strip()}",
             ]
         else:
             expanded.append(part)

@@ -17,16 +17,46 @@ _WORD = re.compile(r"[^\W\d_]{2,}|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
 _CLOCK = re.compile(r"\d{1,2}:\d\d\s*[ap]\.?\s?m", re.IGNORECASE)
 _FORMULA_SIGNS = re.compile(r"[\\^_=<>+*{}|]|\d\s*/|/\s*\d")
 _NO_WORDS = frozenset(
-    "and or 和 或 与 sin cos tan cot sec csc log ln exp sqrt pi arcsin arccos arctan max min gcd lcm inf mod".split()
+    [
+        "and",
+        "or",
+        "和",
+        "或",
+        "与",
+        "sin",
+        "cos",
+        "tan",
+        "cot",
+        "sec",
+        "csc",
+        "log",
+        "ln",
+        "exp",
+        "sqrt",
+        "pi",
+        "arcsin",
+        "arccos",
+        "arctan",
+        "max",
+        "min",
+        "gcd",
+        "lcm",
+        "inf",
+        "mod",
+    ]
 )
-_SHORT_WORDS = frozenset("yes no odd even true none one two six ten red all both".split())
+_SHORT_WORDS = frozenset(
+    ["yes", "no", "odd", "even", "true", "none", "one", "two", "six", "ten", "red", "all", "both"]
+)
 _ARTICLES = ("the ", "a ", "an ")
 
 
 def choice_letter(text: str) -> tuple[str, str] | None:
-    """The letter of a multiple-choice answer, upper case, and the text beside it; None if it is none.
+    """The letter of a multiple-choice answer, upper case, and the text beside it; None if it is
+    none.
 
-    "C", "(c)", "C. 12 metres", "Option C", "选C". A lower-case letter alone is a variable, not a choice.
+    "C", "(c)", "C. 12 metres", "Option C", "选C". A lower-case letter alone is a variable, not a
+    choice.
     """
     plain = unwrap_text(text).strip().strip('"').strip()
     match = _LETTER.fullmatch(plain)

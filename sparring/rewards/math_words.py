@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
+from sparring.rewards.math_normal import unwrap_text
+
 MAX_UNIT_WORDS = 4
+MAX_CJK_CHARACTERS = 6
 
 _ALIASES = {
     "cm": "centimeter centimetre cms 厘米 公分",
@@ -45,36 +48,115 @@ _ALIASES = {
 _CANONICAL = {
     alias: name for name, aliases in _ALIASES.items() for alias in (name, *aliases.split())
 }
-_LETTERS = frozenset("m g s h l L N J W V K C F".split())
+_LETTERS = frozenset(["m", "g", "s", "h", "l", "L", "N", "J", "W", "V", "K", "C", "F"])
 _NOT_UNITS = frozenset(
-    "or and not is are to plus minus times of than if but by over divided equals equal no none wrong "
-    "about approximately mod sin cos tan log ln exp sqrt pi e i max min gcd lcm lim sum choose "
-    "或 和 不 减 加 乘 除".split()
+    [
+        "or",
+        "and",
+        "not",
+        "is",
+        "are",
+        "to",
+        "plus",
+        "minus",
+        "times",
+        "of",
+        "than",
+        "if",
+        "but",
+        "by",
+        "over",
+        "divided",
+        "equals",
+        "equal",
+        "no",
+        "none",
+        "wrong",
+        "about",
+        "approximately",
+        "mod",
+        "sin",
+        "cos",
+        "tan",
+        "log",
+        "ln",
+        "exp",
+        "sqrt",
+        "pi",
+        "e",
+        "i",
+        "max",
+        "min",
+        "gcd",
+        "lcm",
+        "lim",
+        "sum",
+        "choose",
+        "或",
+        "和",
+        "不",
+        "减",
+        "加",
+        "乘",
+        "除",
+    ]
 )
 _SCALES = {
     "dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9,
-    "trillion": 10**12, "百": 100, "千": 10**3, "万": 10**4, "百万": 10**6, "千万": 10**7, "亿": 10**8,
+    "trillion": 10**12, "百": 100, "千": 10**3, "万": 10**4,
+    "百万": 10**6, "千万": 10**7, "亿": 10**8,
 }  # fmt: skip
-_SCALE = re.compile(r"(百万|千万|[百千万亿](?![克米瓦])|(?:dozen|hundred|thousand|million|billion|trillion)s?\b)", re.I)
+_SCALE = re.compile(
+    r"(百万|千万|[百千万亿](?![克米瓦])|(?:dozen|hundred|thousand|million|billion|trillion)s?\b)",
+    re.I,
+)
 _WORD = re.compile(r"[^\W\d_]+(?:\.(?=\s|$))?")
+_CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
+_NO_CJK_UNIT = re.compile(r"[是不或和与减加乘除之非无没错对约零〇一二两三四五六七八九十百千万亿]")
 _POWER = re.compile(r"\s*\^\s*\{?\s*([23])\s*\}?$")
 _WRAPPED = re.compile(r"\\(?:text|mathrm|textrm|mbox|textnormal|rm|hbox|operatorname)\s*\{")
 _ENGLISH = {
     word: value
     for value, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
-        "fifteen sixteen seventeen eighteen nineteen".split()
+        [
+            "zero",
+            "one",
+            "two",
+            "three",
+            "four",
+            "five",
+            "six",
+            "seven",
+            "eight",
+            "nine",
+            "ten",
+            "eleven",
+            "twelve",
+            "thirteen",
+            "fourteen",
+            "fifteen",
+            "sixteen",
+            "seventeen",
+            "eighteen",
+            "nineteen",
+        ]
     )
 } | {
     word: 10 * value
-    for value, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)
+    for value, word in enumerate(
+        ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"], 2
+    )
 }
-_CHINESE_DIGITS = {digit: value for value, digit in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2}
+_CHINESE_DIGITS = {digit: value for value, digit in enumerate("零一二三四五六七八九")} | {
+    "〇": 0,
+    "两": 2,
+}
 _CHINESE_SCALES = {"十": 10, "百": 100, "千": 1000}
 
 
 def unit_of(text: str) -> str | None:
-    r"""The canonical unit that `text` is ("cm^2", "\text{ square feet}", "apples"), None if it is none.
+    r"""The canonical unit that `text` is ("cm^2", "\text{ square feet}", "apples"), None if it is
+    none.
 
     Up to four words count as a unit, known or not; a bare single letter only if it is a usual unit,
     since it would otherwise be a variable.
@@ -101,7 +183,9 @@ def unit_of(text: str) -> str | None:
 
 
 def scale_of(text: str) -> tuple[int, str]:
-    """A scale word in front ("million", "万") as its factor, with what follows it; (1, text) for none."""
+    """A scale word in front ("million", "万") as its factor, with what follows it; (1, text) for
+    none.
+    """
     match = _SCALE.match(text.strip())
     if not match:
         return 1, text
@@ -164,8 +248,6 @@ def chinese_number(text: str) -> Fraction | None:
 
 
 def _plain(text: str) -> str:
-    from sparring.rewards.math_normal import unwrap_text
-
     plain = unwrap_text(text).replace("\\,", " ").replace("^\\circ", " ^\\circ ")
     return " ".join(plain.split()).strip(" .")
 
@@ -178,6 +260,8 @@ def _simple_unit(text: str, is_wrapped: bool) -> str | None:
         return "degree" + text[-1]
     if text in _CANONICAL:
         return _CANONICAL[text] + exponent
+    if _CJK.search(text) and (len(text) > MAX_CJK_CHARACTERS or _NO_CJK_UNIT.search(text)):
+        return None
     words = text.split()
     if not 0 < len(words) <= MAX_UNIT_WORDS or not all(_WORD.fullmatch(word) for word in words):
         return None

@@ -1,8 +1,9 @@
-"""The far end of math_pool.py: reads pairs of LaTeX, compares them with Math-Verify, answers in JSON.
+"""The far end of math_pool.py: reads pairs of LaTeX, compares them with Math-Verify, answers in
+JSON.
 
-Run as `python -m sparring.rewards.math_worker LIMIT_SECONDS`. Only Math-Verify's LaTeX extraction is
-used, on text that was extracted and wrapped here, so that SymPy's parse_expr, which runs Python, is
-never reached. The parent keeps the wall clock; limits here are a second line.
+Run as `python -m sparring.rewards.math_worker LIMIT_SECONDS`. Only Math-Verify's LaTeX extraction
+is used, on text that was extracted and wrapped here, so that SymPy's parse_expr, which runs Python,
+is never reached. The parent keeps the wall clock; limits here are a second line.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ class Comparer:
     """Math-Verify behind one method, with a cache of parsed references."""
 
     def __init__(self) -> None:
-        from latex2sympy2_extended import NormalizationConfig
         from math_verify import LatexExtractionConfig, parse, verify
+        from math_verify.parser import NormalizationConfig
 
         self._config = (
             LatexExtractionConfig(
@@ -105,11 +106,17 @@ class Comparer:
             return {"verdict": False, "reason": "the answer cannot be read as mathematics"}
         if places is not None:
             near = _rounds(parsed[0], read[0], places)
-            return {"verdict": near, "reason": f"{'a' if near else 'no'} rounding to {places} places"}
+            return {
+                "verdict": near,
+                "reason": f"{'a' if near else 'no'} rounding to {places} places",
+            }
         equal = self._verify(
             parsed, read, float_rounding=12, numeric_precision=30, timeout_seconds=None
         )
-        return {"verdict": bool(equal), "reason": "Math-Verify: " + ("equal" if equal else "not equal")}
+        return {
+            "verdict": bool(equal),
+            "reason": "Math-Verify: " + ("equal" if equal else "not equal"),
+        }
 
 
 def _rounds(exact: Any, rounded: Any, places: int) -> bool:

@@ -6,6 +6,7 @@ session of the child when it passes. The child sees its standard input end when 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -27,7 +28,9 @@ class LineProcess:
     def __init__(
         self, command: Sequence[str], *, environment: Mapping[str, str] | None, quiet: bool
     ) -> None:
-        """Start `command`. environment None: the parent's own. quiet: its standard error is dropped."""
+        """Start `command`. environment None: the parent's own. quiet: its standard error is
+        dropped.
+        """
         self._process = subprocess.Popen(
             list(command),
             stdin=subprocess.PIPE,
@@ -37,7 +40,8 @@ class LineProcess:
             start_new_session=True,
             bufsize=0,
         )
-        assert self._process.stdin is not None and self._process.stdout is not None, "pipes asked for"
+        assert self._process.stdin is not None, "a pipe was asked for"
+        assert self._process.stdout is not None, "a pipe was asked for"
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
         os.set_blocking(self._stdin.fileno(), False)
         os.set_blocking(self._stdout.fileno(), False)
@@ -50,7 +54,9 @@ class LineProcess:
         return self._process.pid
 
     def send(self, message: Any, deadline: float) -> None:
-        """Write one message. Raises TimeoutError past `deadline` (time.monotonic), EOFError if the child ended."""
+        """Write one message. Raises TimeoutError past `deadline` (time.monotonic), EOFError if the
+        child ended.
+        """
         data = memoryview(json.dumps(message).encode() + b"\n")
         poller = select.poll()
         poller.register(self._stdin.fileno(), select.POLLOUT)
@@ -94,7 +100,7 @@ class LineProcess:
         self._received += chunk
 
     def _ending(self) -> str:
-        """How the child ended. It stays uncollected, so that its session can still be killed by id."""
+        """How the child ended. It stays uncollected, so that its session can be killed by id."""
         flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
         for _ in range(200):
             state = os.waitid(os.P_PID, self._process.pid, flags)
@@ -114,10 +120,8 @@ def _ready(poller: select.poll, deadline: float) -> list[tuple[int, int]]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):  # already gone; wait() still collects it
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # already gone; wait() below still collects it
     process.wait()
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:

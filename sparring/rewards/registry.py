@@ -1,7 +1,7 @@
 """Where a reward's name leads: the named rewards, and functions in a user's own file.
 
-Nothing is imported before it is asked for, and a user's file is loaded by its path alone: the module
-search path stays as it was.
+Nothing is imported before it is asked for, and a user's file is loaded by its path alone: the
+module search path stays as it was.
 """
 
 from __future__ import annotations
@@ -100,6 +100,10 @@ def _callables(module: ModuleType) -> list[str]:
     names = []
     for name, value in vars(module).items():
         own = getattr(value, "__module__", None) == module.__name__
-        if own and not name.startswith("_") and (inspect.isfunction(value) or inspect.isclass(value)):
+        if (
+            own
+            and not name.startswith("_")
+            and (inspect.isfunction(value) or inspect.isclass(value))
+        ):
             names.append(name)
     return sorted(names)

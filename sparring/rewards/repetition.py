@@ -1,7 +1,7 @@
 """A penalty for text that repeats itself: repeated n-grams, and a loop at the end.
 
-Counted on token ids, so that Chinese, code and English are treated alike; on text where there are no ids,
-with single characters as units in scripts without spaces.
+Counted on token ids, so that Chinese, code and English are treated alike; on text where there are
+no ids, with single characters as units in scripts without spaces.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def repetition(
 ) -> list[float]:
     """0 for text that does not repeat itself, down to `max_penalty` for a loop.
 
-    The share of n-grams that occurred before, beyond `allowance`, scaled to reach 1 where everything
-    repeats; or the share of the last 512 units that one repeated period covers, if that is more. Short
-    n-grams would punish length itself, hence n = 20. Fewer than n units give 0.
+    The share of n-grams that occurred before, beyond `allowance`, scaled to reach 1 where
+    everything repeats; or the share of the last 512 units that one repeated period covers, if that
+    is more. Short n-grams would punish length itself, hence n = 20. Fewer than n units give 0.
     """
     if n < 1 or not 0.0 <= allowance < 1.0 or max_penalty > 0.0:
         raise RewardError(
@@ -45,7 +45,8 @@ def repetition(
         )
     if unit == "tokens" and completion_ids is None:
         raise RewardError(
-            "reward 'repetition' needs 'completion_ids', or unit = \"text\" to count words and characters"
+            "reward 'repetition' needs 'completion_ids', or unit = \"text\" to count words and "
+            "characters"
         )
     values, notes = [], []
     for index, completion in enumerate(completions):

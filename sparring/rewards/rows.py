@@ -17,7 +17,8 @@ OWN_KEYS = ("completion", "prompt", "prefill", "completion_ids", "finish_reason"
 def judge_rows(
     reward: Reward, rows: Sequence[Mapping[str, Any]], *, explain: bool = False
 ) -> list[dict[str, Any]]:
-    """Judge every row in one call; returns copies with `reward` (number or None) and `reason` added.
+    """Judge every row in one call; returns copies with `reward` (number or None) and `reason`
+    added.
 
     A row has `completion` and whatever columns the reward takes, `reference` among them. Rows with
     the same `group_id`, or else the same `prompt`, are one group. explain adds the rest of what the

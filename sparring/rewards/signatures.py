@@ -82,7 +82,7 @@ def parameters_of(function: Callable[..., Any]) -> Parameters:
             knobs[name] = has_default
         elif parameter.kind == inspect.Parameter.VAR_KEYWORD:
             takes_all = True
-    called = function if inspect.isroutine(function) else getattr(function, "__call__", function)
+    called = function if inspect.isroutine(function) else type(function).__call__
     return Parameters(
         names=frozenset(plain),
         required=frozenset(name for name, has_default in plain.items() if not has_default),
@@ -103,10 +103,7 @@ def check_knobs(
 ) -> None:
     """Raise RewardError for a knob that `function` does not take, or a value of the wrong type."""
     known = sorted(allowed)
-    target = function.__init__ if inspect.isclass(function) else function
-    if not inspect.isroutine(target):
-        target = getattr(target, "__call__", target)
-    hints = typing.get_type_hints(target)
+    hints = _hints(function)
     for knob, value in given.items():
         if knob not in known:
             takes = ", ".join(known) or "no knobs"
@@ -116,6 +113,18 @@ def check_knobs(
                 f"reward '{name}': {knob} = {value!r} is not allowed; "
                 f"allowed: {_spell(hints[knob])}"
             )
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """Annotations of a function, a constructor or an object's __call__; {} if unreadable."""
+    if inspect.isclass(function):
+        target: Any = function.__init__
+    else:
+        target = function if inspect.isroutine(function) else type(function).__call__
+    try:
+        return typing.get_type_hints(target)
+    except (NameError, TypeError, AttributeError):  # names that exist for type checkers alone
+        return {}
 
 
 def constructor_knobs(function: Callable[..., Any]) -> frozenset[str]:
@@ -140,8 +149,8 @@ def bind(
     clash = sorted((parameters.knobs | frozenset(knobs)) & frozenset(columns))
     if clash:
         raise RewardError(
-            f"reward '{name}': the data has a column '{clash[0]}', which is also the name of a knob "
-            "(a keyword-only parameter) of the function; rename one of them"
+            f"reward '{name}': the data has a column '{clash[0]}', and the function has a knob "
+            "(a keyword-only parameter) of that name; rename one of them"
         )
     shadowed = sorted(parameters.names & frozenset(columns) & frozenset(CONTEXT))
     if shadowed:

@@ -1,4 +1,4 @@
-"""What every text reward reads: the completion as one string, prefill in front, think part cut off."""
+"""What every text reward reads: prefill and completion as one string, with or without thinking."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def completion_text(completion: Any) -> str:
 
 
 def after_thinking(text: str) -> str | None:
-    """What follows the last </think>; the whole text without any think tag; None if thinking never ended."""
+    """What follows the last </think>; the whole text without any think tag; None if thinking never
+    ended.
+    """
     end = text.rfind(THINK_CLOSE)
     start = text.rfind(THINK_OPEN)
     if start > end:

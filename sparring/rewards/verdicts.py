@@ -33,8 +33,8 @@ class Reward:
     gate: the name of another reward; this one counts only where that one is positive. required: a
     sample that this reward cannot judge has no reward at all. timeout_seconds: wall clock of one
     call over the whole batch. isolate: the function lives in a worker process of its own, which
-    alone imports it. source: the name as the recipe writes it. is_fitted: the knobs are already part
-    of `function` (an object built from them, or a worker that holds them).
+    alone imports it. source: the name as the recipe writes it. is_fitted: the knobs are already
+    part of `function` (an object built from them, or a worker that holds them).
     """
 
     name: str
@@ -61,9 +61,9 @@ class Reward:
 class RewardReport:
     """What one reward did in one batch.
 
-    mean, std: over the judged samples (NaN where there are none). reasons: how many samples got None,
-    by reason. first_traceback: of the first error, "" if there was none. extras, metrics: what the
-    function logged through log_extra (one entry a sample) and log_metric.
+    mean, std: over the judged samples (NaN where there are none). reasons: how many samples got
+    None, by reason. first_traceback: of the first error, "" if there was none. extras, metrics:
+    what the function logged through log_extra (one entry a sample) and log_metric.
     """
 
     name: str
@@ -137,7 +137,7 @@ def load_reward(
 
 
 def fit(name: str, function: RewardFunction, knobs: Mapping[str, Any]) -> RewardFunction:
-    """Check `knobs` against `function`; a class is built from them, a function comes back as it is."""
+    """Check `knobs` against `function`; a class is built from them, a function stays as it is."""
     if isinstance(function, type):
         check_knobs(name, function, knobs, constructor_knobs(function))
         try:
@@ -168,10 +168,10 @@ def judge(
 ) -> Judgement:
     """Call every reward on every rollout and add the values up.
 
-    rollouts: per prompt the samples of its group. A sample's reward is the weighted sum of the values
-    that are there, NaN where a required reward (the first one, if none is marked) has none. Raises
-    RewardError for a broken contract; where a reward judged nothing at all: RewardError in the
-    first batch (the set-up is wrong), RunError later.
+    rollouts: per prompt the samples of its group. A sample's reward is the weighted sum of the
+    values that are there, NaN where a required reward (the first one, if none is marked) has none.
+    Raises RewardError for a broken contract; where a reward judged nothing at all: RewardError in
+    the first batch (the set-up is wrong), RunError later.
     """
     check_rewards(rewards)
     groups = [tuple(group) for group in rollouts if len(group)]
@@ -180,8 +180,8 @@ def judge(
     samples = samples_of(groups)
     verdicts = call_all(rewards, samples, trainer_state or {})
     reports = {reward.name: _report(reward, verdicts[reward.name]) for reward in rewards}
-    for report in reports.values():
-        _require_some(report, is_first_batch=is_first_batch)
+    for reward in rewards:
+        _require_some(reward, reports[reward.name], is_first_batch=is_first_batch)
     totals = combine(rewards, {name: verdict.values for name, verdict in verdicts.items()})
     judged, start = [], 0
     for group in groups:
@@ -203,7 +203,7 @@ def judge(
 
 
 def check_rewards(rewards: Sequence[Reward]) -> None:
-    """Raise RewardError for no rewards, two of one name, or a gate that names none of the others."""
+    """Raise RewardError for no rewards, two of one name, or a gate that is none of the others."""
     if not rewards:
         raise RewardError("there is no reward to judge with; add a [[reward]] table")
     names = [reward.name for reward in rewards]
@@ -255,7 +255,9 @@ def samples_of(groups: Sequence[Sequence[Rollout]]) -> Samples:
     is_chat = [rollout.prompt.messages is not None for _, rollout in flat]
     return Samples(
         prompts=[
-            [dict(message) for message in rollout.prompt.messages or ()] if chat else rollout.prompt.text
+            [dict(message) for message in rollout.prompt.messages or ()]
+            if chat
+            else rollout.prompt.text
             for chat, (_, rollout) in zip(is_chat, flat, strict=True)
         ],
         completions=[
@@ -293,7 +295,7 @@ def _report(reward: Reward, verdict: Verdict) -> RewardReport:
     )
 
 
-def _require_some(report: RewardReport, *, is_first_batch: bool) -> None:
+def _require_some(reward: Reward, report: RewardReport, *, is_first_batch: bool) -> None:
     if report.num_judged:
         return
     counted = ", ".join(f"{count} {reason}" for reason, count in report.reasons.items())
@@ -301,7 +303,7 @@ def _require_some(report: RewardReport, *, is_first_batch: bool) -> None:
     message = (
         f"reward '{report.name}' judged none of {report.num_samples} completions ({counted}); "
         f"training on that would be training on noise; try it alone with "
-        f"`sparring reward {report.name} --input FILE.jsonl`{trace}"
+        f"`sparring reward {reward.source or reward.name} --input FILE.jsonl`{trace}"
     )
     raise RewardError(message) if is_first_batch else RunError(message)
 
