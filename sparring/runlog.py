@@ -19,8 +19,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 from sparring.errors import RunDirectoryError, RunError
 
@@ -63,15 +64,15 @@ class Event:
 class RunLog:
     """An open run directory, held by this process alone until `close` (or the end of its `with`).
 
-    Every record is flushed as it is written. A write that fails, a full disk say, raises RunError;
-    what was written before stays readable.
+    Every record goes to the file as it is made, past any buffer. A write that fails, a full disk
+    say, raises RunError; what was written before stays readable.
     """
 
     def __init__(self, directory: Path, lock: int) -> None:
         """Use `create` or `reopen`."""
         self.directory = directory
         self._lock = lock
-        self._files: dict[str, TextIO] = {}
+        self._files: dict[str, FileIO] = {}
 
     @classmethod
     def create(cls, directory: str | Path) -> RunLog:
@@ -121,7 +122,7 @@ class RunLog:
             self._lock = -1
 
     def discard(self) -> None:
-        """Remove the records of a run that never trained, and its directory if that is then empty."""
+        """Remove the records of a run that never trained, and its directory if that is empty."""
         for file in self._files.values():
             file.close()
         self._files.clear()
@@ -170,11 +171,10 @@ class RunLog:
         path = self.directory / name
         with _writing(path):
             if name not in self._files:
-                self._files[name] = path.open(
-                    "a", encoding="utf-8", errors="backslashreplace", newline="\n"
-                )
-            self._files[name].write(_json(row) + "\n")
-            self._files[name].flush()
+                self._files[name] = path.open("ab", buffering=0)
+            left = memoryview((_json(row) + "\n").encode("utf-8", errors="backslashreplace"))
+            while left:
+                left = left[self._files[name].write(left) :]
 
 
 def holds_run(directory: str | Path) -> bool:
