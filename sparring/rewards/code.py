@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from sparring.errors import RewardError
@@ -50,6 +50,10 @@ class CodeVerdict:
         return float(self.total > 0 and self.passed == self.total)
 
 
+class _BatchOverError(Exception):
+    """The batch's time ended before this program could be judged."""
+
+
 class CodeReward:
     """1.0 for a program that passes its tests, 0.0 for one that does not.
 
@@ -76,9 +80,9 @@ class CodeReward:
         sandbox: the weakest level allowed; "rlimits" isolates nothing. credit "share": the share of
         tests passed, which also pays constants. tolerance: relative, where either number is a
         float. cpu_seconds: of one program with all tests of a row (standard input: of each test);
-        wall_seconds is longer, so that a busy machine changes no verdict. batch_seconds: what has
-        not begun by then gets None; keep it below timeout_seconds. num_workers: programs at a time,
-        0: one a core. packages: folders that programs may import from beside the standard library.
+        wall_seconds is longer, so that a busy machine changes no verdict. batch_seconds: what is
+        not judged by then gets None; keep it below timeout_seconds. num_workers: programs at a
+        time, 0: one a core. packages: folders that programs may import from.
         """
         for name, value in (("tolerance", tolerance), ("num_workers", num_workers)):
             if value < 0:
@@ -205,14 +209,34 @@ class CodeReward:
         ]
 
     def _judge(self, program: str, tests: Tests, deadline: float) -> CodeVerdict:
-        if time.monotonic() > deadline:
-            reason = f"not begun within batch_seconds = {self._batch_seconds:g}"
+        try:
+            if tests.exchanges:
+                return self._judge_exchanges(program, tests, deadline)
+            if tests.calls:
+                return self._judge_calls(program, tests, deadline)
+            return self._judge_by_program(program, tests, deadline)
+        except _BatchOverError:
+            reason = f"not done within batch_seconds = {self._batch_seconds:g}"
             return CodeVerdict(passed=0, total=0, reason=reason, is_judged=False)
-        if tests.exchanges:
-            return self._judge_exchanges(program, tests)
-        if tests.calls:
-            return self._judge_calls(program, tests)
-        return self._judge_by_program(program, tests)
+
+    def _run(
+        self, deadline: float, run: Callable[[Limits], Sequence[RunResult]]
+    ) -> Sequence[RunResult]:
+        """Run in what is left of the batch's time; raises _BatchOverError if it is too little."""
+        limits = self._sandbox.limits
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise _BatchOverError
+        results = run(replace(limits, wall_seconds=min(limits.wall_seconds, left)))
+        if left < limits.wall_seconds and any(one.status == "time_limit" for one in results):
+            raise _BatchOverError
+        return results
+
+    def _run_one(self, program: str, deadline: float, **arguments: Any) -> RunResult:
+        """One program in one sandbox."""
+        return self._run(
+            deadline, lambda limits: [self._sandbox.run(program, limits=limits, **arguments)]
+        )[0]
 
     def _equality(self, tests: Tests) -> Equality:
         return Equality(
@@ -221,12 +245,12 @@ class CodeReward:
             int_is_bool=not tests.is_json,
         )
 
-    def _judge_calls(self, program: str, tests: Tests) -> CodeVerdict:
+    def _judge_calls(self, program: str, tests: Tests, deadline: float) -> CodeVerdict:
         calls = [
             {"function": call.function, "args": list(call.args), "kwargs": call.kwargs}
             for call in tests.calls
         ]
-        result = self._sandbox.run(program, mode="calls", calls=calls)
+        result = self._run_one(program, deadline, mode="calls", calls=calls)
         if not result.is_judged:
             return _unjudged(result)
         equality = self._equality(tests)
@@ -244,10 +268,10 @@ class CodeReward:
                 complaint = _complaint(call, reply, result)
         return _verdict(passed, len(tests.calls), complaint)
 
-    def _judge_exchanges(self, program: str, tests: Tests) -> CodeVerdict:
+    def _judge_exchanges(self, program: str, tests: Tests, deadline: float) -> CodeVerdict:
         passed, complaint = 0, ""
         for index, exchange in enumerate(tests.exchanges):
-            result = self._sandbox.run(program, stdin=exchange.stdin)
+            result = self._run_one(program, deadline, stdin=exchange.stdin)
             if not result.is_judged:
                 return _unjudged(result)
             if result.status == "ok" and same_lines(exchange.stdout, result.stdout):
@@ -260,13 +284,15 @@ class CodeReward:
                 break
         return _verdict(passed, len(tests.exchanges), complaint)
 
-    def _judge_by_program(self, program: str, tests: Tests) -> CodeVerdict:
+    def _judge_by_program(self, program: str, tests: Tests, deadline: float) -> CodeVerdict:
         request = {
             "program": tests.program,
             "equality": [*self._equality(tests)],
             "stop_early": self._credit == "all",
         }
-        trusted, served = self._sandbox.run_tests(program, request)
+        trusted, served = self._run(
+            deadline, lambda limits: self._sandbox.run_tests(program, request, limits=limits)
+        )
         if not (trusted.is_judged and served.is_judged):
             return _unjudged(trusted if not trusted.is_judged else served)
         verdict = next((reply["verdict"] for reply in trusted.replies if "verdict" in reply), None)
@@ -278,7 +304,8 @@ class CodeReward:
             if not verdict["num_calls"]:
                 reason = f"the tests fail before they call the program: {verdict['error']}"
                 return CodeVerdict(passed=0, total=0, reason=reason, is_judged=False)
-            failed += 1
+            # It ended half-way: how many assertions were left is not known, so none counts.
+            passed, failed = 0, max(1, passed + failed)
             complaint = complaint or str(verdict["error"])
         if served.status not in ("ok", "stopped"):
             complaint = f"{complaint} ({_ending(served)})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import textwrap
+import time
 
 import pytest
 
@@ -353,6 +354,13 @@ def test_credit_is_all_or_a_share(all_tests, share):
     loop = "def check(g):\n    for i in range(4):\n        assert g(i) == i * i\n"
     assert judge(share, constant_answer, loop, entry_point="f")[0] == 0.25
     assert judge(share, "def f(x): syntax error", tests)[0] == 0.0
+    steps = (
+        "def check(g):\n    for i in range(9):\n        found = g(i)\n        assert found == i\n"
+    )
+    half_way = "def f(x):\n    if x: raise RuntimeError\n    return x"
+    assert judge(share, half_way, steps, entry_point="f")[0] == 0.0, (
+        "ending tests early pays nothing"
+    )
 
 
 def test_limits_are_reasons(make):
@@ -391,12 +399,19 @@ def test_a_batch_keeps_its_order_and_runs_equal_programs_once(all_tests):
     assert thinking == [0.0], "a thinking part that never ends holds no answer"
 
 
-def test_what_has_not_begun_in_time_is_none(make):
-    hurried = make(batch_seconds=0.2, wall_seconds=0.6)
-    sleepers = [fenced(f"def f(x):\n    import time\n    time.sleep(9)\n# {n}") for n in range(6)]
-    values = hurried(prompts=["p"] * 6, completions=sleepers, tests=[["assert f(1) == 1"]] * 6)
-    assert values.count(0.0) == 2
-    assert values.count(None) == 4
+def test_what_is_not_judged_in_time_is_none(make):
+    hurried = make(batch_seconds=1.5, wall_seconds=0.5)
+    slow = [fenced(f"def f(x):\n    import time\n    time.sleep(9)\n# {n}") for n in range(12)]
+    started = time.monotonic()
+    values = hurried(
+        prompts=["p"] * 13,
+        completions=[fenced(SQUARE), *slow],
+        tests=[["assert f(1) == 1"]] * 13,
+    )
+    assert time.monotonic() - started < 2.5
+    assert values[:2] == [1.0, 0.0], "a wall limit of its own is the program's fault"
+    assert 4 <= values.count(0.0) <= 6
+    assert values[-1] is None, "the batch's is not"
 
 
 def test_reward_is_known_by_name_and_checks_its_knobs(all_tests):
@@ -527,7 +542,7 @@ def test_a_test_that_asks_the_candidate_twice_asks_the_reference(all_tests):
 
 
 def test_arguments_of_a_test_are_out_of_reach(all_tests):
-    tests = "def check(candidate):\n    for x in ([1, 2], [3]):\n        assert candidate(x) == sum(x)\n"
+    tests = LOOPED.replace("(3, 4)", "([1, 2], [3])").replace("i * i", "sum(i)")
     cheat = "def f(x):\n    x.clear()\n    return 0"
     assert judge(all_tests, cheat, tests, entry_point="f")[0] == 0.0
     assert judge(all_tests, "def f(x): return sum(x)", tests, entry_point="f")[0] == 1.0
