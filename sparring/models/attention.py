@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import torch
 
+from sparring.layout import KVPool, Layout, PackedLayout
 from sparring.models.attention_packed import PackedPlan
 from sparring.models.attention_paged import PagedPlan
-from sparring.layout import KVPool, Layout, PackedLayout
 
 AttentionPlan = PackedPlan | PagedPlan
 

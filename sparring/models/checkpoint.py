@@ -141,6 +141,7 @@ def load_model(
     dtype: str = "auto",
     device: torch.device | str = "cpu",
     kv_bytes: int = 0,
+    quantization: str = "none",
 ) -> Decoder:
     """Load a model, and an adapter where `path` is an adapter's folder or `adapter` names one.
 
@@ -150,6 +151,8 @@ def load_model(
     anything that cannot be read as it stands, MemoryBudgetError for a model that does not fit.
     """
     device = torch.device(device)
+    if quantization != "none":
+        raise CheckpointError(f"quantization is {quantization!r}; known: none")
     folder = resolve(path)
     if (folder / "adapter_config.json").is_file() and not _holds_weights(folder):
         if adapter is not None:
@@ -337,10 +340,16 @@ def _write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer of a model, run directory, Hub id or adapter (its base's where it has none)."""
-    folder = resolve(path)
-    has_own = (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file()
-    return tokenizers.load_tokenizer(folder if has_own else base_folder(folder))
+    """The tokenizer of a model, run directory, Hub id or adapter (its base's where it has none).
+
+    A folder with nothing but a tokenizer will do. Raises CheckpointError where there is none.
+    """
+    folder = Path(path).expanduser()
+    if not (folder / "tokenizer.json").is_file():
+        folder = resolve(path)
+        if not (folder / "tokenizer.json").is_file():
+            folder = base_folder(folder)
+    return tokenizers.load_tokenizer(folder)
 
 
 def end_token_ids(source: str | Path | Mapping[str, Any], tokenizer: Any) -> tuple[int, ...]:

@@ -88,14 +88,12 @@ def _download(name: str, tried: Path, endpoint: str | None, seconds: float) -> P
 
     def look() -> Any:
         info = api.model_info(name, timeout=seconds / 3)
-        api.hf_hub_download(name, "config.json", revision=info.sha, etag_timeout=seconds / 3)
+        api.hf_hub_download(name, "config.json", etag_timeout=seconds / 3)
         return info
 
     try:
         info = _within(seconds, look)
-    except (
-        Exception
-    ) as error:  # the Hub's client raises errors of several libraries, all reported here
+    except Exception as error:  # the client raises errors of several libraries, reported here
         if not _is_unreachable(error):
             raise CheckpointError(_refusal(where, name, error)) from error
         cached = _cached_snapshot(name)
@@ -103,8 +101,8 @@ def _download(name: str, tried: Path, endpoint: str | None, seconds: float) -> P
             return cached
         raise CheckpointError(
             f"{where}: the Hub cannot be reached within {seconds:.0f} s ({type(error).__name__}: "
-            f"{_first_line(error)}), and the "
-            "model is not in its cache; check the network (and HF_ENDPOINT), or give a local folder"
+            f"{_first_line(error)}), and the model is not in its cache; check the network (and "
+            "HF_ENDPOINT), or give a local folder"
         ) from error
     files = [sibling.rfilename for sibling in info.siblings or []]
     if files and not any(file.endswith(".safetensors") and "/" not in file for file in files):
@@ -112,7 +110,6 @@ def _download(name: str, tried: Path, endpoint: str | None, seconds: float) -> P
     try:
         found = snapshot_download(
             name,
-            revision=info.sha,
             endpoint=endpoint,
             allow_patterns=list(WANTED_FILES),
             ignore_patterns=list(_UNWANTED_FILES),
@@ -128,7 +125,12 @@ def _cached_snapshot(name: str) -> Path | None:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        found = snapshot_download(name, local_files_only=True, allow_patterns=list(WANTED_FILES))
+        found = snapshot_download(
+            name,
+            local_files_only=True,
+            allow_patterns=list(WANTED_FILES),
+            ignore_patterns=list(_UNWANTED_FILES),
+        )
     except LocalEntryNotFoundError:
         return None
     return Path(found) if (Path(found) / "config.json").exists() else None

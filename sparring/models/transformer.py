@@ -20,8 +20,8 @@ from sparring.kernels.head import head_logits, linear_logprob
 from sparring.kernels.norm import rms_norm
 from sparring.kernels.rope import rope
 from sparring.kernels.swiglu import swiglu
-from sparring.models.attention import AttentionPlan, plan_attention
 from sparring.layout import KVPool, Layout
+from sparring.models.attention import AttentionPlan, plan_attention
 from sparring.models.linear import Dense, Linear
 from sparring.models.lora import LoraAdapter, LoraConfig
 from sparring.models.rope import RopeConfig, inverse_frequencies, rope_tables
