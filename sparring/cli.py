@@ -113,7 +113,10 @@ def evaluate(
             names = {"model": recipe.model.path, "data": recipe.data.eval}
             _emit({**names, **values}, sys.stdout)
         else:
-            _say(_table({"accuracy": values}))
+            _say(_table({"model": values}))
+            for title, at in (("pass", evaluation.pass_at), ("maj", evaluation.majority_at)):
+                for k, found in at.items() if evaluation.num_samples > 1 else ():
+                    _say(f"{title}@{k:5}{found['value']:>9.1%}  {_interval(found):^17}")
 
 
 @app.command()
@@ -389,12 +392,15 @@ def _table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [f"{'':10}{'accuracy':>9}  {'95% interval':^17}{'n':>6}{'greedy':>9}{'tokens':>8}"]
     for name, found in rows.items():
         greedy = "" if found.get("greedy") is None else f"{found['greedy']:.1%}"
-        interval = f"{found['low']:.1%} to {found['high']:.1%}"
         lines.append(
-            f"{name:10}{found['accuracy']:>9.1%}  {interval:^17}{found['n']:>6}{greedy:>9}"
+            f"{name:10}{found['accuracy']:>9.1%}  {_interval(found):^17}{found['n']:>6}{greedy:>9}"
             f"{found['mean_tokens']:>8.1f}"
         )
     return "\n".join(lines)
+
+
+def _interval(found: Mapping[str, Any]) -> str:
+    return f"{found['low']:.1%} to {found['high']:.1%}"
 
 
 def _emit(row: Mapping[str, Any], target: TextIO) -> None:
