@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparring.algorithms.streams import inside, sum_by_sequence
 from sparring.types import Batch, LossOutput, TokenScores
 
 __all__ = ["cispo", "dapo", "dr_grpo", "grpo", "gspo", "sft"]
@@ -34,12 +35,12 @@ def sft(scores: TokenScores, batch: Batch) -> LossOutput:
 
     weights_T weighs the tokens (None: all 1) and num_loss_tokens is the step's sum of weights.
     """
-    losses_T = -_inside(scores.logprobs_T, batch)
+    losses_T = -inside(scores.logprobs_T, batch)
     weights_T = _token_weights(scores, batch)
     if batch.weights_T is not None:
         weights_T = weights_T * batch.weights_T
     loss = (losses_T * weights_T).sum()
-    entropy = (_inside(scores.entropy_T, batch) * weights_T).sum()
+    entropy = (inside(scores.entropy_T, batch) * weights_T).sum()
     return LossOutput(
         loss=loss, metrics={"policy_loss": loss.detach(), "entropy": entropy.detach()}
     )
@@ -109,10 +110,10 @@ def gspo(
     off-policy. The advantage must be the same for all tokens of a sequence.
     """
     mask_T = _mask(scores, batch)
-    tokens_S = _sum_by_sequence(mask_T, batch)
+    tokens_S = sum_by_sequence(mask_T, batch)
     divisor_S = tokens_S.clamp(min=1.0)
-    ratio_S = (_sum_by_sequence(_log_ratio(scores, batch), batch) / divisor_S).exp()
-    advantages_S = _sum_by_sequence(_advantages(batch), batch) / divisor_S
+    ratio_S = (sum_by_sequence(_log_ratio(scores, batch), batch) / divisor_S).exp()
+    advantages_S = sum_by_sequence(_advantages(batch), batch) / divisor_S
     terms = _clip(ratio_S, advantages_S, clip_low=clip_low, clip_high=clip_high)
     weights_S = (tokens_S > 0).to(tokens_S.dtype) / max(batch.num_sequences, 1.0)
     kl_weights_T = _sequence_weights(scores, batch)
@@ -133,7 +134,7 @@ def cispo(
     absolute cap on the ratio, not a distance from 1.
     clip_high_fraction counts tokens above the cap, whatever the sign of A.
     """
-    logprobs_T = _inside(scores.logprobs_T, batch)
+    logprobs_T = inside(scores.logprobs_T, batch)
     advantages_T = _advantages(batch)
     ratio_T = _log_ratio(scores, batch).detach().exp()
     terms = _Terms(
@@ -207,7 +208,7 @@ def _output(
     policy_loss = loss = (terms.losses * weights).sum()
     metrics = {
         "policy_loss": policy_loss,
-        "entropy": (_inside(scores.entropy_T, batch) * token_shares_T).sum(),
+        "entropy": (inside(scores.entropy_T, batch) * token_shares_T).sum(),
         "ratio_mean": (terms.ratio * shares).sum(),
         "ratio_max": torch.where(shares > 0, terms.ratio, 0.0).amax(),
         "clip_low_fraction": (terms.is_low * shares).sum(),
@@ -215,29 +216,24 @@ def _output(
     }
     assert kl_coef == 0 or batch.ref_logprobs_T is not None, "a KL term needs ref_logprobs_T"
     if batch.ref_logprobs_T is not None:
-        kl_T = k3(_inside(scores.logprobs_T, batch), _inside(batch.ref_logprobs_T, batch))
+        kl_T = k3(inside(scores.logprobs_T, batch), inside(batch.ref_logprobs_T, batch))
         metrics["kl"] = (kl_T * token_shares_T).sum()
         if kl_coef != 0:
             loss = policy_loss + kl_coef * (kl_T * kl_weights_T).sum()
     return LossOutput(loss=loss, metrics={name: value.detach() for name, value in metrics.items()})
 
 
-def _inside(stream_T: Tensor, batch: Batch) -> Tensor:
-    """The stream with 0, and no gradient, outside the loss mask."""
-    return torch.where(batch.loss_mask_T, stream_T, 0.0)
-
-
 def _log_ratio(scores: TokenScores, batch: Batch) -> Tensor:
     """l: exactly 0, but with the gradient of logprobs, where the update is on-policy."""
-    logprobs_T = _inside(scores.logprobs_T, batch)
+    logprobs_T = inside(scores.logprobs_T, batch)
     if batch.old_logprobs_T is None:
         return logprobs_T - logprobs_T.detach()
-    return logprobs_T - _inside(batch.old_logprobs_T, batch)
+    return logprobs_T - inside(batch.old_logprobs_T, batch)
 
 
 def _advantages(batch: Batch) -> Tensor:
     assert batch.advantages_T is not None, "a policy loss needs advantages_T"
-    return _inside(batch.advantages_T, batch)
+    return inside(batch.advantages_T, batch)
 
 
 def _mask(scores: TokenScores, batch: Batch) -> Tensor:
@@ -253,15 +249,5 @@ def _token_weights(scores: TokenScores, batch: Batch) -> Tensor:
 def _sequence_weights(scores: TokenScores, batch: Batch) -> Tensor:
     """1 / (loss tokens of its sequence * sequences of the step) on each loss token."""
     mask_T = _mask(scores, batch)
-    tokens_S = _sum_by_sequence(mask_T, batch).clamp(min=1.0)
+    tokens_S = sum_by_sequence(mask_T, batch).clamp(min=1.0)
     return mask_T / tokens_S[batch.sequence_ids_T.clamp(min=0)] / max(batch.num_sequences, 1.0)
-
-
-def _sum_by_sequence(values_T: Tensor, batch: Batch) -> Tensor:
-    """[S] sums over each sequence's rows; values_T is 0 outside the loss mask.
-
-    Sums run in float64: the order of a GPU's atomic additions then vanishes in the rounding.
-    """
-    sums_S = values_T.new_zeros(max(batch.num_local_sequences, 1), dtype=torch.float64)
-    sums_S = sums_S.index_add(0, batch.sequence_ids_T.clamp(min=0), values_T.double())
-    return sums_S.to(values_T.dtype)

@@ -1,6 +1,7 @@
 """Names to functions: finds a loss or an advantage and checks its knobs against its signature.
 
-The registries themselves are the `__all__` of losses.py and advantages.py. No mathematics here.
+The registries themselves are the `__all__` of losses.py (grpo and ppo), advantages.py (grpo),
+preference.py (dpo) and gae.py (ppo). No mathematics here.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sparring.algorithms import advantages, losses
+from sparring.algorithms import advantages, gae, losses, preference
 from sparring.errors import RecipeError
 from sparring.types import Batch, Group, LossOutput, TokenScores
 
@@ -23,6 +24,9 @@ Loss = Callable[[TokenScores, Batch], LossOutput]
 
 Advantage = Callable[[Sequence[Group]], list[Tensor]]
 """An advantage with its knobs bound."""
+
+Estimator = Callable[[Sequence[Batch], Sequence[Tensor]], list[Batch]]
+"""An advantage that needs a critic, with its knobs bound: see gae.py."""
 
 NOT_BUILT = {
     "bnpo": (
@@ -33,9 +37,14 @@ NOT_BUILT = {
 }
 """Losses that people ask for by name and that are left out on purpose, with the reason."""
 
-LOWER_BOUNDS = {"clip_low": 0.0, "clip_high": 0.0, "kl_coef": 0.0, "epsilon": 0.0, "constant": 0.0}
+LOWER_BOUNDS = {
+    **dict.fromkeys(["clip_low", "clip_high", "kl_coef", "epsilon", "constant"], 0.0),
+    **dict.fromkeys(["label_smoothing", "sft_coef", "gamma", "lam"], 0.0),
+}
 STRICTLY_ABOVE = frozenset({"clip_high", "constant"})
 """Knobs that may not be 0 either: with clip_high 0 nothing could be learned from a success."""
+UPPER_BOUNDS = {"label_smoothing": 0.49, "gamma": 1.0, "lam": 1.0}
+"""label_smoothing: at one half a label says nothing."""
 
 
 def find_loss(name: str) -> Callable[..., LossOutput]:
@@ -73,6 +82,25 @@ def build_advantage(name: str, knobs: Mapping[str, Any]) -> partial[list[Tensor]
     return partial(function, **knobs)
 
 
+def build_preference_loss(name: str, knobs: Mapping[str, Any]) -> partial[LossOutput]:
+    """The loss on pairs of this name with its knobs bound; its kl_coef is above 0."""
+    function = _find(preference, "loss", name)
+    check_knobs(function, knobs, section="loss")
+    if knobs.get("kl_coef") == 0:
+        raise RecipeError(
+            f"[loss] {name}: kl_coef must be above 0, got 0: it is what a margin is multiplied by"
+            " (beta in the papers); 0.1 is usual"
+        )
+    return partial(function, **knobs)
+
+
+def build_estimator(name: str, knobs: Mapping[str, Any]) -> partial[list[Batch]]:
+    """The advantage of a critic of this name with its knobs bound."""
+    function = _find(gae, "advantage", name)
+    check_knobs(function, knobs, section="advantage")
+    return partial(function, **knobs)
+
+
 def knob_defaults(function: Callable[..., Any]) -> dict[str, Any]:
     """Keyword-only parameters with their defaults (inspect.Parameter.empty: there is none)."""
     parameters = inspect.signature(function).parameters.values()
@@ -82,13 +110,17 @@ def knob_defaults(function: Callable[..., Any]) -> dict[str, Any]:
 def check_knobs(
     function: Callable[..., Any], knobs: Mapping[str, Any], *, section: str = "loss"
 ) -> None:
-    """RecipeError unless every knob is a parameter of `function` and a number that it can take."""
+    """RecipeError unless every knob is a parameter of `function` and a value that it can take."""
     defaults = knob_defaults(function)
     name = getattr(function, "__name__", str(function))
     takes = ", ".join(sorted(defaults)) or "no knobs"
     for key, value in knobs.items():
         if key not in defaults:
             raise RecipeError(f"[{section}] {name} takes no '{key}'; it takes {takes}")
+        if isinstance(defaults[key], bool):
+            if not isinstance(value, bool):
+                raise RecipeError(f"[{section}] {name}: {key} must be true or false, got {value!r}")
+            continue
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise RecipeError(f"[{section}] {name}: {key} must be a number, got {value!r}")
         bound = LOWER_BOUNDS.get(key, -math.inf)
@@ -97,6 +129,10 @@ def check_knobs(
             allowed = f"{'above' if key in STRICTLY_ABOVE else 'at least'} {bound:g}"
             raise RecipeError(
                 f"[{section}] {name}: {key} must be finite and {allowed}, got {value}"
+            )
+        if value > UPPER_BOUNDS.get(key, math.inf):
+            raise RecipeError(
+                f"[{section}] {name}: {key} must be at most {UPPER_BOUNDS[key]:g}, got {value}"
             )
     for key, default in defaults.items():
         if default is inspect.Parameter.empty and key not in knobs:

@@ -38,7 +38,7 @@ from sparring.data.rows import BadRows, Row, Rows
 from sparring.errors import DataError
 from sparring.types import Message
 
-_NO_END = (
+NO_END = (
     "the tokenizer has no end token and the template writes none, so a model could never learn to "
     "stop; set eos_token in tokenizer_config.json"
 )
@@ -152,7 +152,7 @@ def load_conversations(
         )
     template = as_template(tokenizer, template, system_prompt)
     if not template.end_ids:
-        raise DataError(_NO_END)
+        raise DataError(NO_END)
     bad = BadRows(bad_rows)
     kept: list[Conversation] = []
     lengths: list[int] = []
@@ -167,7 +167,7 @@ def load_conversations(
         if template.source is None and dialogue.text is None:
             raise DataError(f"{rows.where(index)}: {no_template(template.name)}")
         try:
-            samples = _tokenise(dialogue, template)
+            samples = tokenise(dialogue, template)
         except DataError as error:
             bad.add(rows.where(index), str(error))
             continue
@@ -200,7 +200,7 @@ def load_conversations(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Dialogue:
+class Dialogue:
     """A row in one form: its messages, the first one that may bear loss, and its plain text."""
 
     messages: tuple[Message, ...]
@@ -210,10 +210,10 @@ class _Dialogue:
 
 def _find_format(
     rows: Rows, prompt_column: str, completion_column: str
-) -> Callable[[Row], _Dialogue]:
+) -> Callable[[Row], Dialogue]:
     columns = set(rows.columns)
     if "messages" in columns:
-        return lambda row: _Dialogue(messages=parse_messages(_field(row, "messages")))
+        return lambda row: Dialogue(messages=parse_messages(_field(row, "messages")))
     if "conversations" in columns:
         return _read_sharegpt
     if {prompt_column, completion_column} <= columns:
@@ -247,7 +247,7 @@ def _system(row: Row) -> tuple[Message, ...]:
     return ({"role": "system", "content": text},) if text.strip() else ()
 
 
-def _read_completion(row: Row, prompt_column: str, completion_column: str) -> _Dialogue:
+def _read_completion(row: Row, prompt_column: str, completion_column: str) -> Dialogue:
     prompt, completion = _field(row, prompt_column), _field(row, completion_column)
     sides: list[tuple[Message, ...]] = []
     for name, value, role in (
@@ -265,14 +265,14 @@ def _read_completion(row: Row, prompt_column: str, completion_column: str) -> _D
                 f"'{name}' is a {type(value).__name__}; it is text or a list of messages"
             )
     is_text = isinstance(prompt, str) and isinstance(completion, str)
-    return _Dialogue(
+    return Dialogue(
         messages=sides[0] + sides[1],
         learn_from=len(sides[0]),
         text=(prompt, completion) if is_text else None,
     )
 
 
-def _read_alpaca(row: Row) -> _Dialogue:
+def _read_alpaca(row: Row) -> Dialogue:
     question, output = _text_field(row, "instruction"), _text_field(row, "output")
     extra = _text_field(row, "input", optional=True)
     if extra.strip():
@@ -294,16 +294,16 @@ def _read_alpaca(row: Row) -> _Dialogue:
     text = None if messages else (question, output)
     messages.append({"role": "user", "content": question})
     messages.append({"role": "assistant", "content": output})
-    return _Dialogue(messages=tuple(messages), text=text)
+    return Dialogue(messages=tuple(messages), text=text)
 
 
-def _read_sharegpt(row: Row) -> _Dialogue:
+def _read_sharegpt(row: Row) -> Dialogue:
     turns = _field(row, "conversations")
     if isinstance(turns, Sequence) and not isinstance(turns, str | bytes):
         turns = [_sharegpt_turn(turn) for turn in turns]
     messages = parse_messages(turns)
     system = () if messages[0]["role"] == "system" else _system(row)
-    return _Dialogue(messages=system + messages)
+    return Dialogue(messages=system + messages)
 
 
 def _sharegpt_turn(turn: object) -> object:
@@ -330,8 +330,11 @@ def _read_weight(row: Row, weight_column: str) -> float:
     return weight
 
 
-def _tokenise(dialogue: _Dialogue, template: ChatTemplate) -> list[tuple[list[int], list[bool]]]:
-    """Samples of one row as (token ids, mask); each ends with a token that bears loss."""
+def tokenise(dialogue: Dialogue, template: ChatTemplate) -> list[tuple[list[int], list[bool]]]:
+    """Samples of one row as (token ids, mask); each ends with a token that bears loss.
+
+    Raises DataError for an empty turn of the assistant's, or one that the template changes.
+    """
     if template.source is None:
         assert dialogue.text is not None, "messages without a template are refused before"
         prompt, completion = dialogue.text

@@ -18,8 +18,9 @@ there are is decided elsewhere (prompts.py, conversations.py, the rewards).
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from sparring.data.conversations import Conversation
+from sparring.data.pairs import Pair
 from sparring.errors import DataError
 from sparring.layout import PackedLayout
 from sparring.types import Batch, Group, Rollout
@@ -46,6 +48,7 @@ class _Sample:
     mask: Bools
     advantage: float = 0.0
     logprobs: Floats | None = None
+    reward: float = 0.0
     weight: float = 1.0
     index: int = 0
 
@@ -100,6 +103,77 @@ def pack_groups(
     its loss mask in num_loss_tokens, also where it is dropped or bears no loss. The list is empty
     where no row bears loss. Raises ValueError where lengths or temperatures do not match.
     """
+    units, streams = _group_units(
+        groups,
+        advantages,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        share_prompts=share_prompts,
+        drop_zero_advantage=drop_zero_advantage,
+    )
+    streams = replace(streams, old_logprobs=with_old_logprobs)
+    return [_build_batch(chosen, streams) for chosen in _fill(units, max_tokens)]
+
+
+def pack_rewarded(
+    groups: Sequence[Group], *, max_tokens: int, temperature: float, share_prompts: bool = True
+) -> list[tuple[Batch, Tensor]]:
+    """As `pack_groups` before there are advantages: with each batch its rewards [S] float32.
+
+    One reward a local sequence, in their order; advantages_T is None.
+    """
+    units, streams = _group_units(
+        groups,
+        [torch.zeros(len(group.rollouts)) for group in groups],
+        max_tokens=max_tokens,
+        temperature=temperature,
+        share_prompts=share_prompts,
+        drop_zero_advantage=False,
+    )
+    packed = []
+    for chosen in _fill(units, max_tokens):
+        rewards = [sample.reward for unit in chosen for sample in unit.samples]
+        batch = replace(_build_batch(chosen, streams), advantages_T=None)
+        packed.append((batch, torch.tensor(rewards)))
+    return packed
+
+
+def pack_pairs(pairs: Sequence[Pair], *, max_tokens: int) -> list[Batch]:
+    """Micro-batches of at most `max_tokens` rows for one step of learning from pairs.
+
+    Local sequences 2k and 2k + 1 are the chosen and the rejected completion of a pair, behind one
+    copy of their context. A pair is never split: one with more than max_tokens rows has a
+    micro-batch to itself. num_sequences counts completions, two a pair; weights_T is 1 on the loss
+    tokens of what was chosen, 0 on those of what was rejected, and num_loss_tokens its sum.
+    """
+    units, num_loss_tokens = [], 0
+    for pair in pairs:
+        sides = (
+            (pair.chosen_ids, pair.chosen_mask, 1.0),
+            (pair.rejected_ids, pair.rejected_mask, 0.0),
+        )
+        samples = tuple(
+            _Sample(ids=ids.numpy(), mask=mask.numpy(), weight=weight)
+            for ids, mask, weight in sides
+        )
+        num_loss_tokens += int(np.count_nonzero(samples[0].mask))
+        units.append(_Unit(context=pair.context_ids.numpy(), samples=samples, is_shared=True))
+    streams = _Streams(
+        num_loss_tokens=float(num_loss_tokens), num_sequences=2.0 * len(pairs), weights=True
+    )
+    return [_build_batch(chosen, streams) for chosen in _fill(units, max_tokens)]
+
+
+def _group_units(
+    groups: Sequence[Group],
+    advantages: Sequence[Tensor],
+    *,
+    max_tokens: int,
+    temperature: float,
+    share_prompts: bool,
+    drop_zero_advantage: bool,
+) -> tuple[list[_Unit], _Streams]:
+    """The judged rollouts of a step as units, and what their batches carry."""
     units: list[_Unit] = []
     num_loss_tokens, num_sequences = 0, 0
     for group, advantages_G in zip(groups, advantages, strict=True):
@@ -108,14 +182,13 @@ def pack_groups(
                 f"prompt {group.prompt.id}: {len(group.rollouts)} rollouts, "
                 f"{len(group.rewards_G)} rewards and {len(advantages_G)} advantages"
             )
-        is_judged = (~group.rewards_G.isnan()).tolist()
         samples: list[_Sample] = []
-        for rollout, advantage, judged in zip(
-            group.rollouts, advantages_G.tolist(), is_judged, strict=True
+        for rollout, advantage, reward in zip(
+            group.rollouts, advantages_G.tolist(), group.rewards_G.tolist(), strict=True
         ):
-            if not judged:
+            if math.isnan(reward):
                 continue
-            sample = _rollout_sample(rollout, advantage, temperature)
+            sample = _rollout_sample(rollout, advantage, reward, temperature)
             loss_tokens = int(np.count_nonzero(sample.mask))
             num_sequences += 1
             num_loss_tokens += loss_tokens
@@ -129,9 +202,8 @@ def pack_groups(
         num_sequences=float(num_sequences),
         temperature=temperature,
         from_rollouts=True,
-        old_logprobs=with_old_logprobs,
     )
-    return [_build_batch(chosen, streams) for chosen in _fill(units, max_tokens)]
+    return units, streams
 
 
 def pack_conversations(conversations: Sequence[Conversation], *, max_tokens: int) -> list[Batch]:
@@ -207,7 +279,9 @@ def unpack(
     return rows
 
 
-def _rollout_sample(rollout: Rollout, advantage: float, temperature: float) -> _Sample:
+def _rollout_sample(
+    rollout: Rollout, advantage: float, reward: float, temperature: float
+) -> _Sample:
     ids, mask = rollout.token_ids.numpy(), rollout.loss_mask.numpy()
     if ids.shape != mask.shape or rollout.logprobs.shape != rollout.token_ids.shape:
         raise ValueError(
@@ -219,7 +293,13 @@ def _rollout_sample(rollout: Rollout, advantage: float, temperature: float) -> _
             f"prompt {rollout.prompt.id}, sample {rollout.sample_index}: its logprobs speak of "
             f"temperature {rollout.temperature}, the step of {temperature}"
         )
-    return _Sample(ids=ids, mask=mask, advantage=advantage, logprobs=rollout.logprobs.numpy())
+    return _Sample(
+        ids=ids,
+        mask=mask,
+        advantage=advantage,
+        reward=reward,
+        logprobs=rollout.logprobs.numpy(),
+    )
 
 
 def _split_group(
