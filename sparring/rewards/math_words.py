@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from fractions import Fraction
 
 from sparring.rewards.math_normal import unwrap_text
 
 MAX_UNIT_WORDS = 4
 MAX_CJK_CHARACTERS = 6
+MAX_NUMBER_WORDS = 10
 
 _ALIASES = {
     "cm": "centimeter centimetre cms 厘米 公分",
@@ -195,30 +197,39 @@ def scale_of(text: str) -> tuple[int, str]:
 
 
 def english_number(text: str) -> Fraction | None:
-    """A number from zero to the thousands in English words, None for other text."""
+    """A number below a billion in English words ("two thousand and five"), None for other text."""
     words = [word for word in re.split(r"[\s-]+", text.strip().lower()) if word != "and"]
-    if not words or len(words) > 8 or not all(w in _ENGLISH or w in _SCALES for w in words):
+    if not 0 < len(words) <= MAX_NUMBER_WORDS:
         return None
-    if words[0] not in _ENGLISH:
-        return None
-    total = current = 0
-    previous = 10**9
-    for word in words:
-        if word in _ENGLISH:
-            value = _ENGLISH[word]
-            if current % 10 != 0 or (current % 100 and value >= 10) or value >= previous:
+    total = 0
+    for name in ("million", "thousand"):
+        if name in words:
+            place = words.index(name)
+            count = _below_thousand(words[:place])
+            if not count:
                 return None
-            current += value
-            previous = value if value >= 20 else 0
-            previous = previous or 1
-        elif word == "hundred" and 0 < current < 10:
-            current *= 100
-            previous = 100
-        elif word in ("thousand", "million") and current:
-            total, current, previous = total + current * _SCALES[word], 0, 10**9
-        else:
-            return None
-    return Fraction(total + current)
+            total += count * _SCALES[name]
+            words = words[place + 1 :]
+            if not words:
+                return Fraction(total)
+    rest = _below_thousand(words)
+    return None if rest is None else Fraction(total + rest)
+
+
+def _below_thousand(words: Sequence[str]) -> int | None:
+    """0 to 999 from words without "and", None for anything else."""
+    total = 0
+    if len(words) > 1 and words[1] == "hundred" and 0 < _ENGLISH.get(words[0], 0) < 10:
+        total, words = 100 * _ENGLISH[words[0]], words[2:]
+        if not words:
+            return total
+    values = [_ENGLISH.get(word) for word in words]
+    if len(values) == 1 and values[0] is not None:
+        return total + values[0]
+    if len(values) == 2 and values[0] is not None and values[1] is not None:
+        tens, ones = values[0], values[1]
+        return total + tens + ones if tens >= 20 and 0 < ones < 10 else None
+    return None
 
 
 def chinese_number(text: str) -> Fraction | None:
@@ -265,7 +276,7 @@ def _simple_unit(text: str, is_wrapped: bool) -> str | None:
     words = text.split()
     if not 0 < len(words) <= MAX_UNIT_WORDS or not all(_WORD.fullmatch(word) for word in words):
         return None
-    if any(word.lower() in _NOT_UNITS for word in words):
+    if any(word.lower() in _NOT_UNITS or word.lower() in _ENGLISH for word in words):
         return None
     if len(words) == 1 and len(text) == 1 and text.isascii() and not is_wrapped:
         return _CANONICAL.get(text, text) + exponent if text in _LETTERS else None

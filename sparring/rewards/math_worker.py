@@ -1,9 +1,9 @@
-"""The far end of math_pool.py: reads pairs of LaTeX, compares them with Math-Verify, answers in
-JSON.
+"""The far end of math_pool.py: compares pairs of LaTeX with Math-Verify, in lines of JSON.
 
 Run as `python -m sparring.rewards.math_worker LIMIT_SECONDS`. Only Math-Verify's LaTeX extraction
-is used, on text that was extracted and wrapped here, so that SymPy's parse_expr, which runs Python,
-is never reached. The parent keeps the wall clock; limits here are a second line.
+is used, on text that was extracted and wrapped before, and SymPy is told how to read numbers
+without its parse_expr, which runs Python: that is never reached. The parent keeps the wall clock;
+limits here are a second line.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import queue
+import re
 import resource
 import signal
 import sys
@@ -46,13 +47,20 @@ def main() -> None:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
 
 
+_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)", re.ASCII)
+_IDENTIFIER = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+
+
 class Comparer:
     """Math-Verify behind one method, with a cache of parsed references."""
 
     def __init__(self) -> None:
         from math_verify import LatexExtractionConfig, parse, verify
+        from sympy.core.sympify import converter
         from math_verify.parser import NormalizationConfig
 
+        # SymPy asks its converters before it hands text to parse_expr; this one hands on nothing.
+        converter[str] = read_literal
         self._config = (
             LatexExtractionConfig(
                 boxed_match_priority=-1,
@@ -87,6 +95,9 @@ class Comparer:
             return self._judge(answer, parsed, places)
         except (MemoryError, RecursionError) as error:
             return {"verdict": False, "reason": _name(error, "the answer"), "recycle": True}
+        except Exception as error:  # SymPy on odd input: reported, and no verdict for the answer
+            reason = f"the comparison failed: {type(error).__name__}"
+            return {"verdict": False, "reason": reason}
 
     def read(self, latex: str) -> list[Any] | None:
         """Math-Verify's reading of one formula, None where it finds nothing."""
@@ -113,16 +124,46 @@ class Comparer:
         equal = self._verify(
             parsed, read, float_rounding=12, numeric_precision=30, timeout_seconds=None
         )
+        if equal and _differ_in_size(parsed[0], read[0]):
+            return {"verdict": False, "reason": "not equal: small numbers of different size"}
         return {
             "verdict": bool(equal),
             "reason": "Math-Verify: " + ("equal" if equal else "not equal"),
         }
 
 
+def read_literal(text: str) -> Any:
+    """What SymPy makes of text in this process: an exact number, a symbol, or an error."""
+    from sympy import Rational, Symbol
+    from sympy.core.sympify import SympifyError
+
+    text = text.strip()
+    if _NUMBER.fullmatch(text):
+        return Rational(text)
+    if _IDENTIFIER.fullmatch(text):
+        return Symbol(text)
+    raise SympifyError(f"text is not run here: {text[:80]}")
+
+
 def _rounds(exact: Any, rounded: Any, places: int) -> bool:
     """Whether a decimal is the reference within half a unit of its last place."""
     difference = abs(exact.evalf(30) - rounded)
     return bool(difference.is_number and difference <= 0.5000001 * 10.0**-places)
+
+
+def _differ_in_size(exact: Any, other: Any) -> bool:
+    """Whether two closed forms differ by more than rounding, measured by their own size.
+
+    Math-Verify compares with an absolute bound, so 2^{-199} equals 2^{-200} to it.
+    """
+    free = getattr(exact, "free_symbols", None), getattr(other, "free_symbols", None)
+    if free != (set(), set()) or not hasattr(exact, "evalf") or not hasattr(other, "evalf"):
+        return False
+    first, second = exact.evalf(30), other.evalf(30)
+    if not (getattr(first, "is_number", False) and getattr(second, "is_number", False)):
+        return False
+    size = max(abs(first), abs(second))
+    return bool(1e-100 < size < 1e-10 and abs(first - second) > 1e-20 * size)
 
 
 def _name(error: BaseException, what: str) -> str:

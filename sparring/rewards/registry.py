@@ -32,8 +32,8 @@ NAMED: dict[str, str] = {
     "countdown": "sparring.rewards.countdown:countdown",
     "random": "sparring.rewards.random:random_reward",
     "code": "sparring.rewards.code:CodeReward",
-    "model": "sparring.rewards.model:model",
-    "judge": "sparring.rewards.llm_judge:judge",
+    "model": "sparring.rewards.model:ModelReward",
+    "judge": "sparring.rewards.llm_judge:JudgeReward",
 }
 
 
