@@ -8,11 +8,12 @@ what judges it, so exit codes, printed text and patched functions say nothing.
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from sparring.errors import RewardError
 from sparring.rewards.code_program import assemble, extract_code, prompt_text
@@ -198,13 +199,11 @@ class CodeReward:
                 )
                 jobs[key, program] = tests
                 plan.append((key, program))
-        with ThreadPoolExecutor(self._num_workers) as threads:
-            found = {
-                job: threads.submit(self._judge, job[1], tests, deadline)
-                for job, tests in jobs.items()
-            }
+        found = _side_by_side(
+            jobs, lambda job: self._judge(job[1], jobs[job], deadline), self._num_workers
+        )
         return [
-            entry if isinstance(entry, CodeVerdict) else _with_code(found[entry].result(), entry[1])
+            entry if isinstance(entry, CodeVerdict) else _with_code(found[entry], entry[1])
             for entry in plan
         ]
 
@@ -314,6 +313,38 @@ class CodeReward:
                 passed=0, total=0, reason="no assertion was reached", is_judged=False
             )
         return _verdict(passed, passed + failed, complaint)
+
+
+_Job = TypeVar("_Job")
+
+
+def _side_by_side(
+    jobs: Iterable[_Job], judge: Callable[[_Job], CodeVerdict], num_threads: int
+) -> dict[_Job, CodeVerdict]:
+    """Judge all jobs in some threads; raises the first error. An exit does not wait for them."""
+    waiting = deque(jobs)
+    found: dict[_Job, CodeVerdict] = {}
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        while waiting and not errors:
+            try:
+                job = waiting.popleft()
+            except IndexError:  # another thread took the last one
+                return
+            try:
+                found[job] = judge(job)
+            except BaseException as error:  # it is raised again in the caller's thread
+                errors.append(error)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(num_threads)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return found
 
 
 def same_lines(expected: str, actual: str) -> bool:

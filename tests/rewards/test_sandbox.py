@@ -277,6 +277,8 @@ def test_nothing_outlives_a_trainer_that_is_killed(sandbox, level):
         line = trainer.stdout.readline().split()
         servers = [int(word) for word in line]
         alive = [one for pid in servers for one in [pid, *map(int, all_below(pid))]]
+        scores = [Path(f"/proc/{pid}/oom_score_adj").read_text().strip() for pid in alive]
+        assert set(scores) <= {"1000"}, "if memory runs out, programs go first"
         trainer.kill()
     if not servers:
         pytest.skip(f"this machine does not offer the level {level}")

@@ -21,7 +21,7 @@ class _LastValueLoader(SourceFileLoader):
     """Keeps the value of a final expression under VALUE_NAME, as an interactive prompt shows it."""
 
     def source_to_code(  # type: ignore[override]  # as the class itself has it
-        self, data: Any, path: Any, *, _optimize: int = -1
+        self, data: Any, path: Any, *_: Any, _optimize: int = -1
     ) -> CodeType:
         tree = ast.parse(data, filename=str(path))
         last = tree.body[-1] if tree.body else None

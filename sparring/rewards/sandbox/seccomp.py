@@ -42,11 +42,12 @@ mount_setattr ptrace process_vm_readv process_vm_writev kcmp process_madvise pro
 pidfd_open pidfd_getfd pidfd_send_signal bpf perf_event_open add_key request_key keyctl
 io_uring_setup io_uring_enter io_uring_register userfaultfd name_to_handle_at open_by_handle_at
 init_module finit_module delete_module kexec_load kexec_file_load reboot swapon swapoff mknod
-mknodat execve execveat socket connect bind listen accept accept4 shmget shmat shmctl msgget msgctl
-semget semctl mq_open mq_unlink quotactl quotactl_fd acct settimeofday clock_settime adjtimex
-clock_adjtime syslog sethostname setdomainname iopl ioperm modify_ldt vhangup fanotify_init
-inotify_init inotify_init1 migrate_pages move_pages mbind set_mempolicy set_mempolicy_home_node
-memfd_create memfd_secret lookup_dcookie nfsservctl uselib sysfs ustat
+mknodat execve execveat socket connect bind listen accept accept4 shmget shmat shmctl msgget msgsnd
+msgrcv msgctl semget semop semctl semtimedop mq_open mq_unlink quotactl quotactl_fd acct
+settimeofday clock_settime adjtimex clock_adjtime syslog sethostname setdomainname iopl ioperm
+modify_ldt vhangup fanotify_init inotify_init inotify_init1 migrate_pages move_pages mbind
+set_mempolicy set_mempolicy_home_node memfd_create memfd_secret lookup_dcookie nfsservctl uselib
+sysfs ustat
 """
 
 _DENIED_WITHOUT_NAMESPACES = """

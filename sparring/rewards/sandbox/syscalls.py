@@ -55,7 +55,8 @@ keyctl 250 io_uring_setup 425 io_uring_enter 426 io_uring_register 427 userfault
 name_to_handle_at 303 open_by_handle_at 304 init_module 175 finit_module 313 delete_module 176
 kexec_load 246 kexec_file_load 320 reboot 169 swapon 167 swapoff 168 mknod 133 mknodat 259
 execve 59 execveat 322 socket 41 socketpair 53 connect 42 bind 49 listen 50 accept 43 accept4 288
-shmget 29 shmat 30 shmctl 31 msgget 68 msgctl 71 semget 64 semctl 66 mq_open 240 mq_unlink 241
+shmget 29 shmat 30 shmctl 31 msgget 68 msgsnd 69 msgrcv 70 msgctl 71
+semget 64 semop 65 semctl 66 semtimedop 220 mq_open 240 mq_unlink 241
 quotactl 179 quotactl_fd 443 acct 163 settimeofday 164 clock_settime 227 adjtimex 159
 clock_adjtime 305 syslog 103 sethostname 170 setdomainname 171 iopl 172 ioperm 173 modify_ldt 154
 vhangup 153 fanotify_init 300 inotify_init 253 inotify_init1 294 migrate_pages 256 move_pages 279
@@ -78,7 +79,8 @@ keyctl 219 io_uring_setup 425 io_uring_enter 426 io_uring_register 427 userfault
 name_to_handle_at 264 open_by_handle_at 265 init_module 105 finit_module 273 delete_module 106
 kexec_load 104 kexec_file_load 294 reboot 142 swapon 224 swapoff 225 mknodat 33 execve 221
 execveat 281 socket 198 socketpair 199 connect 203 bind 200 listen 201 accept 202 accept4 242
-shmget 194 shmat 196 shmctl 195 msgget 186 msgctl 187 semget 190 semctl 191 mq_open 180
+shmget 194 shmat 196 shmctl 195 msgget 186 msgctl 187 msgrcv 188 msgsnd 189
+semget 190 semctl 191 semtimedop 192 semop 193 mq_open 180
 mq_unlink 181 quotactl 60 quotactl_fd 443 acct 89 settimeofday 170 clock_settime 112 adjtimex 171
 clock_adjtime 266 syslog 116 sethostname 161 setdomainname 162 vhangup 58 fanotify_init 262
 inotify_init1 26 migrate_pages 238 move_pages 239 mbind 235 set_mempolicy 237
