@@ -32,8 +32,7 @@ def main() -> None:
 
 def _load(request: dict[str, Any]) -> tuple[Any, bool, dict[str, Any]]:
     from sparring.rewards.registry import find
-    from sparring.rewards.signatures import parameters_of
-    from sparring.rewards.verdicts import fit
+    from sparring.rewards.signatures import fit, parameters_of
 
     try:
         found, short_name = find(request["name"])

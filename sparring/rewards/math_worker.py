@@ -56,8 +56,8 @@ class Comparer:
 
     def __init__(self) -> None:
         from math_verify import LatexExtractionConfig, parse, verify
-        from sympy.core.sympify import converter
         from math_verify.parser import NormalizationConfig
+        from sympy.core.sympify import converter
 
         # SymPy asks its converters before it hands text to parse_expr; this one hands on nothing.
         converter[str] = read_literal

@@ -98,6 +98,29 @@ def name_of(function: Callable[..., Any]) -> str:
     return str(getattr(function, "__name__", type(function).__name__))
 
 
+def fit(name: str, function: Callable[..., Any], knobs: Mapping[str, Any]) -> Callable[..., Any]:
+    """Check `knobs` against `function`; a class is built from them, a function stays as it is."""
+    if isinstance(function, type):
+        check_knobs(name, function, knobs, constructor_knobs(function))
+        try:
+            instance: Callable[..., Any] = function(**knobs)
+        except TypeError as error:
+            raise RewardError(f"reward '{name}' cannot be built: {error}") from error
+        if not callable(instance):
+            raise RewardError(f"reward '{name}' is a class without __call__")
+        parameters_of(instance)
+        return instance
+    parameters = parameters_of(function)
+    check_knobs(name, function, knobs, parameters.knobs)
+    missing = sorted(parameters.required_knobs - frozenset(knobs))
+    if missing:
+        raise RewardError(
+            f"reward '{name}' needs a value for '{missing[0]}' in its [[reward]] table "
+            "(a keyword-only parameter without default); a data column comes before the '*'"
+        )
+    return function
+
+
 def check_knobs(
     name: str, function: Callable[..., Any], given: Mapping[str, Any], allowed: Iterable[str]
 ) -> None:

@@ -17,12 +17,7 @@ import torch
 from sparring.errors import RewardError, RunError
 from sparring.rewards.calling import Runtime, Verdict, call_all
 from sparring.rewards.registry import RewardFunction, find
-from sparring.rewards.signatures import (
-    Samples,
-    check_knobs,
-    constructor_knobs,
-    parameters_of,
-)
+from sparring.rewards.signatures import Samples, fit
 from sparring.types import Group, Rollout
 
 
@@ -134,29 +129,6 @@ def load_reward(
         is_fitted=isolate or isinstance(found, type),
         runtime=runtime,
     )
-
-
-def fit(name: str, function: RewardFunction, knobs: Mapping[str, Any]) -> RewardFunction:
-    """Check `knobs` against `function`; a class is built from them, a function stays as it is."""
-    if isinstance(function, type):
-        check_knobs(name, function, knobs, constructor_knobs(function))
-        try:
-            instance: RewardFunction = function(**knobs)
-        except TypeError as error:
-            raise RewardError(f"reward '{name}' cannot be built: {error}") from error
-        if not callable(instance):
-            raise RewardError(f"reward '{name}' is a class without __call__")
-        parameters_of(instance)
-        return instance
-    parameters = parameters_of(function)
-    check_knobs(name, function, knobs, parameters.knobs)
-    missing = sorted(parameters.required_knobs - frozenset(knobs))
-    if missing:
-        raise RewardError(
-            f"reward '{name}' needs a value for '{missing[0]}' in its [[reward]] table "
-            "(a keyword-only parameter without default); a data column comes before the '*'"
-        )
-    return function
 
 
 def judge(

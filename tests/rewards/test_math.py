@@ -1,4 +1,4 @@
-"""The reward `math`: where the answer is found, what the policies change, when there is no verdict."""
+"""The reward `math`: where the answer is found, what policies change, when there is no verdict."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_batches_messages_prefills_and_what_is_logged():
 def test_wrong_knobs_name_what_is_allowed():
     with pytest.raises(RewardError, match="'value', 'match', 'ignore'"):
         load_reward("math", knobs={"percent": "drop"})
-    with pytest.raises(RewardError, match="takes no 'percents'.*several_boxes"):
+    with pytest.raises(RewardError, match=r"takes no 'percents'.*several_boxes"):
         load_reward("math", knobs={"percents": "value"})
     with pytest.raises(RewardError, match="must be positive"):
         load_reward("math", knobs={"limit_seconds": 0})
@@ -199,10 +199,11 @@ LONG = 100_000
 @pytest.mark.parametrize(
     "unit",
     [
-        "{", "}", "\\boxed{", "\\boxed", "<answer>", "</answer>", "<think>", "</think>", "#", "####",
-        "$", "$$", "\\(", "\\[", "answer is ", "answer ", "answer", "Answer: **", "答案是", "*", " ",
-        "\n", "9", "9,", "9 ", "1.", "-", "\\", "\\frac", "\\text{", "(", "[1,", "x=", "^", "½", "√",
-        "\\begin{", "\\pm", "a b ", "百", "万", "_", "`", "\x00", "😀", "%", "e1", "<", "answer is $1",
+        "{", "}", "\\boxed{", "\\boxed", "<answer>", "</answer>", "<think>", "</think>", "#",
+        "####", "$", "$$", "\\(", "\\[", "answer is ", "answer ", "answer", "Answer: **", "答案是",
+        "*", " ", "\n", "9", "9,", "9 ", "1.", "-", "\\", "\\frac", "\\text{", "(", "[1,", "x=", "^", "½",
+        "√", "\\begin{", "\\pm", "a b ", "百", "万", "_", "`", "\x00", "😀", "%", "e1", "<",
+        "answer is $1",
     ],
 )  # fmt: skip
 def test_no_text_of_a_hundred_thousand_characters_takes_long(unit):

@@ -1,7 +1,7 @@
 """A table of answers and references over every class, with Math-Verify's verdict beside ours.
 
-Each row of equivalence.jsonl: kind, reference, answer, equal (ours must be that), math_verify (what Math-Verify
-0.9 says of both in a box), why (where it differs: what it does otherwise).
+Each row of equivalence.jsonl: kind, reference, answer, equal (ours must be that), math_verify (what
+Math-Verify 0.9 says of both in a box), why (where it differs: what it does otherwise).
 """
 
 from __future__ import annotations

@@ -29,19 +29,24 @@ def sympify(value, *arguments, **named):
     return plain_sympify(value, *arguments, **named)
 
 
-math_worker._say = lambda message: None
-comparer = math_worker.Comparer()
-parser.parse_expr = latex2sympy.parse_expr = trap("parse_expr")
-sympy_parser.parse_expr = trap("parse_expr")
-sympy_parser.eval_expr = trap("eval_expr")
-for module in list(sys.modules.values()):
-    if getattr(module, "sympify", None) is plain_sympify:
-        module.sympify = sympify
-builtins.eval = trap("eval")
+def main():
+    math_worker._say = lambda message: None
+    comparer = math_worker.Comparer()
+    parser.parse_expr = latex2sympy.parse_expr = trap("parse_expr")
+    sympy_parser.parse_expr = trap("parse_expr")
+    sympy_parser.eval_expr = trap("eval_expr")
+    for module in list(sys.modules.values()):
+        if getattr(module, "sympify", None) is plain_sympify:
+            module.sympify = sympify
+    builtins.eval = trap("eval")
+    pairs = json.loads(sys.stdin.read())
+    for reference, answer in pairs:
+        comparer.compare(reference, answer)
+    seen = list(sprung)
+    parser.parse("2*3")  # the default configuration, which does spring it
+    works = len(sprung) > len(seen)
+    print(json.dumps({"compared": len(pairs), "sprung": seen, "trap_works": works}))
 
-pairs = json.loads(sys.stdin.read())
-for reference, answer in pairs:
-    comparer.compare(reference, answer)
-seen = list(sprung)
-parser.parse("2*3")  # the default configuration, which does spring it
-print(json.dumps({"compared": len(pairs), "sprung": seen, "trap_works": len(sprung) > len(seen)}))
+
+if __name__ == "__main__":
+    main()
