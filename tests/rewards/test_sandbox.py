@@ -269,6 +269,7 @@ time.sleep(60)
 @pytest.mark.parametrize("level", [FULL, LANDLOCK])
 def test_nothing_outlives_a_trainer_that_is_killed(sandbox, level):
     command = [sys.executable, "-c", TRAINER, level]
+    before = temporary_files()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
@@ -287,6 +288,7 @@ def test_nothing_outlives_a_trainer_that_is_killed(sandbox, level):
     while time.monotonic() < deadline and any(os.path.exists(f"/proc/{pid}") for pid in alive):
         time.sleep(0.02)
     assert not [pid for pid in alive if os.path.exists(f"/proc/{pid}")]
+    assert temporary_files() == before
 
 
 def all_below(pid: int) -> list[str]:

@@ -99,8 +99,8 @@ def assert_nothing_left(sandbox: Sandbox) -> None:
     expected = 1 if sandbox.level.name == FULL else 0  # the full level's server is a PID 1 inside
     for pid in sandbox.server_pids:
         assert len(descendants(pid)) == expected
-    for folder in sandbox._folders:
-        assert not [path for own in Path(folder).iterdir() for path in own.iterdir()]
+    for folder in sandbox.server_folders:
+        assert os.listdir(folder) == []
 
 
 def run(sandbox: Sandbox, program: str, *, limits: Limits = AMPLE, stdin: str = ""):

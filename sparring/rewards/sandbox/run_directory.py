@@ -43,8 +43,14 @@ def is_over(path: str, *, max_bytes: int, max_files: int) -> bool:
 
 
 def remove(path: str) -> None:
-    """Remove the directory and everything below it; raises OSError if something stays."""
-    top = os.open(path, _FLAGS)
+    """Remove the directory and everything below it; raises OSError if something stays.
+
+    Nothing is to be done where it is gone already.
+    """
+    try:
+        top = os.open(path, _FLAGS)
+    except FileNotFoundError:
+        return
     try:
         serial, prefix = 0, f"lifted-{os.urandom(12).hex()}-"
         waiting = True

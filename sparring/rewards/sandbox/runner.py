@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from sparring.errors import RewardError, RunError
-from sparring.rewards.sandbox import landlock, run_directory, server
+from sparring.rewards.sandbox import landlock, server
 from sparring.rewards.sandbox.ladder import (
     LANDLOCK,
     LEVELS,
@@ -66,11 +66,10 @@ class Sandbox:
             raise RewardError(f"sandbox num_workers is {num_workers}; it must be 2 or more")
         self.limits = limits if limits is not None else Limits()
         self._packages = tuple(str(Path(folder).resolve()) for folder in packages)
-        self._folders: list[str] = []
         self._condition = threading.Condition()
         self._waiting: deque[object] = deque()
         self._idle: list[server.Server] = []
-        self._finalizer = weakref.finalize(self, _shut_down, self._idle, self._folders)
+        self._finalizer = weakref.finalize(self, _shut_down, self._idle)
         try:
             self.level = self._climb(require, strongest)
             while len(self._idle) < num_workers:
@@ -97,6 +96,12 @@ class Sandbox:
         """Process numbers of the fork servers that are idle now."""
         with self._condition:
             return [one.pid for one in self._idle]
+
+    @property
+    def server_folders(self) -> list[str]:
+        """Where idle fork servers keep their runs' directories; none at the full level."""
+        with self._condition:
+            return [one.base for one in self._idle if one.base]
 
     def __enter__(self) -> Sandbox:
         return self
@@ -198,7 +203,7 @@ class Sandbox:
         with self._condition:
             self._idle.extend(taken)
             if self.is_closed:  # meanwhile
-                _shut_down(self._idle, self._folders)
+                _shut_down(self._idle)
             self._condition.notify_all()
 
     def _replace(self, broken: server.Server) -> server.Server:
@@ -212,12 +217,7 @@ class Sandbox:
             ) from error
 
     def _start(self, level: str) -> server.Server:
-        if level != LEVELS[0] and not self._folders:
-            self._folders.append(tempfile.mkdtemp(prefix="sparring-sandbox-"))
-            if os.geteuid() == 0:
-                os.chmod(self._folders[0], 0o711)  # each server's own folder in it is private
-        base = self._folders[0] if self._folders and level != LEVELS[0] else ""
-        return server.start(level, base=base, packages=self._packages)
+        return server.start(level, packages=self._packages)
 
     def _climb(self, require: str, strongest: str) -> SandboxLevel:
         """Down from the strongest level to the first that passes its self-test."""
@@ -303,12 +303,10 @@ class _Relay:
             self.held.clear()
 
 
-def _shut_down(idle: list[server.Server], folders: list[str]) -> None:
-    """End fork servers and remove the folders of their runs."""
+def _shut_down(idle: list[server.Server]) -> None:
+    """End fork servers."""
     while idle:
         idle.pop().close()
-    while folders:
-        run_directory.remove(folders.pop())
 
 
 def _source_bytes(text: str) -> bytes:

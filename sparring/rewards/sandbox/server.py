@@ -8,9 +8,12 @@ import secrets
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from sparring.rewards.sandbox import run_directory
+from sparring.rewards.sandbox.contain import FULL
 from sparring.rewards.sandbox.namespaces import BOX
 
 _START_SECONDS = 20.0
@@ -50,11 +53,12 @@ class Server:
     """One fork server, used for one run at a time."""
 
     def __init__(
-        self, process: subprocess.Popen[bytes], control: socket.socket, level: str
+        self, process: subprocess.Popen[bytes], control: socket.socket, level: str, base: str
     ) -> None:
         self.process = process
         self.control = control
         self.level = level
+        self.base = base
 
     @property
     def pid(self) -> int:
@@ -62,27 +66,27 @@ class Server:
         return self.process.pid
 
     def close(self) -> None:
-        """Let it end, with whatever still runs, and collect it."""
+        """Let it end, with whatever still runs, collect it, and remove its folder."""
         self.control.close()
         try:
             self.process.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        if self.base:
+            run_directory.remove(self.base)  # the server did, unless it was killed
 
 
-def start(level: str, *, base: str, packages: Sequence[str]) -> Server:
+def start(level: str, *, packages: Sequence[str]) -> Server:
     """Start a fork server at exactly this level; raises ServerError where a step of it fails.
 
-    base: a folder for the runs' directories, unused at the full level. packages: absolute folders
-    that programs may import from.
+    packages: absolute folders that programs may import from.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     uid = _FIRST_DYNAMIC_UID + secrets.randbelow(_LAST_DYNAMIC_UID - _FIRST_DYNAMIC_UID + 1)
+    base = "" if level == FULL else tempfile.mkdtemp(prefix="sparring-sandbox-")
     if base and os.geteuid() == 0:
-        base = os.path.join(base, str(uid))
-        os.makedirs(base, mode=0o700, exist_ok=True)
-        os.chown(base, uid, uid)
+        os.chown(base, uid, uid)  # the server's own, to remove should this process be killed
     config = {
         "level": level,
         "base": base,
@@ -104,10 +108,12 @@ def start(level: str, *, base: str, packages: Sequence[str]) -> Server:
         )
     except BaseException:
         ours.close()
+        if base:
+            os.rmdir(base)
         raise
     finally:
         theirs.close()
-    server = Server(process, ours, level)
+    server = Server(process, ours, level, base)
     try:
         reason = _failure(ours)
         if reason is not None:

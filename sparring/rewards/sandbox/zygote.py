@@ -309,4 +309,6 @@ def main() -> int:
     gc.freeze()
     control.send(json.dumps({"ready": os.getpid()}).encode())
     server.serve()
+    if server.base:
+        run_directory.remove(server.base)
     return 0
