@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from sparring.errors import CheckpointError
 from sparring.models.checkpoint import (
@@ -44,10 +45,12 @@ class Reference:
 
     @torch.no_grad()
     def score(self, batch: Batch) -> TokenScores:
-        """Log-probabilities and entropies of the batch's labels under the reference, without
-        gradient.
-        """
+        """Scores of the batch's labels under the reference, without gradient."""
         return self.model.score(batch, adapter=_ADAPTER if self.kind == "adapter" else None)
+
+    def logprobs(self, batch: Batch) -> Tensor:
+        """Log-probabilities [T] of the batch's labels, as a step takes them for a KL term."""
+        return self.score(batch).logprobs_T
 
     def save(self, directory: str | Path) -> None:
         """Write what a resumed run needs to have the same reference again."""
@@ -61,9 +64,7 @@ class Reference:
 
 
 def build_reference(model: Decoder) -> Reference:
-    """The reference of a policy that has not been trained yet: call it before the first optimizer
-    step.
-    """
+    """The reference of a policy: call it before the first optimizer step."""
     if model.has_adapter(_ADAPTER):
         return Reference(model, "adapter")
     if not model.has_adapter("policy"):

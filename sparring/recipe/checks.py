@@ -25,7 +25,7 @@ def check(source: Source, recipe: Recipe, command: Command) -> None:
             reason = f"this is not built yet; the only value so far is {write_value(only)}"
             raise _refusal(source, recipe, key, reason)
     limit, longest = recipe.model.max_tokens, recipe.rollout.max_completion_tokens
-    if limit and command != "sft" and limit <= longest:
+    if limit and command not in ("sft", "dpo") and limit <= longest:
         reason = (
             f"rollout.max_completion_tokens = {longest} leaves no room for a prompt (the limit of a"
             " prompt is max_tokens - max_completion_tokens)"
@@ -34,21 +34,46 @@ def check(source: Source, recipe: Recipe, command: Command) -> None:
     if recipe.eval.every and not recipe.data.eval:
         reason = "there is nothing to evaluate on; set [data] eval"
         raise _refusal(source, recipe, "eval.every", reason)
+    if command not in ("ppo", "eval"):
+        _check_not_ppo(source, recipe, command)
+    if command in ("grpo", "ppo"):
+        _check_rollouts(source, recipe, command)
     if command == "grpo":
         _check_grpo(source, recipe)
-    if command == "sft":
-        if recipe.loss != LossSection(name="sft"):
-            reason = "sft has one loss, 'sft', and it takes no knobs; remove the section"
-            raise _refusal(source, recipe, "loss.name", reason)
-        if recipe.advantage != AdvantageSection():
-            reason = "sft has no advantages; remove the section"
-            raise _refusal(source, recipe, "advantage.name", reason)
+    if command == "ppo":
+        _check_ppo(source, recipe)
+    if command in ("sft", "dpo") and recipe.advantage != AdvantageSection():
+        reason = f"{command} has no advantages; remove the section"
+        raise _refusal(source, recipe, "advantage.name", reason)
+    if command == "dpo":
+        _check_dpo(source, recipe)
+    if command not in ("sft", "eval"):
+        _check_not_sft(source, recipe, command)
+    if command == "sft" and recipe.loss != LossSection(name="sft"):
+        reason = "sft has one loss, 'sft', and it takes no knobs; remove the section"
+        raise _refusal(source, recipe, "loss.name", reason)
 
 
-def _check_grpo(source: Source, recipe: Recipe) -> None:
+def _check_not_ppo(source: Source, recipe: Recipe, command: Command) -> None:
+    if recipe.value is not None:
+        place = source.place(("value",))
+        raise RecipeError(f"{place}: [value] is ppo's critic, and {command} has none; remove it")
+    for key in ("train.passes", "train.mini_steps"):
+        if _get(recipe, key) != 1:
+            reason = f"{command} updates once a step; only ppo goes over its rollouts again"
+            raise _refusal(source, recipe, key, reason)
+
+
+def _check_not_sft(source: Source, recipe: Recipe, command: Command) -> None:
+    for key in ("data.weight", "data.general", "data.placeholders"):
+        if _get(recipe, key):
+            raise _refusal(source, recipe, key, f"only sft reads it; {command} does not")
+
+
+def _check_rollouts(source: Source, recipe: Recipe, command: Command) -> None:
     reason = (
         "log-probabilities are recorded before top_p and top_k cut the distribution, so the loss"
-        " would compare two different policies; grpo samples with top_p = 1.0 and top_k = 0"
+        f" would compare two different policies; {command} samples with top_p = 1.0 and top_k = 0"
     )
     if recipe.rollout.top_p < 1.0:
         raise _refusal(source, recipe, "rollout.top_p", reason)
@@ -57,31 +82,76 @@ def _check_grpo(source: Source, recipe: Recipe) -> None:
     if recipe.rollout.temperature == 0.0:
         reason = "a greedy group is one completion written many times; take 1.0"
         raise _refusal(source, recipe, "rollout.temperature", reason)
+    if all(reward.weight == 0.0 for reward in recipe.reward):
+        place = source.place(("reward",))
+        raise RecipeError(f"{place}: every [[reward]] has weight 0: there is nothing to learn from")
+    if recipe.loss.name == "sft":
+        reason = f"it learns from given answers; {command} takes any other loss"
+        raise _refusal(source, recipe, "loss.name", reason)
+
+
+def _check_grpo(source: Source, recipe: Recipe) -> None:
     if recipe.rollout.group_size == 1 and recipe.advantage.name != "none":
         reason = (
             f"advantage '{recipe.advantage.name}' measures a completion against its group,"
             " which takes at least 2; advantage 'none' takes rewards as they are"
         )
         raise _refusal(source, recipe, "rollout.group_size", reason)
-    if all(reward.weight == 0.0 for reward in recipe.reward):
-        place = source.place(("reward",))
-        raise RecipeError(f"{place}: every [[reward]] has weight 0: there is nothing to learn from")
-    if recipe.loss.name == "sft":
-        reason = "it learns from given answers; grpo takes any other loss"
+    from sparring.algorithms.registry import build_advantage
+
+    advantage = recipe.advantage
+    _build_each(
+        source,
+        loss=lambda: _build_policy_loss(recipe),
+        advantage=lambda: build_advantage(advantage.name, advantage.knobs),
+    )
+
+
+def _check_ppo(source: Source, recipe: Recipe) -> None:
+    from sparring.algorithms.registry import build_estimator
+
+    if recipe.loss.name == "gspo":
+        reason = (
+            "it needs one advantage a completion, and a critic gives one a token; take dapo, grpo,"
+            " dr_grpo or cispo"
+        )
         raise _refusal(source, recipe, "loss.name", reason)
-    _check_knobs(source, recipe)
+    if recipe.loss.knobs.get("kl_coef"):
+        place = source.place(("loss", "kl_coef"))
+        raise RecipeError(
+            f"{place}: [loss] kl_coef is not allowed: ppo has its KL term in the reward; set"
+            " [advantage] kl_coef"
+        )
+    if recipe.train.mini_steps > recipe.rollout.prompts_per_step:
+        reason = (
+            f"a step has rollout.prompts_per_step = {recipe.rollout.prompts_per_step} groups, and a"
+            " group is not split over updates"
+        )
+        raise _refusal(source, recipe, "train.mini_steps", reason)
+    advantage = recipe.advantage
+    _build_each(
+        source,
+        loss=lambda: _build_policy_loss(recipe),
+        advantage=lambda: build_estimator(advantage.name, advantage.knobs),
+    )
 
 
-def _check_knobs(source: Source, recipe: Recipe) -> None:
-    """Build loss and advantage once: a wrong name or knob shows before anything is loaded."""
-    from sparring.algorithms.registry import build_advantage, build_loss
+def _check_dpo(source: Source, recipe: Recipe) -> None:
+    from sparring.algorithms.registry import build_preference_loss
+
+    loss = recipe.loss
+    _build_each(source, loss=lambda: build_preference_loss(loss.name, loss.knobs))
+
+
+def _build_policy_loss(recipe: Recipe) -> object:
+    from sparring.algorithms.registry import build_loss
 
     longest = recipe.rollout.max_completion_tokens
-    loss, advantage = recipe.loss, recipe.advantage
-    builders: dict[str, Callable[[], object]] = {
-        "loss": lambda: build_loss(loss.name, loss.knobs, max_completion_tokens=longest),
-        "advantage": lambda: build_advantage(advantage.name, advantage.knobs),
-    }
+    return build_loss(recipe.loss.name, recipe.loss.knobs, max_completion_tokens=longest)
+
+
+def _build_each(source: Source, **builders: Callable[[], object]) -> None:
+    """Build each section's function once: a wrong knob shows before anything is loaded."""
     for section, build in builders.items():
         try:
             build()

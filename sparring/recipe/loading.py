@@ -15,6 +15,18 @@ from sparring.recipe.sections import REQUIRED, SECTIONS, Command, Recipe, Reward
 from sparring.recipe.source import Source, override, read_source
 from sparring.recipe.toml_text import KeyPath, write_value
 
+_FILLED: Mapping[Command, Mapping[str, Mapping[str, Any]]] = {
+    "sft": {"loss": {"name": "sft"}},
+    "dpo": {"loss": {"name": "sigmoid"}},
+    "ppo": {
+        "advantage": {"name": "gae"},
+        "loss": {"name": "dapo", "clip_low": 0.2, "clip_high": 0.2},
+        "train": {"passes": 4},
+        "value": {},
+    },
+}
+"""What a command takes where the recipe is silent; a [loss] that is named keeps its own knobs."""
+
 
 def load_recipe(recipe: str, overrides: Sequence[str] = (), *, command: Command) -> Recipe:
     """Read a recipe for a command: a path or packaged name, then words like "--train.steps", "50".
@@ -36,8 +48,9 @@ def _build(source: Source, command: Command) -> Recipe:
     _check_shape(source)
     _check_required(source, command)
     tables = dict(source.tables)
-    if command == "sft":
-        tables["loss"] = {"name": "sft"} | tables.get("loss", {})
+    for section, values in _FILLED.get(command, {}).items():
+        given = tables.get(section, {})
+        tables[section] = given if {"name"} <= given.keys() & values.keys() else {**values, **given}
     try:
         recipe = Recipe(**{section: _fields(section, table) for section, table in tables.items()})
     except ValidationError as error:

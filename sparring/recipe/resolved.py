@@ -15,7 +15,7 @@ from sparring.recipe.toml_text import write_toml, write_value
 RESUMABLE = frozenset({"train.steps", "run.checkpoint_every", "run.keep_checkpoints", "run.track"})
 """Keys that may differ when a run goes on, beside all of [eval]."""
 
-_PATHS = {"model": ("path", "adapter"), "data": ("train", "eval")}
+_PATHS = {"model": ("path", "adapter"), "data": ("train", "eval", "general"), "value": ("path",)}
 """Keys that may name a file of the package."""
 
 
@@ -33,7 +33,9 @@ def located(recipe: Recipe) -> Recipe:
     changed = {}
     for section, names in _PATHS.items():
         table = getattr(recipe, section)
-        find = locate_model if section == "model" else locate
+        if table is None:
+            continue
+        find = locate if section == "data" else locate_model
         paths = {name: find(getattr(table, name)) for name in names}
         changed[section] = table.model_copy(update=paths)
     return recipe.model_copy(update=changed)
@@ -53,7 +55,8 @@ def recipe_tables(recipe: Recipe) -> dict[str, Any]:
         elif value is not None:
             tables[section] = _flat(value)
     for section, names in _PATHS.items():
-        tables[section] |= {name: portable(tables[section][name]) for name in names}
+        if section in tables:
+            tables[section] |= {name: portable(tables[section][name]) for name in names}
     return tables
 
 

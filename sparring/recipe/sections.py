@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-Command = Literal["sft", "grpo", "eval"]
+Command = Literal["sft", "grpo", "dpo", "ppo", "eval"]
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 _UNITS = {"": 1, "b": 1}
@@ -78,7 +78,12 @@ class LoraSection(BaseModel):
 
 
 class DataSection(BaseModel):
-    """[data]: a file, a datasets folder or a Hub id for training and for evaluation."""
+    """[data]: a file, a datasets folder or a Hub id for training and for evaluation.
+
+    sft's alone: weight (a column with each row's weight), general (other conversations, of which
+    general_ratio for each row of train are mixed in) and placeholders (what identity data leave
+    open: {name = "Ada"}, or by language {name = {zh = "...", en = "..."}}).
+    """
 
     model_config = _FROZEN
     train: str = ""
@@ -90,6 +95,10 @@ class DataSection(BaseModel):
     system_prompt: str = ""
     template: str = "auto"
     bad_rows: Literal["error", "skip"] = "error"
+    weight: str = ""
+    general: str = ""
+    general_ratio: Annotated[float, Field(gt=0.0)] = 1.0
+    placeholders: dict[str, str | dict[str, str]] = Field(default_factory=dict)
 
 
 class RewardSection(BaseModel):
@@ -121,7 +130,7 @@ class RolloutSection(BaseModel):
 
 
 class AdvantageSection(BaseModel):
-    """[advantage]: a name of algorithms/advantages.py and that function's knobs."""
+    """[advantage]: a name of algorithms/advantages.py (ppo: gae.py) and that function's knobs."""
 
     model_config = _FROZEN
     name: str = "group"
@@ -129,11 +138,28 @@ class AdvantageSection(BaseModel):
 
 
 class LossSection(BaseModel):
-    """[loss]: a name of algorithms/losses.py and that function's knobs (sft: always "sft")."""
+    """[loss]: a name of algorithms/losses.py (dpo: preference.py) and that function's knobs.
+
+    Left out it is "sft" for sft, "sigmoid" for dpo, and for ppo "dapo" with clips of 0.2.
+    """
 
     model_config = _FROZEN
     name: str = "dapo"
     knobs: dict[str, Any] = Field(default_factory=dict)
+
+
+class ValueSection(BaseModel):
+    """[value]: ppo's critic, on the policy's trunk (path = "") or on a model of its own.
+
+    rank: of its adapter; 0: the head alone on the policy's trunk, all weights of its own model.
+    learning_rate 0: the policy's. clip: how far a value moves in a step (0: no limit).
+    """
+
+    model_config = _FROZEN
+    path: str = ""
+    rank: CountOrNone = 16
+    learning_rate: Annotated[float, Field(ge=0.0)] = 0.0
+    clip: Annotated[float, Field(ge=0.0)] = 0.2
 
 
 class OptimizerSection(BaseModel):
@@ -152,24 +178,33 @@ class OptimizerSection(BaseModel):
 class TrainSection(BaseModel):
     """[train]: optimizer steps and the packed tokens of one micro-batch.
 
-    conversations_per_step is sft's alone; grpo takes rollout.prompts_per_step groups a step.
+    conversations_per_step is sft's alone and pairs_per_step dpo's; grpo and ppo take
+    rollout.prompts_per_step prompts a step. ppo's alone: passes over a step's rollouts (left out:
+    4), and in each of them mini_steps updates, on as many parts of the rollouts.
     """
 
     model_config = _FROZEN
     steps: Count = 1
     micro_batch_tokens: Count = 8192
     conversations_per_step: Count = 32
+    pairs_per_step: Count = 32
+    passes: Count = 1
+    mini_steps: Count = 1
     checkpointing: Literal["none", "layers"] = "none"
 
 
 class EvalSection(BaseModel):
-    """[eval]: every N steps (0: only before and after) on the first `limit` rows (0: all)."""
+    """[eval]: every N steps (0: only before and after) on the first `limit` rows (0: all).
+
+    shown is sft's alone: how many sampled answers are shown beside a held-out loss.
+    """
 
     model_config = _FROZEN
     every: CountOrNone = 0
     num_samples: Count = 1
     temperature: Annotated[float, Field(ge=0.0)] = 1.0
     limit: CountOrNone = 0
+    shown: CountOrNone = 2
 
 
 class RunSection(BaseModel):
@@ -186,7 +221,7 @@ class RunSection(BaseModel):
 
 
 class Recipe(BaseModel):
-    """Everything a run is told. `lora` is None for full fine-tuning; all else has a value."""
+    """Everything a run is told. `lora` is None for full fine-tuning, `value` for all but ppo."""
 
     model_config = _FROZEN
     model: ModelSection = ModelSection()
@@ -196,6 +231,7 @@ class Recipe(BaseModel):
     rollout: RolloutSection = RolloutSection()
     advantage: AdvantageSection = AdvantageSection()
     loss: LossSection = LossSection()
+    value: ValueSection | None = None
     optimizer: OptimizerSection = OptimizerSection()
     train: TrainSection = TrainSection()
     eval: EvalSection = EvalSection()
@@ -210,6 +246,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "rollout": RolloutSection,
     "advantage": AdvantageSection,
     "loss": LossSection,
+    "value": ValueSection,
     "optimizer": OptimizerSection,
     "train": TrainSection,
     "eval": EvalSection,
@@ -220,6 +257,8 @@ _TRAINING = ("model.path", "data.train", "optimizer.learning_rate", "train.steps
 REQUIRED: dict[Command, tuple[str, ...]] = {
     "sft": _TRAINING,
     "grpo": (*_TRAINING, "reward.name"),
+    "dpo": _TRAINING,
+    "ppo": (*_TRAINING, "reward.name"),
     "eval": ("model.path", "data.eval", "reward.name"),
 }
 """Keys without a default, by command."""

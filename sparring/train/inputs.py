@@ -1,9 +1,14 @@
-"""What a recipe names, opened: its prompts, its rewards, and how an evaluation samples.
+"""What a recipe names, opened: prompts, rewards, the optimizer, and how an evaluation samples.
 
 The loops and `sparring eval` share these; each is one call below train/ with the recipe's values.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
 
 from sparring.data.chat import ChatTemplate
 from sparring.data.prompts import PromptSet, load_prompts
@@ -12,6 +17,7 @@ from sparring.errors import RecipeError
 from sparring.recipe import Recipe
 from sparring.rewards.verdicts import Reward, check_rewards, load_reward
 from sparring.rollout.sampler import Sampling
+from sparring.train.optimizer import Optimizer, build_optimizer
 from sparring.train.policy import Policy
 
 EVAL_SEED = 20_240_201
@@ -40,6 +46,29 @@ def load_rewards(recipe: Recipe) -> list[Reward]:
             reward.close()
         raise
     return rewards
+
+
+def load_optimizer(
+    recipe: Recipe,
+    parameters: Mapping[str, nn.Parameter],
+    compute_dtype: torch.dtype,
+    *,
+    updates_per_step: int = 1,
+    learning_rate: float = 0.0,
+) -> Optimizer:
+    """The recipe's optimizer over these parameters; learning_rate 0: the recipe's."""
+    section = recipe.optimizer
+    return build_optimizer(
+        parameters,
+        name=section.name,
+        learning_rate=learning_rate or section.learning_rate,
+        betas=section.betas,
+        weight_decay=section.weight_decay,
+        schedule=section.schedule,
+        warmup_steps=section.warmup_steps,
+        num_steps=recipe.train.steps * updates_per_step,
+        compute_dtype=compute_dtype,
+    )
 
 
 def max_prompt_tokens(recipe: Recipe, policy: Policy) -> int:

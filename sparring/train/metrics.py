@@ -58,6 +58,7 @@ def rollout_rows(
                     "prompt_id": group.prompt.id,
                     "sample": rollout.sample_index,
                     "prompt": group.prompt.text,
+                    "prefill": group.prompt.prefill,
                     "completion": rollout.text,
                     "reward": _number(group.rewards_G[sample]),
                     "rewards": parts,

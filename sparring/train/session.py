@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from sparring.environment import describe_environment
 from sparring.errors import CheckpointError, UserError
 from sparring.models.transformer import Decoder
-from sparring.progress import Progress, format_bytes
+from sparring.progress import MAX_SHOWN_CHARACTERS, Progress, format_bytes
 from sparring.recipe import check_resume, load_recipe, recipe_tables, recipe_text
 from sparring.runlog import FINAL, RECIPE, RunLog, holds_run
 from sparring.train.evaluate import Evaluation
@@ -27,6 +28,7 @@ from sparring.train.memory import MemoryWatch
 from sparring.train.optimizer import Optimizer
 from sparring.train.policy import Policy, save_policy
 from sparring.train.resume import (
+    Saver,
     find_latest,
     load_checkpoint,
     recipe_hash,
@@ -37,22 +39,23 @@ from sparring.train.step import StepMetrics
 from sparring.types import Group
 
 if TYPE_CHECKING:
-    from sparring.recipe import Recipe
+    from sparring.recipe import Command, Recipe
     from sparring.rewards.verdicts import RewardReport
 
 WEIGHTS_PART, WEIGHTS_FILE = "policy", "trainable.safetensors"
 Phase = Literal["rollout", "reward", "train", "eval", "checkpoint"]
 
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
 @contextmanager
-def open_session(
-    recipe: Recipe, command: Literal["sft", "grpo"], *, resume: bool
-) -> Iterator[Session]:
+def open_session(recipe: Recipe, command: Command, *, resume: bool) -> Iterator[Session]:
     """Open the run directory of a recipe, new or to go on with, and its display.
 
     Raises RunDirectoryError where it holds a run and resume is not asked for, or where the recipe
-    of a resumed run differs in more than it may. A new run that ends in a UserError before its first
-    step leaves no records, so that the same command works once the input is mended.
+    of a resumed run differs in more than it may. A new run that ends in a UserError before its
+    first step leaves no records, so that the same command works once the input is mended.
     """
     began = time.monotonic()
     directory = Path(recipe.run.dir)
@@ -200,10 +203,24 @@ class Session:
         )
         self.progress.pause()
 
-    def log_eval_loss(self, step: int, loss: float) -> None:
-        """Record and show a held-out loss after `step` optimizer steps."""
-        self.log.evaluation(step, {"loss": loss})
-        self.say(f"evaluation at step {step}: loss {loss:.4f}")
+    def log_eval_loss(self, step: int, loss: float, values: Mapping[str, float] = NOTHING) -> None:
+        """Record and show a held-out loss, and what else was found, after `step` steps."""
+        self.log.evaluation(step, {"loss": loss, **values})
+        words = [f"{name} {value:.4f}" for name, value in {"loss": loss, **values}.items()]
+        self.say(f"evaluation at step {step}: {', '.join(words)}")
+        self.progress.pause()
+
+    def show_answers(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Record and show what the policy answers after `step` steps; see `shown_answers`."""
+        if not rows:
+            return
+        self.log.rollouts(step, rows, kind="eval")
+        for row in rows:
+            asked, said, wanted = (
+                " ".join(str(row[key]).split())[-MAX_SHOWN_CHARACTERS:]
+                for key in ("prompt", "completion", "reference")
+            )
+            self.say(f"  asked    {asked}\n  answers  {said}\n  wanted   {wanted}")
         self.progress.pause()
 
     def remember(self, name: str, value: Any) -> None:
@@ -219,8 +236,17 @@ class Session:
         every = self.recipe.run.checkpoint_every
         return bool(every) and step % every == 0
 
-    def checkpoint(self, step: int, model: Decoder, optimizer: Optimizer) -> None:
-        """Write a checkpoint of the state after `step` steps, unless it is there already."""
+    def checkpoint(
+        self,
+        step: int,
+        model: Decoder,
+        optimizer: Optimizer,
+        parts: Mapping[str, Saver] = NOTHING,
+    ) -> None:
+        """Write a checkpoint of the state after `step` steps, unless it is there already.
+
+        parts: what the loop keeps beside policy and optimizer, a folder each; see `part`.
+        """
         if step == self._last_checkpoint:
             return
         self.progress.phase("checkpoint")
@@ -230,7 +256,10 @@ class Session:
         path = save_checkpoint(
             self.log.directory,
             step=step,
-            parts={WEIGHTS_PART: lambda folder: save_file(weights, folder / WEIGHTS_FILE)},
+            parts={
+                WEIGHTS_PART: lambda folder: save_file(weights, folder / WEIGHTS_FILE),
+                **parts,
+            },
             optimizer=optimizer,
             state={
                 "recipe": recipe_hash(recipe_tables(self.recipe)),
@@ -264,6 +293,10 @@ class Session:
         self._memory = dict(checkpoint.state["memory"])
         self._seconds_before = float(checkpoint.state["seconds"])
         return checkpoint.step
+
+    def part(self, name: str) -> Path | None:
+        """The folder of a part in the checkpoint that this run goes on from; None: from none."""
+        return self._checkpoint / name if self._checkpoint else None
 
     def seconds(self) -> float:
         """Wall time of this run so far, parts before a resume included."""

@@ -129,9 +129,53 @@ def score_loss(
     model: Scorer, batches: Sequence[Batch], loss: Callable[[TokenScores, Batch], LossOutput]
 ) -> float:
     """The loss of these micro-batches together, without gradient and without a step."""
+    return score_values(model, batches, loss)["loss"]
+
+
+def score_values(
+    model: Scorer,
+    batches: Sequence[Batch],
+    loss: Callable[[TokenScores, Batch], LossOutput],
+    *,
+    reference: Callable[[Batch], Tensor] | None = None,
+) -> dict[str, float]:
+    """The loss (under "loss") and its metrics over these micro-batches; nothing is trained."""
+    parts = []
     with torch.no_grad():
-        moved = [to_device(batch, model.device) for batch in batches]
-        return float(sum(loss(model.score(batch), batch).loss.double() for batch in moved))
+        for batch in batches:
+            batch = to_device(batch, model.device)
+            if reference is not None:
+                batch = replace(batch, ref_logprobs_T=reference(batch))
+            scores = model.score(batch)
+            parts.append(_measure(loss(scores, batch), scores, batch))
+    return _combine(parts)
+
+
+def mean_of_updates(updates: Sequence[StepMetrics]) -> StepMetrics:
+    """Several updates of one step as one: means, but totals of tokens, batches and seconds.
+
+    learning_rate: the last one's; names that end in "_max" by maximum.
+    """
+    last = updates[-1]
+
+    def mean(values: Sequence[float]) -> float:
+        return sum(values) / len(values)
+
+    values = {
+        name: (max if name.endswith("_max") else mean)([one.values[name] for one in updates])
+        for name in last.values
+    }
+    return StepMetrics(
+        loss=mean([one.loss for one in updates]),
+        gradient_norm=mean([one.gradient_norm for one in updates]),
+        learning_rate=last.learning_rate,
+        num_micro_batches=sum(one.num_micro_batches for one in updates),
+        num_tokens=sum(one.num_tokens for one in updates),
+        num_loss_tokens=sum(one.num_loss_tokens for one in updates),
+        num_sequences=sum(one.num_sequences for one in updates),
+        seconds=sum(one.seconds for one in updates),
+        values=values,
+    )
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -1,4 +1,4 @@
-"""Advantages from a critic and its loss: a float64 textbook, worked values, one whitening a step."""
+"""Advantages from a critic and its loss: a float64 textbook, worked values, one whitening."""
 
 from __future__ import annotations
 

@@ -1,0 +1,393 @@
+"""PPO: a critic says what to expect before each token; what beat the expectation is reinforced.
+
+    step:  prompts -> engine -> rewards -> values -> advantages -> several updates of both
+
+(Proximal Policy Optimization, arXiv 1707.06347, with generalised advantage estimation, arXiv
+1506.02438.) It is what GRPO replaces: the group's mean is its baseline, PPO trains a second model
+for one. A step samples once and goes over its rollouts `passes` times; each pass splits them into
+`mini_steps` parts, the same in every pass, and updates policy and critic on one part after another,
+each with an optimizer of its own. Advantages are whitened over all rollouts of the step; losses
+divide by the counts of their part. The KL term, where there is one, is in the reward.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sparring.algorithms.advantages import judged_counts
+from sparring.algorithms.registry import Estimator, Loss, build_estimator, build_loss
+from sparring.algorithms.value import clipped
+from sparring.data.packing import pack_rewarded
+from sparring.data.prompts import PromptSet
+from sparring.errors import CheckpointError, Interrupted, RunError
+from sparring.models.memory import free_bytes
+from sparring.models.reference import Reference
+from sparring.models.value import Critic, load_critic, share_trunk
+from sparring.recipe import Recipe
+from sparring.rewards.verdicts import Reward, judge
+from sparring.rollout.engine import Engine
+from sparring.rollout.sampler import Sampling
+from sparring.train.inputs import load_optimizer, load_rewards
+from sparring.train.interrupt import Interruptions
+from sparring.train.metrics import Watch, rollout_metrics, rollout_rows
+from sparring.train.optimizer import Optimizer
+from sparring.train.order import rows_of_step
+from sparring.train.policy import Policy, build_engine, build_policy, build_reference_policy
+from sparring.train.sampled import measure_accuracy, open_prompts
+from sparring.train.session import Session, open_session
+from sparring.train.step import (
+    StepMetrics,
+    mean_of_updates,
+    to_device,
+    train_step,
+    with_old_logprobs,
+)
+from sparring.types import Batch, Group
+
+VALUE_PART, VALUE_WEIGHTS = "value", "trainable.safetensors"
+VALUE_OPTIMIZER, VALUE_NUMBERS = "optimizer.safetensors", "optimizer.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """Everything the loop uses, built once from the recipe."""
+
+    policy: Policy
+    engine: Engine
+    rewards: list[Reward]
+    train: PromptSet
+    eval: PromptSet | None
+    loss: Loss
+    optimizer: Optimizer
+    reference: Reference | None
+    critic: Critic
+    value_loss: Loss
+    value_optimizer: Optimizer
+    estimator: Estimator
+    sampling: Sampling
+
+
+def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
+    """Run PPO as the recipe says and return the summary that is written into the run directory.
+
+    With evaluation data the summary holds accuracy before and after, with 95% intervals. Raises
+    UserError for wrong input before anything is trained, MemoryBudgetError for a critic that does
+    not fit among them, RunError for a failure later, Interrupted after a signal; checkpoints are of
+    whole steps.
+    """
+    with Interruptions() as interruptions, open_session(recipe, "ppo", resume=resume) as session:
+        rewards = load_rewards(recipe)
+        try:
+            parts = _build(recipe, session, rewards)
+            start = session.restore(parts.policy.model, parts.optimizer)
+            _restore_value(parts, session)
+            parts.engine.weights_changed(policy_version=start)
+
+            def measure(step: int, *, greedy: bool) -> dict[str, Any] | None:
+                return measure_accuracy(
+                    recipe,
+                    parts.engine,
+                    parts.eval,
+                    rewards,
+                    session,
+                    interruptions,
+                    step=step,
+                    greedy=greedy,
+                )
+
+            before = session.remembered("before")
+            if before is None and start == 0:
+                before = measure(0, greedy=True)
+                session.remember("before", before)
+            _steps(recipe, parts, session, interruptions, start, partial(measure, greedy=False))
+            after = measure(recipe.train.steps, greedy=True)
+        finally:
+            for reward in rewards:
+                reward.close()
+        session.save_final(parts.policy)
+        return session.finish({"before": before, "after": after} if after else {})
+
+
+def _steps(
+    recipe: Recipe,
+    parts: Parts,
+    session: Session,
+    interruptions: Interruptions,
+    start: int,
+    measure: Callable[[int], object],
+) -> None:
+    """The loop: one batch of rollouts and its updates a turn, from `start` to train.steps."""
+    engine, watch, rollout = parts.engine, Watch(), recipe.rollout
+    value_part = {VALUE_PART: partial(_save_value, parts)}
+    whole: int | None = start  # the steps done; None while the updates of one are under way
+    try:
+        for step in range(start, recipe.train.steps):
+            with session.phase("rollout"), interruptions.interruptible():
+                prompts = rows_of_step(
+                    parts.train.prompts,
+                    step=step,
+                    per_step=rollout.prompts_per_step,
+                    seed=recipe.run.seed,
+                )
+                rollouts = engine.generate(
+                    prompts,
+                    parts.sampling,
+                    num_samples=rollout.group_size,
+                    on_progress=session.on_rollout,
+                )
+            with session.phase("reward"), interruptions.interruptible():
+                state = {"step": step, "max_steps": recipe.train.steps}
+                judgement = judge(
+                    rollouts, parts.rewards, trainer_state=state, is_first_batch=step == start
+                )
+            with session.phase("train"):
+                counts = judged_counts(judgement.groups)
+                groups = [g for g, n in zip(judgement.groups, counts, strict=True) if n]
+                split, values = _experience(recipe, parts, groups)
+                whole = None
+                update, value_update = _learn(recipe, parts, split, step)
+                whole = step + 1
+                engine.weights_changed(policy_version=step + 1)
+            metrics = rollout_metrics(judgement.groups, judgement.reports, engine.stats)
+            metrics["groups_dropped"] = len(judgement.groups) - len(groups)
+            metrics |= values | _value_metrics(value_update)
+            for line in watch.look(judgement.groups, metrics):
+                session.warn(line)
+            for report in judgement.reports.values():
+                session.report_reward(report)
+            session.log_step(step + 1, metrics, update, judgement.groups)
+            session.write_rollouts(step + 1, rollout_rows(groups, None))
+            if session.checkpoint_due(step + 1):
+                session.checkpoint(step + 1, parts.policy.model, parts.optimizer, value_part)
+            every = recipe.eval.every
+            if every and (step + 1) % every == 0 and step + 1 < recipe.train.steps:
+                measure(step + 1)
+            interruptions.check()
+    except (Interrupted, RunError):
+        if whole is not None:
+            session.checkpoint(whole, parts.policy.model, parts.optimizer, value_part)
+        raise
+
+
+def _experience(
+    recipe: Recipe, parts: Parts, groups: Sequence[Group]
+) -> tuple[list[list[Batch]], dict[str, float]]:
+    """The rollouts as the batches of each mini-step, with all that the updates need.
+
+    Values, log-probabilities and the reference's are those of the models as they stand, before the
+    first update of the step.
+    """
+    model, critic = parts.policy.model, parts.critic
+    split, batches, rewards = [], [], []
+    for number in range(min(recipe.train.mini_steps, len(groups))):
+        packed = pack_rewarded(
+            groups[number :: recipe.train.mini_steps],
+            max_tokens=recipe.train.micro_batch_tokens,
+            temperature=recipe.rollout.temperature,
+        )
+        split.append(len(packed))
+        batches += [to_device(batch, model.device) for batch, _ in packed]
+        rewards += [rewards_S for _, rewards_S in packed]
+    batches = with_old_logprobs(model, batches)
+    with torch.no_grad():
+        batches = [replace(b, old_values_T=critic.score(b).values_T) for b in batches]
+        if parts.reference is not None:
+            reference = parts.reference.logprobs
+            batches = [replace(b, ref_logprobs_T=reference(b)) for b in batches]
+    batches = parts.estimator(batches, rewards)
+    rest = iter(batches)
+    found = [[next(rest) for _ in range(size)] for size in split]
+    return [part for part in found if part], _experience_metrics(batches)
+
+
+def _learn(
+    recipe: Recipe, parts: Parts, split: Sequence[Sequence[Batch]], step: int
+) -> tuple[StepMetrics | None, StepMetrics | None]:
+    """Several passes over the parts of a step's rollouts, both models one update a part."""
+    updates, value_updates = [], []
+    max_grad_norm = recipe.optimizer.max_grad_norm
+    for number in range(recipe.train.passes):
+        for index in _order(recipe.train.mini_steps, step, number, seed=recipe.run.seed):
+            if index >= len(split):  # fewer groups than usual were judged: the schedules go on
+                parts.optimizer.skip_step()
+                parts.value_optimizer.skip_step()
+                continue
+            # What the loss has no use for must not reach it: its KL term is in the advantages.
+            batches = [replace(batch, ref_logprobs_T=None) for batch in split[index]]
+            updates.append(
+                train_step(
+                    parts.policy.model,
+                    batches,
+                    parts.loss,
+                    parts.optimizer,
+                    max_grad_norm=max_grad_norm,
+                )
+            )
+            batches = [replace(batch, sampler_logprobs_T=None) for batch in batches]
+            with parts.critic.alone():
+                value_updates.append(
+                    train_step(
+                        parts.critic,
+                        batches,
+                        parts.value_loss,
+                        parts.value_optimizer,
+                        max_grad_norm=max_grad_norm,
+                    )
+                )
+    if not updates:
+        return None, None
+    return mean_of_updates(updates), mean_of_updates(value_updates)
+
+
+def _order(size: int, step: int, number: int, *, seed: int) -> list[int]:
+    """In which order pass `number` of a step takes its parts: a function of its arguments alone."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step * 1009 + number) % 2**63)
+    return torch.randperm(size, generator=generator).tolist()
+
+
+def _experience_metrics(batches: Sequence[Batch]) -> dict[str, float]:
+    """What the critic was worth before this step's updates; KL is per token, to the reference."""
+
+    def tokens(name: str) -> Tensor:
+        streams = [getattr(batch, name)[batch.loss_mask_T] for batch in batches]
+        return torch.cat(streams).double().cpu()
+
+    if not batches:
+        return {}
+    returns, values = tokens("returns_T"), tokens("old_values_T")
+    spread = float(returns.var(correction=0))
+    left = float((returns - values).var(correction=0))
+    found = {
+        "returns": float(returns.mean()),
+        "value/explained": 1.0 - left / spread if spread > 0 else 0.0,
+    }
+    if batches[0].ref_logprobs_T is not None:
+        found["kl"] = float((tokens("old_logprobs_T") - tokens("ref_logprobs_T")).mean())
+    return found
+
+
+def _value_metrics(update: StepMetrics | None) -> dict[str, float]:
+    if update is None:
+        return {}
+    return {
+        "value/loss": update.loss,
+        "value/gradient_norm": update.gradient_norm,
+        "value/learning_rate": update.learning_rate,
+        "value/seconds": update.seconds,
+        **{f"value/{name}": value for name, value in update.values.items()},
+    }
+
+
+def _save_value(parts: Parts, folder: Path) -> None:
+    """The critic's part of a checkpoint: its weights and its optimizer's state."""
+    weights = {n: p.detach().contiguous() for n, p in parts.critic.trainable_parameters().items()}
+    save_file(weights, folder / VALUE_WEIGHTS)
+    optimizer = parts.value_optimizer
+    tensors = {name: tensor.contiguous() for name, tensor in optimizer.state_tensors().items()}
+    save_file(tensors, folder / VALUE_OPTIMIZER)
+    text = json.dumps(optimizer.state_numbers()) + "\n"
+    (folder / VALUE_NUMBERS).write_text(text, encoding="utf-8")
+
+
+def _restore_value(parts: Parts, session: Session) -> None:
+    """The critic as the checkpoint has it, where the run goes on from one."""
+    folder = session.part(VALUE_PART)
+    if folder is None:
+        return
+    saved, trained = load_file(folder / VALUE_WEIGHTS), parts.critic.trainable_parameters()
+    if saved.keys() != trained.keys():
+        differing = ", ".join(sorted(saved.keys() ^ trained.keys())[:5])
+        raise CheckpointError(
+            f"{folder}: the critic is that of another [value] section; {differing} ... stand on"
+            " one side only"
+        )
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(saved[name])
+    parts.critic.refresh_shadows()
+    numbers = json.loads((folder / VALUE_NUMBERS).read_text(encoding="utf-8"))
+    parts.value_optimizer.load_state(load_file(folder / VALUE_OPTIMIZER), numbers)
+
+
+def _build(recipe: Recipe, session: Session, rewards: list[Reward]) -> Parts:
+    policy, train_set, evaluation = open_prompts(recipe, build_policy(recipe), session)
+    rollout, model = recipe.rollout, policy.model
+    session.describe(policy)
+    kl_coef = float(recipe.advantage.knobs.get("kl_coef", 0.0))
+    reference = build_reference_policy(policy, kl_coef)
+    updates = recipe.train.passes * recipe.train.mini_steps
+    learned = model.trainable_parameters()
+    critic = _build_critic(recipe, policy, session)
+    assert recipe.value is not None, "a ppo recipe has a [value] section"
+    most = rollout.prompts_per_step * rollout.group_size
+    if evaluation:
+        most = max(most, len(evaluation) * recipe.eval.num_samples)
+    return Parts(
+        policy=policy,
+        engine=build_engine(recipe, policy, most_rollouts=most),
+        rewards=rewards,
+        train=train_set,
+        eval=evaluation,
+        loss=build_loss(
+            recipe.loss.name,
+            recipe.loss.knobs,
+            max_completion_tokens=rollout.max_completion_tokens,
+        ),
+        optimizer=load_optimizer(recipe, learned, model.dtype, updates_per_step=updates),
+        reference=reference,
+        critic=critic,
+        value_loss=partial(clipped, clip=recipe.value.clip),
+        value_optimizer=load_optimizer(
+            recipe,
+            critic.trainable_parameters(),
+            critic.trunk.dtype,
+            updates_per_step=updates,
+            learning_rate=recipe.value.learning_rate,
+        ),
+        estimator=build_estimator(recipe.advantage.name, recipe.advantage.knobs),
+        sampling=Sampling(
+            temperature=rollout.temperature,
+            max_completion_tokens=rollout.max_completion_tokens,
+            stop=rollout.stop,
+            seed=recipe.run.seed,
+        ),
+    )
+
+
+def _build_critic(recipe: Recipe, policy: Policy, session: Session) -> Critic:
+    """The critic of [value], if it fits beside the policy and what training the policy takes."""
+    section, model = recipe.value, policy.model
+    assert section is not None, "a ppo recipe has a [value] section"
+    held = sum(p.numel() * p.dtype.itemsize for p in model.parameters())
+    free = free_bytes(model.device)
+    if recipe.run.memory != "auto":
+        free = min(free, int(recipe.run.memory) - held)
+    free -= sum(12 * p.numel() for p in model.trainable_parameters().values())
+    seed = (recipe.run.seed + 1) % 2**63
+    if section.path:
+        critic = load_critic(
+            section.path,
+            rank=section.rank,
+            seed=seed,
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=model.device,
+            free=free,
+        )
+        critic.trunk.set_checkpointing(
+            "layer" if recipe.train.checkpointing == "layers" else "none"
+        )
+    else:
+        critic = share_trunk(model, rank=section.rank, seed=seed, free=free)
+    trained = sum(p.numel() for p in critic.trainable_parameters().values())
+    where = section.path or "the policy's own trunk"
+    session.say(f"critic on {where}: {trained:,} parameters trained")
+    return critic
