@@ -33,6 +33,7 @@ from sparring.rewards.verdicts import Reward, judge
 from sparring.rollout.engine import Engine
 from sparring.rollout.sampler import Sampling
 from sparring.train.evaluate import Evaluation, evaluate
+from sparring.train.inference import training_template
 from sparring.train.inputs import evaluation_sampling, load_prompt_set, load_rewards
 from sparring.train.interrupt import Interruptions
 from sparring.train.metrics import Watch, rollout_metrics, rollout_rows
@@ -161,8 +162,14 @@ def _steps(
 def _build(recipe: Recipe, session: Session, rewards: list[Reward]) -> Parts:
     policy = build_policy(recipe)
     rollout, data = recipe.rollout, recipe.data
-    train = load_prompt_set(recipe, policy, data.train, data.split)
-    evaluation = load_prompt_set(recipe, policy, data.eval, data.eval_split) if data.eval else None
+    template, lines = training_template(recipe, policy.tokenizer)
+    policy = policy.speaking(template)
+    for line in lines:
+        session.say(line)
+    train = load_prompt_set(recipe, policy, data.train, data.split, template=template)
+    evaluation = None
+    if data.eval:
+        evaluation = load_prompt_set(recipe, policy, data.eval, data.eval_split, template=template)
     for prompts in (train, evaluation):
         for line in prompts.report() if prompts else ():
             session.say(line)

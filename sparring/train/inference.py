@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,6 +25,9 @@ from sparring.train.policy import (
     Policy,
     pick_device,
 )
+
+if TYPE_CHECKING:
+    from sparring.recipe import Recipe
 
 SETTINGS_KEY = "sparring"
 """Under this key of a tokenizer's init_kwargs lies what `open_policy` found of a run's settings."""
@@ -77,16 +80,59 @@ def template_of(tokenizer: Any, *, template: str = "auto", system_prompt: str = 
     )
 
 
+def system_prompt_note(tokenizer: Any, system_prompt: str) -> str:
+    """What to say where a system prompt given by hand replaces the recorded one; else ""."""
+    recorded = str(tokenizer_settings(tokenizer).get("system_prompt", ""))
+    if not recorded or system_prompt in ("", recorded):
+        return ""
+    return (
+        f"the system prompt given here, {_shown(system_prompt)}, replaces the one that the model"
+        f" was trained with, {_shown(recorded)}"
+    )
+
+
+def training_template(recipe: Recipe, tokenizer: Any) -> tuple[ChatTemplate, list[str]]:
+    """The conversation format to train the recipe's model in, and lines for people about it.
+
+    What the recipe leaves open is taken from the run that wrote the model, where one did; a system
+    prompt that the recipe gives wins, and a line names both.
+    """
+    data = recipe.data
+    settings = saved_settings(recipe.model.adapter) if recipe.model.adapter else {}
+    settings = settings or saved_settings(recipe.model.path)
+    recorded = str(settings.get("system_prompt", ""))
+    name = data.template
+    if name == "auto":
+        name = str(settings.get("template", "auto"))
+    lines = []
+    if recorded and not data.system_prompt:
+        lines = [f"the model's own system prompt is kept: {_shown(recorded)}"]
+    elif recorded and data.system_prompt != recorded:
+        lines = [
+            f"data.system_prompt, {_shown(data.system_prompt)}, replaces the system prompt that the"
+            f" model was trained with, {_shown(recorded)}"
+        ]
+    return build_template(tokenizer, name, data.system_prompt or recorded), lines
+
+
+def _shown(text: str, limit: int = 120) -> str:
+    line = " ".join(text.split())
+    return f"'{line if len(line) <= limit else line[: limit - 3] + '...'}'"
+
+
 def tokenizer_settings(tokenizer: Any) -> Mapping[str, Any]:
     """What travels with a tokenizer that `open_policy` loaded; empty for any other."""
     found = getattr(tokenizer, "init_kwargs", {}).get(SETTINGS_KEY, {})
     return found if isinstance(found, Mapping) else {}
 
 
-def sampling_engine(policy: Policy, *, num_rollouts: int, max_tokens: int) -> Engine:
+def sampling_engine(
+    policy: Policy, *, num_rollouts: int, max_tokens: int, adapter: str | None = "policy"
+) -> Engine:
     """An engine for `num_rollouts` completions of at most `max_tokens` tokens, prompt included.
 
-    Keys and values take what these can use, at most half of the memory that is free now.
+    adapter None: the base alone. Keys and values take what these can use, at most half of the
+    memory that is free now.
     """
     model = policy.model
     running = min(num_rollouts, MAX_RUNNING)
@@ -98,6 +144,7 @@ def sampling_engine(policy: Policy, *, num_rollouts: int, max_tokens: int) -> En
         decode=policy.decode,
         max_tokens=max_tokens,
         max_running=MAX_RUNNING,
+        adapter=adapter,
     )
 
 

@@ -186,7 +186,7 @@ def save_policy(recipe: Recipe, policy: Policy, directory: Path) -> None:
     checkpoint.save_tokenizer(tokenizer, directory)
     settings = {
         "template": "none" if template is not None and template.source is None else "auto",
-        "system_prompt": recipe.data.system_prompt,
+        "system_prompt": recipe.data.system_prompt if template is None else template.system_prompt,
         "max_tokens": policy.max_tokens,
         "stop_ids": list(policy.stop_ids),
     }

@@ -1,0 +1,124 @@
+"""The command that samples: generate."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sparring.cli.app import Adapter, Traceback, app
+from sparring.cli.terminal import emit, opened, progress, reporting, say
+from sparring.errors import UserError
+
+if TYPE_CHECKING:
+    from sparring.types import Rollout
+
+
+@app.command()
+def generate(
+    model: Annotated[
+        str,
+        typer.Option(help="A folder, a run directory, a Hub id, or: quickstart.", metavar="MODEL"),
+    ],
+    adapter: Adapter = "",
+    prompt: Annotated[str, typer.Option(help="One user message.", metavar="TEXT")] = "",
+    input_file: Annotated[
+        str, typer.Option("--input", help='Rows with "prompt".', metavar="FILE.jsonl")
+    ] = "",
+    output_file: Annotated[
+        str, typer.Option("--output", help="Where rows go; else printed.", metavar="FILE.jsonl")
+    ] = "",
+    system_prompt: Annotated[str, typer.Option(metavar="TEXT")] = "",
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it stands.")] = False,
+    num_samples: int = 1,
+    max_completion_tokens: int = 512,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="A text that ends a completion.", metavar="TEXT")
+    ] = None,
+    seed: int = 0,
+    dtype: str = "auto",
+    device: str = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON rows.")] = False,
+    traceback: Traceback = False,
+) -> None:
+    """Sample completions of one prompt or of a file of prompts."""
+    with reporting(traceback):
+        if bool(prompt) == bool(input_file):
+            raise UserError("generate takes either --prompt TEXT or --input FILE.jsonl")
+        if output_file and not input_file:
+            raise UserError("--output goes with --input; one --prompt is printed")
+        rows = _prompt_rows(prompt, input_file)
+        with opened(output_file) as target:
+            import sparring
+            from sparring.train.inference import template_of
+
+            policy, tokenizer = sparring.load(
+                model, adapter=adapter or None, dtype=dtype, device=device
+            )
+            has_template = template_of(tokenizer, system_prompt=system_prompt).source is not None
+            as_message = has_template and not raw
+            with progress("sampling") as on_progress:
+                groups = sparring.generate(
+                    policy,
+                    tokenizer,
+                    [_asked(row["prompt"], as_message) for row in rows],
+                    num_samples=num_samples,
+                    max_completion_tokens=max_completion_tokens,
+                    temperature=temperature,
+                    top_p=top_p,
+                    top_k=top_k,
+                    stop=stop or (),
+                    seed=seed,
+                    system_prompt=system_prompt,
+                    on_progress=on_progress,
+                )
+            if prompt and not as_json:
+                _print_texts(groups[0])
+                return
+            for row, group in zip(rows, groups, strict=True):
+                for rollout in group:
+                    emit({**row, **_completion(rollout)}, target or sys.stdout)
+
+
+def _prompt_rows(prompt: str, input_file: str) -> list[dict[str, Any]]:
+    if prompt:
+        return [{"prompt": prompt}]
+    from sparring.data.rows import load_rows
+
+    rows = load_rows(input_file)
+    for index, row in enumerate(rows):
+        if not isinstance(row.get("prompt"), str | list) or not row["prompt"]:
+            raise UserError(
+                f"{rows.where(index)}: no 'prompt' (a text or a list of messages); the row has"
+                f" {', '.join(row) or 'no keys'}"
+            )
+    return [dict(row) for row in rows]
+
+
+def _asked(prompt: Any, as_message: bool) -> Any:
+    """A text as one user message where there is a template; messages as they are."""
+    if isinstance(prompt, str) and as_message:
+        return [{"role": "user", "content": prompt}]
+    return prompt
+
+
+def _completion(rollout: Rollout) -> dict[str, Any]:
+    return {
+        "completion": rollout.text,
+        "prefill": rollout.prompt.prefill,
+        "sample": rollout.sample_index,
+        "finish_reason": rollout.finish_reason,
+        "num_tokens": len(rollout.token_ids),
+    }
+
+
+def _print_texts(group: Sequence[Rollout]) -> None:
+    for rollout in group:
+        note = f"{len(rollout.token_ids)} tokens, {rollout.finish_reason}"
+        print(rollout.text, flush=True)
+        say(f"({rollout.sample_index + 1} of {len(group)}: {note})")
