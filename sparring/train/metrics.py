@@ -77,16 +77,20 @@ def _number(value: Tensor) -> float | None:
 
 
 class Watch:
-    """Warnings about a run that looks alive but cannot learn, each said once per spell."""
+    """Warnings about a run that looks alive but cannot learn, each said once per spell.
 
-    def __init__(self) -> None:
+    by_group: a completion is measured against its own group, so that groups need a signal.
+    """
+
+    def __init__(self, *, by_group: bool = True) -> None:
+        self._by_group = by_group
         self._steps_without_signal = 0
         self._truncation_said = False
 
     def look(self, groups: Sequence[Group], metrics: Mapping[str, float]) -> list[str]:
         """The warnings that this step gives rise to."""
         warnings = []
-        if any(has_signal(group) for group in groups):
+        if not self._by_group or any(has_signal(group) for group in groups):
             self._steps_without_signal = 0
         else:
             self._steps_without_signal += 1

@@ -126,7 +126,7 @@ def _steps(
     measure: Callable[[int], object],
 ) -> None:
     """The loop: one batch of rollouts and its updates a turn, from `start` to train.steps."""
-    engine, watch, rollout = parts.engine, Watch(), recipe.rollout
+    engine, watch, rollout = parts.engine, Watch(by_group=False), recipe.rollout
     value_part = {VALUE_PART: partial(_save_value, parts)}
     whole: int | None = start  # the steps done; None while the updates of one are under way
     try:
@@ -159,6 +159,7 @@ def _steps(
                 engine.weights_changed(policy_version=step + 1)
             metrics = rollout_metrics(judgement.groups, judgement.reports, engine.stats)
             metrics["groups_dropped"] = len(judgement.groups) - len(groups)
+            del metrics["groups_without_signal"]  # the critic is the baseline, not the group
             metrics |= values | _value_metrics(value_update)
             for line in watch.look(judgement.groups, metrics):
                 session.warn(line)
@@ -221,8 +222,11 @@ def _learn(
                 parts.optimizer.skip_step()
                 parts.value_optimizer.skip_step()
                 continue
-            # What the loss has no use for must not reach it: its KL term is in the advantages.
-            batches = [replace(batch, ref_logprobs_T=None) for batch in split[index]]
+            # The KL term is in the advantages, and later passes say nothing of the sampler.
+            batches = [
+                replace(batch, ref_logprobs_T=None, sampler_logprobs_T=None)
+                for batch in split[index]
+            ]
             updates.append(
                 train_step(
                     parts.policy.model,
@@ -232,7 +236,6 @@ def _learn(
                     max_grad_norm=max_grad_norm,
                 )
             )
-            batches = [replace(batch, sampler_logprobs_T=None) for batch in batches]
             with parts.critic.alone():
                 value_updates.append(
                     train_step(
@@ -255,7 +258,10 @@ def _order(size: int, step: int, number: int, *, seed: int) -> list[int]:
 
 
 def _experience_metrics(batches: Sequence[Batch]) -> dict[str, float]:
-    """What the critic was worth before this step's updates; KL is per token, to the reference."""
+    """Before this step's updates: what the critic was worth, KL to the reference, mismatch.
+
+    Means over tokens; mismatch of trainer and sampler is as in `train_step`.
+    """
 
     def tokens(name: str) -> Tensor:
         streams = [getattr(batch, name)[batch.loss_mask_T] for batch in batches]
@@ -270,8 +276,13 @@ def _experience_metrics(batches: Sequence[Batch]) -> dict[str, float]:
         "returns": float(returns.mean()),
         "value/explained": 1.0 - left / spread if spread > 0 else 0.0,
     }
+    logprobs = tokens("old_logprobs_T")
+    difference = logprobs - tokens("sampler_logprobs_T")
+    found["mismatch_mean"] = float(difference.abs().mean())
+    found["mismatch_max"] = float(difference.abs().max())
+    found["mismatch_kl"] = float((torch.expm1(difference) - difference).mean())
     if batches[0].ref_logprobs_T is not None:
-        found["kl"] = float((tokens("old_logprobs_T") - tokens("ref_logprobs_T")).mean())
+        found["kl"] = float((logprobs - tokens("ref_logprobs_T")).mean())
     return found
 
 

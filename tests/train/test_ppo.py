@@ -13,7 +13,10 @@ from safetensors.torch import load_file
 from sparring import runlog
 from sparring.errors import Interrupted, MemoryBudgetError, RecipeError, RunDirectoryError, RunError
 from sparring.recipe import Recipe, build_recipe
+from sparring.rewards.verdicts import judge
 from sparring.train import ppo
+from sparring.train.inputs import load_rewards
+from sparring.train.session import open_session
 from sparring.train.step import StepMetrics
 from tests.train.tiny_run import grpo_tables, write_checkpoint, write_data
 
@@ -73,6 +76,7 @@ def test_reward_rises_and_the_critic_learns_to_expect_it(folder: Path) -> None:
     assert late["num_sequences"] == 2 * 24
     assert {"ratio_max", "clip_high_fraction", "value/loss", "value/explained"} <= late.keys()
     assert late["ratio_max"] > 1.0
+    assert max(step["mismatch_max"] for step in steps) < 1e-4
     assert set(summary["before"]) == set(summary["after"])
     rows = runlog.read_rollouts(folder / "run", 1)
     assert len(rows) == 24
@@ -199,3 +203,55 @@ def test_what_a_recipe_leaves_open_is_filled_in(tmp_path: Path) -> None:
     assert named.loss.knobs == {}
     with pytest.raises(RecipeError, match=r"\[value\] is ppo's critic, and grpo has none"):
         build_recipe({**grpo_tables(tmp_path), "value": {}}, command="grpo")
+
+
+def spread_reward(folder: Path) -> list[dict[str, Any]]:
+    """A reward that tells completions apart."""
+    (folder / "lengths.py").write_text(
+        "def spread(completions):\n    return [len(t.encode()) / 10 + ord((t + 'a')[0]) / 99 "
+        "for t in completions]\n"
+    )
+    return [{"name": f"{folder}/lengths.py:spread"}]
+
+
+def test_experience_is_the_textbook_of_each_completion(folder: Path) -> None:
+    """With a critic of 0, gamma = lam = 1 and no KL every token's return is the reward."""
+    recipe = ppo_recipe(
+        folder,
+        advantage={"lam": 1.0},
+        train={"micro_batch_tokens": 40},
+        reward=spread_reward(folder),
+    )
+    seen: list[Any] = []
+    with open_session(recipe, "ppo", resume=False) as session:
+        rewards = load_rewards(recipe)
+        parts = ppo._build(recipe, session, rewards)
+        rollouts = parts.engine.generate(parts.train.prompts[:3], parts.sampling, num_samples=4)
+        groups = judge(rollouts, rewards).groups
+        groups[1].rewards_G[2] = float("nan")
+        split, found = ppo._experience(recipe, parts, groups)
+        for reward in rewards:
+            reward.close()
+    expected = {
+        tuple(rollout.token_ids.tolist()): float(reward)
+        for group in groups
+        for rollout, reward in zip(group.rollouts, group.rewards_G, strict=True)
+        if not reward.isnan()
+    }
+    tokens = [value for ids, value in expected.items() for _ in ids]
+    mean = torch.tensor(tokens, dtype=torch.float64).mean()
+    deviation = (torch.tensor(tokens, dtype=torch.float64).var() + 1e-8).sqrt()
+    assert len(split) == 2
+    assert sum(len(part) for part in split) > 4
+    for batch in (batch for part in split for batch in part):
+        for index in range(batch.num_local_sequences):
+            rows = batch.loss_mask_T & (batch.sequence_ids_T == index)
+            ids = tuple(batch.labels_T[rows].tolist())
+            reward = expected[ids]
+            assert batch.returns_T[rows].tolist() == pytest.approx([reward] * len(ids))
+            whitened = float((reward - mean) / deviation)
+            assert batch.advantages_T[rows].tolist() == pytest.approx([whitened] * len(ids))
+            seen.append(ids)
+    assert sorted(seen) == sorted(expected)
+    assert found["returns"] == pytest.approx(float(mean))
+    assert found["value/explained"] == pytest.approx(0.0)
