@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -67,6 +68,12 @@ def split(words: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
             value = rest.pop(0)
         options.append((option, value))
     return plain, options
+
+
+def secrets_of(recipe: Recipe) -> dict[str, str]:
+    """The variables that rewards name in api_key_env, as far as they are set: read here alone."""
+    names = {str(reward.knobs.get("api_key_env", "")) for reward in recipe.reward}
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def load(words: Sequence[str], command: Any) -> Recipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -32,10 +33,13 @@ def reward(
         from sparring.recipe.toml_text import read_value
         from sparring.rewards.rows import judge_rows
         from sparring.rewards.verdicts import load_reward
+        from sparring.train.inputs import give_secret
 
         rows = load_rows(input_file)
         pairs = {option.removeprefix("--"): read_value(value) for option, value in knobs}
         judge = load_reward(names[0], knobs=pairs)
+        variable = str(pairs.get("api_key_env", ""))
+        give_secret(judge, {variable: os.environ[variable]} if variable in os.environ else {})
         try:
             judged = judge_rows(judge, rows.values, explain=explain)
         finally:

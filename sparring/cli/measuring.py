@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sparring.cli.app import PASS_ON, Adapter, Model, Traceback, app, load, split
+from sparring.cli.app import PASS_ON, Adapter, Model, Traceback, app, load, secrets_of, split
 from sparring.cli.terminal import emit, interval, opened, progress, reporting, say, table
 from sparring.errors import UserError
 
@@ -45,7 +45,13 @@ def evaluate(
 
         with opened(samples) as file:
             with progress("evaluating") as on_progress:
-                report = measure(recipe, against=against, say=say, on_progress=on_progress)
+                report = measure(
+                    recipe,
+                    against=against,
+                    say=say,
+                    on_progress=on_progress,
+                    secrets=secrets_of(recipe),
+                )
             if file is not None:
                 for row in report.rows(recipe.model.path):
                     emit(row, file)

@@ -9,10 +9,10 @@ what surrounds it opens the run, measures before and after, and sees that nothin
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
-
-import torch
 
 from sparring.algorithms.advantages import judged_counts, min_judged
 from sparring.algorithms.registry import (
@@ -25,24 +25,23 @@ from sparring.algorithms.registry import (
     knob_defaults,
 )
 from sparring.data.packing import pack_groups
-from sparring.data.prompts import PromptSet, shared_prompts
+from sparring.data.prompts import PromptSet
 from sparring.errors import Interrupted, RunError
 from sparring.models.reference import Reference
 from sparring.recipe import Recipe
 from sparring.rewards.verdicts import Reward, judge
 from sparring.rollout.engine import Engine
 from sparring.rollout.sampler import Sampling
-from sparring.train.evaluate import Evaluation, evaluate
-from sparring.train.inference import training_template
-from sparring.train.inputs import evaluation_sampling, load_prompt_set, load_rewards
+from sparring.train.inputs import load_optimizer, load_rewards, sandbox_levels
 from sparring.train.interrupt import Interruptions
 from sparring.train.metrics import Watch, rollout_metrics, rollout_rows
-from sparring.train.optimizer import Optimizer, build_optimizer
+from sparring.train.optimizer import Optimizer
 from sparring.train.order import rows_of_step
 from sparring.train.policy import Policy, build_engine, build_policy, build_reference_policy
+from sparring.train.sampled import measure_accuracy, open_prompts
 from sparring.train.session import Session, open_session
 from sparring.train.step import train_step
-from sparring.types import Batch, Group
+from sparring.types import Group
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,27 +62,38 @@ class Parts:
     sampling: Sampling
 
 
-def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
+def train(
+    recipe: Recipe, *, resume: bool = False, secrets: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Run GRPO as the recipe says and return the summary that is written into the run directory.
 
-    With evaluation data the summary holds accuracy before and after, with 95% intervals. Raises
-    UserError for wrong input before anything is trained, RunError for a failure later, Interrupted
-    after a signal; whenever training had begun, a checkpoint of the last whole step is there.
+    secrets: see `load_rewards`. With evaluation data the summary holds accuracy before and after,
+    with 95% intervals. Raises UserError for wrong input before anything is trained, RunError for a
+    failure later, Interrupted after a signal; whenever training had begun, a checkpoint of the last
+    whole step is there.
     """
     with Interruptions() as interruptions, open_session(recipe, "grpo", resume=resume) as session:
-        rewards = load_rewards(recipe)
+        rewards = load_rewards(recipe, secrets)
+        session.record_sandbox(sandbox_levels(rewards))
         try:
             parts = _build(recipe, session, rewards)
             start = session.restore(parts.policy.model, parts.optimizer)
             parts.engine.weights_changed(policy_version=start)
+            measure = partial(
+                measure_accuracy,
+                recipe,
+                parts.engine,
+                parts.eval,
+                rewards,
+                session,
+                interruptions,
+            )
             before = session.remembered("before")
             if before is None and start == 0:
-                before = _measure(recipe, parts, session, interruptions, step=0, greedy=True)
+                before = measure(step=0, greedy=True)
                 session.remember("before", before)
-            _steps(recipe, parts, session, interruptions, start)
-            after = _measure(
-                recipe, parts, session, interruptions, step=recipe.train.steps, greedy=True
-            )
+            _steps(recipe, parts, session, interruptions, start, measure)
+            after = measure(step=recipe.train.steps, greedy=True)
         finally:
             for reward in rewards:
                 reward.close()
@@ -92,7 +102,12 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
 
 
 def _steps(
-    recipe: Recipe, parts: Parts, session: Session, interruptions: Interruptions, start: int
+    recipe: Recipe,
+    parts: Parts,
+    session: Session,
+    interruptions: Interruptions,
+    start: int,
+    measure: Callable[..., Any],
 ) -> None:
     """The loop: one optimizer step a turn, from `start` to train.steps."""
     engine, watch, rollout = parts.engine, Watch(), recipe.rollout
@@ -135,7 +150,7 @@ def _steps(
                         parts.loss,
                         parts.optimizer,
                         max_grad_norm=recipe.optimizer.max_grad_norm,
-                        reference=_reference_logprobs(parts.reference),
+                        reference=parts.reference.logprobs if parts.reference else None,
                     )
                 else:
                     parts.optimizer.skip_step()
@@ -152,7 +167,7 @@ def _steps(
                 session.checkpoint(step + 1, parts.policy.model, parts.optimizer)
             every = recipe.eval.every
             if every and (step + 1) % every == 0 and step + 1 < recipe.train.steps:
-                _measure(recipe, parts, session, interruptions, step=step + 1, greedy=False)
+                measure(step=step + 1, greedy=False)
             interruptions.check()
     except (Interrupted, RunError):
         session.checkpoint(parts.optimizer.step_count, parts.policy.model, parts.optimizer)
@@ -160,24 +175,8 @@ def _steps(
 
 
 def _build(recipe: Recipe, session: Session, rewards: list[Reward]) -> Parts:
-    policy = build_policy(recipe)
-    rollout, data = recipe.rollout, recipe.data
-    template, lines = training_template(recipe, policy.tokenizer)
-    policy = policy.speaking(template)
-    for line in lines:
-        session.say(line)
-    train = load_prompt_set(recipe, policy, data.train, data.split, template=template)
-    evaluation = None
-    if data.eval:
-        evaluation = load_prompt_set(recipe, policy, data.eval, data.eval_split, template=template)
-    for prompts in (train, evaluation):
-        for line in prompts.report() if prompts else ():
-            session.say(line)
-    if evaluation and (shared := shared_prompts(train, evaluation)):
-        session.warn(
-            f"{len(shared)} of {len(evaluation)} evaluation prompts are also training prompts"
-            f" (the first: row {shared[0] + 1}): accuracy on them is memory"
-        )
+    policy, train, evaluation = open_prompts(recipe, build_policy(recipe), session)
+    rollout = recipe.rollout
     settings = {"max_completion_tokens": rollout.max_completion_tokens}
     loss = build_loss(recipe.loss.name, recipe.loss.knobs, **settings)
     kl_coef = float(
@@ -189,17 +188,7 @@ def _build(recipe: Recipe, session: Session, rewards: list[Reward]) -> Parts:
     if evaluation:
         most = max(most, len(evaluation) * recipe.eval.num_samples)
     session.describe(policy)
-    optimizer = build_optimizer(
-        policy.model.trainable_parameters(),
-        name=recipe.optimizer.name,
-        learning_rate=recipe.optimizer.learning_rate,
-        betas=recipe.optimizer.betas,
-        weight_decay=recipe.optimizer.weight_decay,
-        schedule=recipe.optimizer.schedule,
-        warmup_steps=recipe.optimizer.warmup_steps,
-        num_steps=recipe.train.steps,
-        compute_dtype=policy.model.dtype,
-    )
+    optimizer = load_optimizer(recipe, policy.model.trainable_parameters(), policy.model.dtype)
     return Parts(
         policy=policy,
         engine=build_engine(recipe, policy, most_rollouts=most),
@@ -225,41 +214,3 @@ def _judged(groups: list[Group], fewest: int) -> list[Group]:
     """The groups that have enough judged samples to learn from."""
     counts = judged_counts(groups)
     return [group for group, count in zip(groups, counts, strict=True) if count >= fewest]
-
-
-def _reference_logprobs(reference: Reference | None) -> Any:
-    if reference is None:
-        return None
-
-    def logprobs(batch: Batch) -> torch.Tensor:
-        return reference.score(batch).logprobs_T
-
-    return logprobs
-
-
-def _measure(
-    recipe: Recipe,
-    parts: Parts,
-    session: Session,
-    interruptions: Interruptions,
-    *,
-    step: int,
-    greedy: bool,
-) -> dict[str, Any] | None:
-    """Accuracy on the evaluation prompts, or None where the recipe names none."""
-    if parts.eval is None:
-        return None
-    prompts = parts.eval.prompts[: recipe.eval.limit or None]
-    with session.phase("eval"), interruptions.interruptible():
-        found: tuple[Evaluation, list[Group]] = evaluate(
-            parts.engine,
-            prompts,
-            parts.rewards,
-            evaluation_sampling(recipe),
-            num_samples=recipe.eval.num_samples,
-            greedy=greedy,
-            on_progress=session.on_rollout,
-        )
-    evaluation, groups = found
-    session.log_evaluation(step, evaluation, rollout_rows(groups, None))
-    return evaluation.as_dict()

@@ -5,7 +5,8 @@ The loops and `sparring eval` share these; each is one call below train/ with th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from torch import nn
 from sparring.data.chat import ChatTemplate
 from sparring.data.prompts import PromptSet, load_prompts
 from sparring.data.rows import load_rows
-from sparring.errors import RecipeError
+from sparring.errors import RecipeError, RewardError
 from sparring.recipe import Recipe
 from sparring.rewards.verdicts import Reward, check_rewards, load_reward
 from sparring.rollout.sampler import Sampling
@@ -24,8 +25,11 @@ EVAL_SEED = 20_240_201
 """Noise of evaluations: the same for every run seed, so that all runs roll the same dice."""
 
 
-def load_rewards(recipe: Recipe) -> list[Reward]:
-    """The recipe's rewards, checked together; the caller closes them. Raises RewardError."""
+def load_rewards(recipe: Recipe, secrets: Mapping[str, str] | None = None) -> list[Reward]:
+    """The recipe's rewards, checked together; the caller closes them. Raises RewardError.
+
+    secrets: values of the variables that rewards name in api_key_env, read by the command line.
+    """
     rewards: list[Reward] = []
     try:
         for section in recipe.reward:
@@ -40,12 +44,32 @@ def load_rewards(recipe: Recipe) -> list[Reward]:
                     isolate=section.isolate,
                 )
             )
+            give_secret(rewards[-1], secrets or {})
         check_rewards(rewards)
     except Exception:
         for reward in rewards:
             reward.close()
         raise
     return rewards
+
+
+def give_secret(reward: Reward, secrets: Mapping[str, str]) -> None:
+    """Hand a reward that names a variable its value; RewardError where that was not set."""
+    variable = getattr(reward.function, "api_key_env", "")
+    if not variable:
+        return
+    if variable not in secrets:
+        raise RewardError(
+            f"reward '{reward.name}': the variable {variable} (api_key_env) is not set; set it in"
+            f" the shell that starts the run: export {variable}=..."
+        )
+    reward.function.set_api_key(secrets[variable])  # type: ignore[attr-defined]
+
+
+def sandbox_levels(rewards: Sequence[Reward]) -> dict[str, Any]:
+    """By reward, the level of the sandbox that contains what it runs; empty where nothing runs."""
+    levels = {reward.name: getattr(reward.function, "level", None) for reward in rewards}
+    return {name: level.to_json() for name, level in levels.items() if level is not None}
 
 
 def load_optimizer(

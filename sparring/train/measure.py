@@ -6,7 +6,7 @@ is trained.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,15 +58,21 @@ class Report:
 
 
 def measure(
-    recipe: Recipe, *, against: str = "", say: Say, on_progress: OnProgress | None = None
+    recipe: Recipe,
+    *,
+    against: str = "",
+    say: Say,
+    on_progress: OnProgress | None = None,
+    secrets: Mapping[str, str] | None = None,
 ) -> Report:
     """Load model, rewards and evaluation prompts of the recipe, and evaluate once.
 
     A model that a run of Sparring wrote is asked in the template and with the system prompt that it
     was trained with, unless the recipe names others. against: "base", or a model to measure on the
-    same prompts. say: takes lines for people. Raises UserError, or RunError later.
+    same prompts. say: takes lines for people. secrets: see `load_rewards`. Raises UserError, or
+    RunError later.
     """
-    rewards = load_rewards(recipe)
+    rewards = load_rewards(recipe, secrets)
     try:
         section, data = recipe.model, recipe.data
         policy = open_policy(section.path, adapter=section.adapter or None, dtype=section.dtype)

@@ -13,7 +13,7 @@ divide by the counts of their part. The KL term, where there is one, is in the r
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from sparring.recipe import Recipe
 from sparring.rewards.verdicts import Reward, judge
 from sparring.rollout.engine import Engine
 from sparring.rollout.sampler import Sampling
-from sparring.train.inputs import load_optimizer, load_rewards
+from sparring.train.inputs import load_optimizer, load_rewards, sandbox_levels
 from sparring.train.interrupt import Interruptions
 from sparring.train.metrics import Watch, rollout_metrics, rollout_rows
 from sparring.train.optimizer import Optimizer
@@ -76,40 +76,39 @@ class Parts:
     sampling: Sampling
 
 
-def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
+def train(
+    recipe: Recipe, *, resume: bool = False, secrets: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Run PPO as the recipe says and return the summary that is written into the run directory.
 
-    With evaluation data the summary holds accuracy before and after, with 95% intervals. Raises
-    UserError for wrong input before anything is trained, MemoryBudgetError for a critic that does
-    not fit among them, RunError for a failure later, Interrupted after a signal; checkpoints are of
-    whole steps.
+    secrets: see `load_rewards`. With evaluation data the summary holds accuracy before and after,
+    with 95% intervals. Raises UserError for wrong input before anything is trained,
+    MemoryBudgetError for a critic that does not fit among them, RunError for a failure later,
+    Interrupted after a signal; checkpoints are of whole steps.
     """
     with Interruptions() as interruptions, open_session(recipe, "ppo", resume=resume) as session:
-        rewards = load_rewards(recipe)
+        rewards = load_rewards(recipe, secrets)
+        session.record_sandbox(sandbox_levels(rewards))
         try:
             parts = _build(recipe, session, rewards)
             start = session.restore(parts.policy.model, parts.optimizer)
             _restore_value(parts, session)
             parts.engine.weights_changed(policy_version=start)
-
-            def measure(step: int, *, greedy: bool) -> dict[str, Any] | None:
-                return measure_accuracy(
-                    recipe,
-                    parts.engine,
-                    parts.eval,
-                    rewards,
-                    session,
-                    interruptions,
-                    step=step,
-                    greedy=greedy,
-                )
-
+            measure = partial(
+                measure_accuracy,
+                recipe,
+                parts.engine,
+                parts.eval,
+                rewards,
+                session,
+                interruptions,
+            )
             before = session.remembered("before")
             if before is None and start == 0:
-                before = measure(0, greedy=True)
+                before = measure(step=0, greedy=True)
                 session.remember("before", before)
-            _steps(recipe, parts, session, interruptions, start, partial(measure, greedy=False))
-            after = measure(recipe.train.steps, greedy=True)
+            _steps(recipe, parts, session, interruptions, start, measure)
+            after = measure(step=recipe.train.steps, greedy=True)
         finally:
             for reward in rewards:
                 reward.close()
@@ -123,7 +122,7 @@ def _steps(
     session: Session,
     interruptions: Interruptions,
     start: int,
-    measure: Callable[[int], object],
+    measure: Callable[..., Any],
 ) -> None:
     """The loop: one batch of rollouts and its updates a turn, from `start` to train.steps."""
     engine, watch, rollout = parts.engine, Watch(by_group=False), recipe.rollout
@@ -171,7 +170,7 @@ def _steps(
                 session.checkpoint(step + 1, parts.policy.model, parts.optimizer, value_part)
             every = recipe.eval.every
             if every and (step + 1) % every == 0 and step + 1 < recipe.train.steps:
-                measure(step + 1)
+                measure(step=step + 1, greedy=False)
             interruptions.check()
     except (Interrupted, RunError):
         if whole is not None:
@@ -337,8 +336,16 @@ def _build(recipe: Recipe, session: Session, rewards: list[Reward]) -> Parts:
     reference = build_reference_policy(policy, kl_coef)
     updates = recipe.train.passes * recipe.train.mini_steps
     learned = model.trainable_parameters()
+    optimizer = load_optimizer(recipe, learned, model.dtype, updates_per_step=updates)
     critic = _build_critic(recipe, policy, session)
     assert recipe.value is not None, "a ppo recipe has a [value] section"
+    value_optimizer = load_optimizer(
+        recipe,
+        critic.trainable_parameters(),
+        critic.trunk.dtype,
+        updates_per_step=updates,
+        learning_rate=recipe.value.learning_rate,
+    )
     most = rollout.prompts_per_step * rollout.group_size
     if evaluation:
         most = max(most, len(evaluation) * recipe.eval.num_samples)
@@ -353,17 +360,11 @@ def _build(recipe: Recipe, session: Session, rewards: list[Reward]) -> Parts:
             recipe.loss.knobs,
             max_completion_tokens=rollout.max_completion_tokens,
         ),
-        optimizer=load_optimizer(recipe, learned, model.dtype, updates_per_step=updates),
+        optimizer=optimizer,
         reference=reference,
         critic=critic,
         value_loss=partial(clipped, clip=recipe.value.clip),
-        value_optimizer=load_optimizer(
-            recipe,
-            critic.trainable_parameters(),
-            critic.trunk.dtype,
-            updates_per_step=updates,
-            learning_rate=recipe.value.learning_rate,
-        ),
+        value_optimizer=value_optimizer,
         estimator=build_estimator(recipe.advantage.name, recipe.advantage.knobs),
         sampling=Sampling(
             temperature=rollout.temperature,
@@ -382,6 +383,7 @@ def _build_critic(recipe: Recipe, policy: Policy, session: Session) -> Critic:
     free = free_bytes(model.device)
     if recipe.run.memory != "auto":
         free = min(free, int(recipe.run.memory) - held)
+    # AdamW's moments and a float32 gradient are still to come; 16-bit masters are there already.
     free -= sum(12 * p.numel() for p in model.trainable_parameters().values())
     seed = (recipe.run.seed + 1) % 2**63
     if section.path:

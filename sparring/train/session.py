@@ -115,6 +115,11 @@ class Session:
         self._traceback_shown: set[str] = set()
         self._watch = MemoryWatch()
 
+    def record_sandbox(self, levels: Mapping[str, Any]) -> None:
+        """Write into environment.json what contains the programs that rewards run."""
+        if levels:
+            self.log.environment({**describe_environment(), "sandbox": dict(levels)})
+
     def say(self, line: str) -> None:
         """A line for people, not kept."""
         self.progress.say(line)
