@@ -90,13 +90,15 @@ def test_several_turns_are_compared_where_the_template_keeps_history(
 def test_a_prefill_that_one_side_lacks_is_no_shared_context(make_tokenizer):
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
     )
     tokenizer = make_tokenizer(template)
-    row = {"prompt": "Hi", "chosen": "<think>\nwell\n</think>\n\n1", "rejected": "2 without"}
+    empty = "<think>\n\n</think>\n\n"
+    row = {"prompt": "Hi", "chosen": f"{empty}1", "rejected": "<think>\nwell\n</think>\n\n2"}
     (pair,) = load([row], tokenizer)
     assert tokenizer.decode(pair.context_ids.tolist()).endswith("<|im_start|>assistant\n")
-    assert tokenizer.decode(pair.chosen_ids[~pair.chosen_mask].tolist()) == "<think>\n"
+    assert tokenizer.decode(pair.chosen_ids[~pair.chosen_mask].tolist()) == empty
+    assert tokenizer.decode(pair.chosen_ids[pair.chosen_mask].tolist()) == "1<|im_end|>"
     assert pair.rejected_mask.all()
 
 

@@ -11,18 +11,21 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from sparring import runlog
 from sparring.algorithms.registry import build_preference_loss
+from sparring.cli import app
 from sparring.data.packing import pack_pairs
 from sparring.data.pairs import Pair
 from sparring.errors import DataError, RecipeError, RunDirectoryError
 from sparring.models.reference import build_reference
 from sparring.recipe import Recipe, build_recipe
+from sparring.recipe.toml_text import write_toml
 from sparring.train import dpo, grpo
 from sparring.train.pairs import pairs_of_run
 from tests.train.test_step import gradients_of
-from tests.train.tiny_run import grpo_recipe, write_checkpoint, write_data
+from tests.train.tiny_run import grpo_recipe, grpo_tables, write_checkpoint, write_data
 
 
 @pytest.fixture(scope="module")
@@ -237,3 +240,27 @@ def test_pairs_of_a_run_are_its_best_and_worst_and_can_be_learned(folder: Path) 
     prompts.write_text(prompts.read_text().replace("Say", "Tell"))
     with pytest.raises(DataError, match="the data has changed since"):
         pairs_of_run(str(folder / "run"))
+
+
+def test_rollouts_of_ppo_become_pairs_and_a_dpo_run_on_the_command_line(folder: Path) -> None:
+    def run(*words: object) -> str:
+        result = CliRunner().invoke(app, [str(word) for word in words])
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    rollout = {"group_size": 48, "max_completion_tokens": 60}
+    tables = grpo_tables(folder, rollout=rollout, train={"steps": 2}, lora={"rank": 2})
+    (folder / "grpo.toml").write_text(write_toml(tables))
+    assert run("ppo", folder / "grpo.toml", "--train.passes", "2") == ""
+    assert runlog.read_steps(folder / "run")[0].metrics["value/loss"] is not None
+    printed = run("pairs", folder / "run")
+    assert run("pairs", folder / "run", "--output", folder / "new.jsonl") == ""
+    assert (folder / "new.jsonl").read_text() == printed != ""
+    del tables["rollout"], tables["reward"]
+    (folder / "dpo.toml").write_text(write_toml(tables))
+    words = ["--data.train", folder / "new.jsonl", "--run.dir", folder / "other"]
+    assert run("dpo", folder / "dpo.toml", *words, "--loss.name", "ipo") == ""
+    assert runlog.read_steps(folder / "other")[-1].metrics["accuracy"] is not None
+    wrong = CliRunner().invoke(app, ["pairs", str(folder / "other")])
+    assert wrong.exit_code == 2
+    assert "holds no rollouts (sft and dpo write none)" in wrong.stderr
