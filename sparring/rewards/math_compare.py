@@ -150,6 +150,8 @@ def _compare(answer: str, reference: str, policy: Policy) -> Decision:
     answer, reference = rename_parameter(answer, reference)
     if compact(answer) == compact(reference):
         return Decision(verdict=True, stage="string", reason="the same text")
+    if is_text(answer):
+        return _text(False, "words, asked is a formula")
     if has_ellipsis(reference) or has_ellipsis(answer):
         return _structure(False, "an ellipsis is compared as text, and the texts differ")
     gold_name, gold_value = split_name(reference)
