@@ -153,7 +153,7 @@ def test_nothing_below_the_command_line_reads_the_environment_or_runs_text():
         for node in ast.walk(parsed(path)):
             text = ast.unparse(node) if isinstance(node, ast.Attribute | ast.Call) else ""
             reads = text in ("os.environ", "os.getenv") and name not in (
-                "sparring.cli",
+                "sparring.cli.app",
                 "sparring.kernels",
             )
             runs = isinstance(node, ast.Call) and ast.unparse(node.func) in ("eval", "exec")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -70,10 +70,15 @@ def split(words: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
     return plain, options
 
 
-def secrets_of(recipe: Recipe) -> dict[str, str]:
-    """The variables that rewards name in api_key_env, as far as they are set: read here alone."""
-    names = {str(reward.knobs.get("api_key_env", "")) for reward in recipe.reward}
+def secrets_of(knobs: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """The variables that rewards' knobs name in api_key_env, as far as set: read here alone."""
+    names = {str(table.get("api_key_env", "")) for table in knobs}
     return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def recipe_secrets(recipe: Recipe) -> dict[str, str]:
+    """The same of a recipe's rewards."""
+    return secrets_of(reward.knobs for reward in recipe.reward)
 
 
 def load(words: Sequence[str], command: Any) -> Recipe:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Annotated
 
 import typer
 
-from sparring.cli.app import PASS_ON, Traceback, app, split
+from sparring.cli.app import PASS_ON, Traceback, app, secrets_of, split
 from sparring.cli.terminal import emit, reporting, say
 from sparring.errors import UserError
 
@@ -38,8 +37,7 @@ def reward(
         rows = load_rows(input_file)
         pairs = {option.removeprefix("--"): read_value(value) for option, value in knobs}
         judge = load_reward(names[0], knobs=pairs)
-        variable = str(pairs.get("api_key_env", ""))
-        give_secret(judge, {variable: os.environ[variable]} if variable in os.environ else {})
+        give_secret(judge, secrets_of([pairs]))
         try:
             judged = judge_rows(judge, rows.values, explain=explain)
         finally:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sparring.cli.app import PASS_ON, Adapter, Model, Traceback, app, load, secrets_of, split
+from sparring.cli.app import PASS_ON, Adapter, Model, Traceback, app, load, recipe_secrets, split
 from sparring.cli.terminal import emit, interval, opened, progress, reporting, say, table
 from sparring.errors import UserError
 
@@ -50,7 +50,7 @@ def evaluate(
                     against=against,
                     say=say,
                     on_progress=on_progress,
-                    secrets=secrets_of(recipe),
+                    secrets=recipe_secrets(recipe),
                 )
             if file is not None:
                 for row in report.rows(recipe.model.path):

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sparring.cli.app import PASS_ON, Resume, Traceback, Words, app, load, secrets_of
+from sparring.cli.app import PASS_ON, Resume, Traceback, Words, app, load, recipe_secrets
 from sparring.cli.terminal import emit, opened, reporting, say, show_before_and_after
 
 
@@ -18,7 +18,7 @@ def grpo(words: Words, resume: Resume = False, traceback: Traceback = False) -> 
         recipe = load(words, "grpo")
         from sparring.train import grpo as loop
 
-        show_before_and_after(loop.train(recipe, resume=resume, secrets=secrets_of(recipe)))
+        show_before_and_after(loop.train(recipe, resume=resume, secrets=recipe_secrets(recipe)))
 
 
 @app.command(context_settings=PASS_ON)
@@ -48,7 +48,7 @@ def ppo(words: Words, resume: Resume = False, traceback: Traceback = False) -> N
         recipe = load(words, "ppo")
         from sparring.train import ppo as loop
 
-        show_before_and_after(loop.train(recipe, resume=resume, secrets=secrets_of(recipe)))
+        show_before_and_after(loop.train(recipe, resume=resume, secrets=recipe_secrets(recipe)))
 
 
 @app.command()
