@@ -67,9 +67,7 @@ def adapter_base(folder: Path) -> str:
 
 
 def read_adapter_config(folder: Path) -> LoraConfig:
-    """Rank, alpha, rslora and targets of a PEFT adapter; raises CheckpointError for features that
-    are not computed here.
-    """
+    """Rank, alpha and rslora of a PEFT adapter; CheckpointError for features not computed here."""
     file = folder / CONFIG_FILE
     config = read_json(file)
     if config.get("peft_type") != "LORA":

@@ -18,9 +18,7 @@ AttentionPlan = PackedPlan | PagedPlan
 
 
 def plan_attention(layout: Layout, kv_pool: KVPool | None, device: torch.device) -> AttentionPlan:
-    """Index tensors for one batch; `kv_pool` is needed for a PagedLayout and must be absent
-    otherwise.
-    """
+    """Index tensors for one batch; `kv_pool` is given with a PagedLayout and only then."""
     if isinstance(layout, PackedLayout):
         assert kv_pool is None, "a packed layout keeps no keys and values"
         return PackedPlan(layout, device)

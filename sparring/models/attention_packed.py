@@ -79,9 +79,7 @@ class PackedPlan:
     def attend(
         self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, _layer: int, window: int
     ) -> Tensor:
-        """Attention output [T, H, E]; `window` > 0: each token sees itself and the window - 1
-        tokens before.
-        """
+        """Attention output [T, H, E]; `window` > 0: a token sees itself and window - 1 before."""
         num_heads, head_size = q_THE.shape[1:]
         q_pad: Tensor = _Spread.apply(q_THE, self.query_index, self.query_position, None)  # type: ignore[no-untyped-call]
         k_pad: Tensor = _Spread.apply(k_TKE, self.key_index, self.key_uses, self.key_use_offsets)  # type: ignore[no-untyped-call]
@@ -110,9 +108,7 @@ class PackedPlan:
 
 
 def _bucket_segments(lengths: list[int], parent_lengths: list[int]) -> list[list[int]]:
-    """Segments sorted into buckets in which padding stays below a third and scores below
-    MAX_SCORES.
-    """
+    """Segments in buckets where padding stays below a third, scores below MAX_SCORES."""
 
     def parent_class(segment: int) -> int:
         length = parent_lengths[segment]
@@ -135,9 +131,7 @@ def _bucket_segments(lengths: list[int], parent_lengths: list[int]) -> list[list
 
 
 def _ranges(starts_S: Tensor, lengths_S: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Token indices [S, width] of ranges of unequal length, the last one repeated, and which are
-    real.
-    """
+    """Token indices [S, width] of ranges, the last one repeated, and which are real."""
     offsets = torch.arange(width)
     valid = offsets < lengths_S.unsqueeze(1)
     index = starts_S.unsqueeze(1) + torch.minimum(

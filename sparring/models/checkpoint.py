@@ -95,9 +95,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
 def build_model(
     config: Mapping[str, Any], *, device: torch.device | str = "cpu", dtype: torch.dtype
 ) -> Decoder:
-    """A Decoder of a config.json's shape; its weights are not initialised (see
-    Decoder.init_weights).
-    """
+    """A Decoder of a config.json's shape, uninitialised (see Decoder.init_weights)."""
     return Decoder(family_of(config).config(config), device=device, dtype=dtype)
 
 
@@ -121,9 +119,7 @@ def weight_views(model: Decoder) -> Iterator[tuple[str, Tensor]]:
 
 
 def base_folder(path: str | Path) -> Path:
-    """The folder with config.json and weights behind `path`: of an adapter, its base. See
-    `resolve`.
-    """
+    """The folder with config.json and weights behind `path`; of an adapter, its base's."""
     folder = resolve(path)
     if (folder / "adapter_config.json").is_file() and not _holds_weights(folder):
         return base_folder(adapter_base(folder))
@@ -208,9 +204,7 @@ def check_model_fits(
     device: torch.device | str = "cpu",
     kv_bytes: int = 0,
 ) -> None:
-    """Raise MemoryBudgetError if a checkpoint's bytes in the run's dtype and the KV budget exceed
-    free memory.
-    """
+    """Raise MemoryBudgetError if the weights in `dtype` and the KV budget do not fit."""
     device = torch.device(device)
     config = read_json(base_folder(path) / "config.json")
     _check_fits(config, _choose_dtype(dtype, config, device), device, kv_bytes)
@@ -327,9 +321,7 @@ def save_adapter(
     *,
     name: str = "policy",
 ) -> None:
-    """Write one adapter in PEFT's file format: adapter_config.json and adapter_model.safetensors
-    (float32).
-    """
+    """Write one adapter in PEFT's file format, in float32."""
     write_adapter(model, Path(directory), base_model_name_or_path, module_names(model), name=name)
 
 

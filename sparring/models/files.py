@@ -33,9 +33,7 @@ _QUANTISED_REMEDY = "give the unquantised model (float32, bfloat16 or float16)"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises CheckpointError where it is missing, unreadable or
-    something else.
-    """
+    """A JSON object from a file; raises CheckpointError where there is none."""
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -67,9 +65,7 @@ def refuse_quantised(config: Mapping[str, Any], where: str) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, in order; raises CheckpointError if some or all are
-    missing.
-    """
+    """The safetensors files of a checkpoint; raises CheckpointError if any is missing."""
     index = folder / INDEX
     if index.is_file():
         names = sorted(set(read_json(index).get("weight_map", {}).values()))
@@ -119,9 +115,7 @@ def _unindexed_names(folder: Path) -> list[str]:
 
 
 def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the files, one at a time, by name; raises CheckpointError for a broken or
-    quantised one.
-    """
+    """Every tensor of the files, one by one; CheckpointError for a broken or quantised one."""
     from safetensors import SafetensorError, safe_open
 
     for file in files:

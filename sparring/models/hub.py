@@ -137,9 +137,7 @@ def _cached_snapshot(name: str) -> Path | None:
 
 
 def _within(seconds: float, work: Callable[[], _Result]) -> _Result:
-    """Call `work` and give up after `seconds`: name look-up and slow servers know no time limit of
-    their own.
-    """
+    """Call `work` and give up after `seconds`: name look-up knows no time limit of its own."""
     results: list[_Result] = []
     errors: list[Exception] = []
 

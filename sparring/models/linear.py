@@ -83,9 +83,7 @@ class Linear(nn.Module):
         targets: frozenset[str],
         generator: torch.Generator,
     ) -> None:
-        """Put a fresh adapter called `name` on those parts that are in `targets` (none: nothing
-        happens).
-        """
+        """Put a fresh adapter called `name` on those parts that are in `targets`, if any."""
         parts = {part: rows for part, rows in self.parts.items() if part in targets}
         if parts:
             weight = self.base.weight

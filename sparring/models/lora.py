@@ -161,9 +161,7 @@ class LoraAdapter(nn.Module):
             self.b_shadow.copy_(self.b)
 
     def forward(self, y_TO: Tensor, x_TI: Tensor) -> Tensor:
-        """Add scale (x A^T) B^T to y [T, O] in place and return it; differentiable in y, x, A and
-        B.
-        """
+        """Add scale (x A^T) B^T to y [T, O] in place; differentiable in y, x, A and B."""
         a = self.a if self.a_shadow is None else self.a_shadow
         b = self.b if self.b_shadow is None else self.b_shadow
         out: Tensor = _AddLora.apply(y_TO, x_TI, self.a, self.b, a, b, self)  # type: ignore[no-untyped-call]

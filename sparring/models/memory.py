@@ -13,9 +13,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can be taken on a device now: free card memory, or available host memory within
-    its limits.
-    """
+    """Bytes that can be taken now: free card memory, or host memory within its limits."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     available = _meminfo_available()

@@ -17,9 +17,7 @@ from sparring.models.transformer import TransformerConfig
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder; raises CheckpointError where there is none or it cannot be
-    read.
-    """
+    """The tokenizer of a folder; raises CheckpointError where none can be read."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     is_fast = (folder / "tokenizer.json").is_file()
@@ -44,9 +42,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def save_tokenizer(tokenizer: Any, directory: Path) -> None:
-    """Write tokenizer.json, tokenizer_config.json and the chat template, readable by older
-    transformers too.
-    """
+    """Write a tokenizer's files so that older transformers read them too."""
     tokenizer.save_pretrained(directory)
     file = directory / "tokenizer_config.json"
     settings = read_json(file)

@@ -121,9 +121,7 @@ class DecoderLayer(nn.Module):
         return out
 
     def _rotate(self, heads: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of [T, H + 2K, E], the first two normed where the family does,
-        and rotated.
-        """
+        """Queries, keys and values of [T, H + 2K, E], normed (Qwen3) and rotated."""
         config = self.config
         sizes = [config.num_heads, config.num_kv_heads]
         if self.q_norm is not None and self.k_norm is not None:
@@ -221,15 +219,11 @@ class Decoder(nn.Module):
         return rms_norm(x_TD, self.norm, self.config.norm_eps)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
-        """Logits [T, V] in float32 (float64 for a float64 model), the numbers that `score` sees
-        too.
-        """
+        """Logits [T, V] in float32 (float64 in a float64 model), as `score` sees them."""
         return head_logits(hidden_TD, self.head.weight)
 
     def score(self, batch: Batch, *, adapter: str | None = "policy") -> TokenScores:
-        """Log-probabilities (with gradient) and entropies of the batch's labels, 0 where
-        loss_mask_T is False.
-        """
+        """Scores of the batch's labels, with gradient; 0 where loss_mask_T is False."""
         hidden_TD = self(batch.input_ids_T, batch.positions_T, batch.layout, adapter=adapter)
         rows_M = batch.loss_mask_T.nonzero().squeeze(1)
         logprobs_M, entropy_M = linear_logprob(
