@@ -22,7 +22,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from quickstart.tokenizer import TAGS
 from sparring.environment import describe_environment
 
 TARGET_GAIN = 0.20
