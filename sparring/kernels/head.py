@@ -19,7 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["head_logits", "linear_logprob", "linear_logprob_reference"]
+from sparring.kernels import jit, rounded, tl, uses_triton
+
+__all__ = ["head_logits", "linear_logprob", "linear_logprob_reference", "linear_logprob_triton"]
+
+BLOCK_V = 4096
+NUM_WARPS = 8
 
 
 def head_logits(x_MD: Tensor, weight_VD: Tensor) -> Tensor:
@@ -38,13 +43,6 @@ def _chunk_logprobs(x_RD: Tensor, weight_VD: Tensor, temperature: float) -> Tens
     if temperature != 1.0:
         logits_RV = logits_RV.div_(temperature)
     return torch.log_softmax(logits_RV, dim=-1)
-
-
-def _entropy(logprobs_RV: Tensor, probs_RV: Tensor) -> Tensor:
-    products = torch.einsum(
-        "rv,rv->r", probs_RV, logprobs_RV.clamp_min(torch.finfo(logprobs_RV.dtype).min)
-    )
-    return -products
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -67,7 +65,7 @@ class _LinearLogprob(torch.autograd.Function):
             logprobs_RV = _chunk_logprobs(x_MD[chunk], weight_VD, temperature)
             logprobs_M[chunk] = logprobs_RV.gather(1, labels_M[chunk, None]).squeeze(1)
             probs_RV = logprobs_RV.exp()
-            entropy_M[chunk] = _entropy(logprobs_RV, probs_RV)
+            entropy_M[chunk] = torch.linalg.vecdot(probs_RV, logprobs_RV).neg_()
             if rows_MD is not None:
                 rows_MD[chunk] = (
                     _row_gradient(probs_RV, labels_M[chunk], temperature).to(x_MD.dtype) @ weight_VD
@@ -121,6 +119,166 @@ def linear_logprob_reference(
     return pair
 
 
+@jit
+def _rows_kernel(
+    z_ptr, labels_ptr, grad_ptr, logprobs_ptr, entropy_ptr, dz_ptr, inverse_temperature,
+    V: tl.constexpr, BLOCK_V: tl.constexpr, NEEDS_GRADIENT: tl.constexpr, HAS_GRAD: tl.constexpr,
+):  # fmt: skip
+    """One row of logits a program: maximum, sums, label; then ([v = label] - p) / temperature."""
+    row = tl.program_id(0)
+    z_ptr += row.to(tl.int64) * V
+    label = tl.load(labels_ptr + row)
+    top = -float("inf")
+    total = 0.0
+    weighted = 0.0
+    for start in range(0, V, BLOCK_V):
+        columns = start + tl.arange(0, BLOCK_V)
+        z = tl.load(z_ptr + columns, mask=columns < V, other=-float("inf")) * inverse_temperature
+        above = tl.maximum(top, tl.max(z, axis=0))
+        base = tl.where(above == -float("inf"), 0.0, above)
+        shrink = tl.exp(top - base)
+        step = tl.where(top == -float("inf"), 0.0, top - base)
+        p = tl.exp(z - base)
+        weighted = (weighted + total * step) * shrink
+        weighted += tl.sum(p * tl.where(p > 0.0, z - base, 0.0), axis=0)
+        total = total * shrink + tl.sum(p, axis=0)
+        top = above
+    log_total = tl.log(total)
+    z_label = tl.load(z_ptr + label).to(tl.float32) * inverse_temperature
+    tl.store(logprobs_ptr + row, z_label - top - log_total)
+    tl.store(entropy_ptr + row, log_total - weighted / total)
+    if NEEDS_GRADIENT:
+        dz_ptr += row.to(tl.int64) * V
+        factor = inverse_temperature
+        if HAS_GRAD:
+            factor *= tl.load(grad_ptr + row)
+        for start in range(0, V, BLOCK_V):
+            columns = start + tl.arange(0, BLOCK_V)
+            z = (
+                tl.load(z_ptr + columns, mask=columns < V, other=-float("inf"))
+                * inverse_temperature
+            )
+            p = tl.exp(z - top - log_total)
+            dz = (tl.where(columns == label, 1.0, 0.0) - p) * factor
+            tl.store(dz_ptr + columns, rounded(dz, dz_ptr.dtype.element_ty), mask=columns < V)
+
+
+class _LinearLogprobTriton(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_MD: Tensor,
+        weight_VD: Tensor,
+        labels_M: Tensor,
+        temperature: float,
+        chunk_rows: int,
+    ) -> tuple[Tensor, Tensor]:
+        frozen = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
+        logprobs_M = torch.empty(len(x_MD), dtype=torch.float32, device=x_MD.device)
+        entropy_M = torch.empty_like(logprobs_M)
+        rows_MD = torch.empty_like(x_MD, memory_format=torch.contiguous_format) if frozen else None
+        for chunk, logits_RV, dz_RV in _chunks(x_MD, weight_VD, chunk_rows, frozen):
+            _launch_rows(
+                logits_RV,
+                labels_M[chunk],
+                None,
+                logprobs_M[chunk],
+                entropy_M[chunk],
+                dz_RV,
+                temperature,
+            )
+            if rows_MD is not None:
+                torch.mm(dz_RV, weight_VD, out=rows_MD[chunk])
+        ctx.temperature, ctx.chunk_rows = temperature, chunk_rows
+        # A frozen head needs the row gradient alone: x may die.
+        kept = None if frozen else x_MD
+        ctx.save_for_backward(kept, weight_VD, labels_M, rows_MD)
+        ctx.mark_non_differentiable(entropy_M)
+        return logprobs_M, entropy_M
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        x_MD, weight_VD, labels_M, rows_MD = ctx.saved_tensors
+        grad_M = grads[0].contiguous()
+        if rows_MD is not None:
+            return (rows_MD * grad_M.unsqueeze(1)).to(rows_MD.dtype), None, None, None, None
+        grad_x = torch.empty_like(x_MD) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros(weight_VD.shape, dtype=torch.float32, device=weight_VD.device)
+        for chunk, logits_RV, dz_RV in _chunks(x_MD, weight_VD, ctx.chunk_rows, True):
+            scratch = torch.empty(2, len(logits_RV), device=grad_M.device)
+            _launch_rows(
+                logits_RV,
+                labels_M[chunk],
+                grad_M[chunk],
+                scratch[0],
+                scratch[1],
+                dz_RV,
+                ctx.temperature,
+            )
+            if grad_x is not None:
+                torch.mm(dz_RV, weight_VD, out=grad_x[chunk])
+            grad_weight = _add_product(grad_weight, dz_RV.T, x_MD[chunk])
+        return grad_x, grad_weight.to(weight_VD.dtype), None, None, None
+
+
+def _chunks(x_MD: Tensor, weight_VD: Tensor, chunk_rows: int, needs_gradient: bool):
+    """(rows, float32 logits of them, room for their gradient) for each chunk of rows; one pair of
+    buffers serves all chunks.
+    """
+    shape = (min(chunk_rows, len(x_MD)), len(weight_VD))
+    logits = torch.empty(shape, dtype=torch.float32, device=x_MD.device)
+    gradient = torch.empty(shape, dtype=x_MD.dtype, device=x_MD.device) if needs_gradient else None
+    for start in range(0, len(x_MD), chunk_rows):
+        x_RD = x_MD[start : start + chunk_rows]
+        if x_RD.is_cuda and x_RD.dtype != torch.float32:
+            torch.mm(x_RD, weight_VD.T, out_dtype=torch.float32, out=logits[: len(x_RD)])
+        else:
+            torch.mm(x_RD.float(), weight_VD.T.float(), out=logits[: len(x_RD)])
+        yield (
+            slice(start, start + len(x_RD)),
+            logits[: len(x_RD)],
+            None if gradient is None else gradient[: len(x_RD)],
+        )
+
+
+def _launch_rows(
+    logits_RV: Tensor, labels_R: Tensor, grad_R: Tensor | None, logprobs_R: Tensor,
+    entropy_R: Tensor, dz_RV: Tensor | None, temperature: float,
+) -> None:  # fmt: skip
+    _rows_kernel[(len(logits_RV),)](
+        logits_RV, labels_R, logprobs_R if grad_R is None else grad_R, logprobs_R, entropy_R,
+        logits_RV if dz_RV is None else dz_RV, 1.0 / temperature,
+        V=logits_RV.shape[1], BLOCK_V=BLOCK_V, NEEDS_GRADIENT=dz_RV is not None,
+        HAS_GRAD=grad_R is not None, num_warps=NUM_WARPS, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """total + left @ right, accumulated in float32."""
+    if left.is_cuda and left.dtype != torch.float32:
+        return torch.addmm(total, left, right, out_dtype=torch.float32)
+    return total.addmm_(left.float(), right.float())
+
+
+def linear_logprob_triton(
+    x_MD: Tensor,
+    weight_VD: Tensor,
+    labels_M: Tensor,
+    *,
+    temperature: float = 1.0,
+    chunk_rows: int = 1024,
+) -> tuple[Tensor, Tensor]:
+    """`linear_logprob_reference` with library products and one Triton pass over each chunk.
+
+    A chunk's float32 logits and their 16-bit gradient are all that exists: 6 V bytes a row of the
+    chunk.
+    """
+    pair: tuple[Tensor, Tensor] = _LinearLogprobTriton.apply(
+        x_MD, weight_VD, labels_M.contiguous(), temperature, chunk_rows
+    )
+    return pair
+
+
 def linear_logprob(
     x_MD: Tensor,
     weight_VD: Tensor,
@@ -132,6 +290,5 @@ def linear_logprob(
     """Log-probabilities [M] of the labels and entropies [M] (without gradient) of softmax(x W^T /
     temperature).
     """
-    return linear_logprob_reference(
-        x_MD, weight_VD, labels_M, temperature=temperature, chunk_rows=chunk_rows
-    )
+    chosen = linear_logprob_triton if uses_triton(x_MD) else linear_logprob_reference
+    return chosen(x_MD, weight_VD, labels_M, temperature=temperature, chunk_rows=chunk_rows)

@@ -3,7 +3,13 @@
 Shapes: x [..., D], weight [D] -> [..., D]. Arithmetic in float32 (float64 for float64 input), one
 rounding before the weight, as the checkpoints of the Llama and Qwen families were trained with.
 Bytes per row of D 16-bit values: forward reads 2D and writes 2D; backward reads 4D and writes 2D.
-arXiv 1910.07467.
+
+With a residual: s = x + residual, rounded to x's dtype, and y = the norm of that rounded s; both
+are returned. Forward reads 4D and writes 4D; backward reads 6D and writes 2D.
+
+Backward, with n = x / rms(x) and g = dy weight: dx = (g - n mean(g n)) / rms(x) (plus ds), d weight
+= the sum over rows of dy n, in fixed partitions of rows. The norm is computed again from x, nothing
+but x is kept. arXiv 1910.07467.
 """
 
 from __future__ import annotations
@@ -13,7 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["rms_norm", "rms_norm_reference"]
+from sparring.kernels import jit, rounded, tl, triton, uses_triton
+
+__all__ = [
+    "rms_norm",
+    "rms_norm_reference",
+    "rms_norm_triton",
+    "add_rms_norm",
+    "add_rms_norm_reference",
+    "add_rms_norm_triton",
+]
+
+WEIGHT_PARTITION = 128
+"""Rows whose part of a weight's gradient one program sums."""
 
 
 def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -58,6 +76,168 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return normed
 
 
+def add_rms_norm_reference(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(RMSNorm of x + residual, x + residual), all [..., D]; differentiable in all three."""
+    summed = x + residual
+    return rms_norm_reference(summed, weight, eps), summed
+
+
+@jit
+def _forward_kernel(
+    x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr,
+    num_rows, inner, stride_outer, stride_inner, eps,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK_D)
+    inside = (rows < num_rows)[:, None] & (columns < D)[None, :]
+    starts = (rows // inner) * stride_outer + (rows % inner) * stride_inner
+    x = tl.load(x_ptr + starts[:, None] + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    flat = rows[:, None] * D + columns[None, :]
+    dtype = y_ptr.dtype.element_ty
+    if HAS_RESIDUAL:
+        x += tl.load(residual_ptr + flat, mask=inside, other=0.0).to(tl.float32)
+        kept = rounded(x, dtype)
+        tl.store(sum_ptr + flat, kept, mask=inside)
+        x = kept.to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / D + eps)
+    normed = rounded(x * scale[:, None], dtype).to(tl.float32)
+    weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
+    tl.store(y_ptr + flat, rounded(normed * weight[None, :], dtype), mask=inside)
+
+
+@jit
+def _backward_kernel(
+    dy_ptr, ds_ptr, x_ptr, weight_ptr, dx_ptr, partial_ptr,
+    num_rows, inner, stride_outer, stride_inner, eps,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, NEEDS_WEIGHT: tl.constexpr,
+):  # fmt: skip
+    columns = tl.arange(0, BLOCK_D)
+    weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
+    d_weight = tl.zeros([BLOCK_D], tl.float32)
+    dtype = dx_ptr.dtype.element_ty
+    for tile in range(TILES):
+        rows = (tl.program_id(0).to(tl.int64) * TILES + tile) * ROWS + tl.arange(0, ROWS)
+        inside = (rows < num_rows)[:, None] & (columns < D)[None, :]
+        starts = (rows // inner) * stride_outer + (rows % inner) * stride_inner
+        at = x_ptr + starts[:, None] + columns[None, :]
+        x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        flat = rows[:, None] * D + columns[None, :]
+        dy = tl.load(dy_ptr + flat, mask=inside, other=0.0).to(tl.float32)
+        scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / D + eps)
+        normed = x * scale[:, None]
+        if NEEDS_WEIGHT:
+            d_weight += tl.sum(dy * rounded(normed, dtype).to(tl.float32), axis=0)
+        inner_grad = dy * weight[None, :]
+        along = tl.sum(inner_grad * normed, axis=1) / D
+        dx = (inner_grad - normed * along[:, None]) * scale[:, None]
+        if HAS_RESIDUAL:
+            dx += tl.load(ds_ptr + flat, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + flat, rounded(dx, dtype), mask=inside)
+    if NEEDS_WEIGHT:
+        tl.store(partial_ptr + tl.program_id(0) * D + columns, d_weight, mask=columns < D)
+
+
+def tile_of(width: int) -> dict[str, int]:
+    """Launch table: it depends on the row's width alone, so a row's sum has one order."""
+    block = max(16, triton.next_power_of_2(width))
+    return {
+        "BLOCK_D": block,
+        "ROWS": max(1, 2048 // block),
+        "num_warps": 4 if block <= 2048 else 8 if block <= 8192 else 16,
+    }
+
+
+def _rows_of(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
+    """x and (rows, rows an outer step has, stride of the outer and of the inner step)."""
+    if x.dim() == 3 and x.stride(-1) == 1:
+        return x, (x.shape[0] * x.shape[1], x.shape[1], x.stride(0), x.stride(1))
+    x = x.contiguous()
+    return x, (x.numel() // x.shape[-1], 1, x.shape[-1], 0)
+
+
+def _forward_triton(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    x, rows = _rows_of(x)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    summed = y if residual is None else torch.empty_like(y)
+    tile = tile_of(x.shape[-1])
+    if rows[0]:
+        _forward_kernel[(triton.cdiv(rows[0], tile["ROWS"]),)](
+            x, x if residual is None else residual.contiguous(), weight, y, summed, *rows, eps,
+            D=x.shape[-1], HAS_RESIDUAL=residual is not None, enable_fp_fusion=True, **tile,
+        )  # fmt: skip
+    return y, (x if residual is None else summed)
+
+
+def _backward_triton(
+    dy: Tensor, ds: Tensor | None, x: Tensor, weight: Tensor, eps: float, needs_weight: bool
+) -> tuple[Tensor, Tensor | None]:
+    x, rows = _rows_of(x)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    width, tile = x.shape[-1], tile_of(x.shape[-1])
+    tiles = max(1, WEIGHT_PARTITION // tile["ROWS"]) if needs_weight else 1
+    num_programs = triton.cdiv(rows[0], tile["ROWS"] * tiles)
+    partial = dx
+    if needs_weight:
+        partial = torch.empty(num_programs, width, dtype=torch.float32, device=x.device)
+    if rows[0]:
+        _backward_kernel[(num_programs,)](
+            dy.contiguous(), dx if ds is None else ds.contiguous(), x, weight, dx, partial,
+            *rows, eps, D=width, TILES=tiles, HAS_RESIDUAL=ds is not None, NEEDS_WEIGHT=needs_weight,
+            enable_fp_fusion=True, **tile,
+        )  # fmt: skip
+    return dx, partial.sum(0).to(weight.dtype) if needs_weight else None
+
+
+class _RmsNormTriton(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        y, normed_of = _forward_triton(x, residual, weight, eps)
+        ctx.save_for_backward(normed_of, weight)
+        ctx.eps, ctx.has_residual = eps, residual is not None
+        return y, normed_of if residual is not None else y.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        ds = grads[1] if ctx.has_residual else None
+        dx, d_weight = _backward_triton(grads[0], ds, x, weight, ctx.eps, ctx.needs_input_grad[2])
+        return dx, dx if ctx.has_residual else None, d_weight, None
+
+
+def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`rms_norm_reference` as one launch either way (two where the weight is trained)."""
+    if not torch.is_grad_enabled():
+        return _forward_triton(x, None, weight, eps)[0]
+    return _RmsNormTriton.apply(x, None, weight, eps)[0]
+
+
+def add_rms_norm_triton(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`add_rms_norm_reference` as one launch either way (two where the weight is trained)."""
+    if not torch.is_grad_enabled():
+        return _forward_triton(x, residual, weight, eps)
+    pair: tuple[Tensor, Tensor] = _RmsNormTriton.apply(x, residual, weight, eps)
+    return pair
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension of x [..., D] with weight [D]; differentiable in both."""
+    if uses_triton(x):
+        return rms_norm_triton(x, weight, eps)
     return rms_norm_reference(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(RMSNorm of x + residual, x + residual), all [..., D]; differentiable in all three."""
+    if uses_triton(x):
+        return add_rms_norm_triton(x, residual, weight, eps)
+    return add_rms_norm_reference(x, residual, weight, eps)

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["rope", "rope_reference"]
+from sparring.kernels import jit, rounded, tl, triton, uses_triton
+
+__all__ = ["rope", "rope_reference", "rope_triton"]
 
 
 def _rotate(x_THE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -50,8 +52,73 @@ def rope_reference(x_THE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated
 
 
+@jit
+def _rotate_kernel(
+    x_ptr, cos_ptr, sin_ptr, y_ptr, num_heads, stride_t, stride_h,
+    HALF: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    columns = tl.arange(0, BLOCK_E)
+    cos = tl.load(cos_ptr + token * HALF + columns, mask=columns < HALF, other=0.0)[None, :]
+    sin = tl.load(sin_ptr + token * HALF + columns, mask=columns < HALF, other=0.0)[None, :]
+    if BACKWARD:
+        sin = -sin
+    inside = (heads < num_heads)[:, None] & (columns < HALF)[None, :]
+    at = x_ptr + token * stride_t + heads[:, None] * stride_h + columns[None, :]
+    first = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32)
+    to = y_ptr + (token * num_heads + heads[:, None]) * (2 * HALF) + columns[None, :]
+    dtype = y_ptr.dtype.element_ty
+    tl.store(to, rounded(first * cos - second * sin, dtype), mask=inside)
+    tl.store(to + HALF, rounded(second * cos + first * sin, dtype), mask=inside)
+
+
+def tile_of(num_heads: int, half: int) -> dict[str, int]:
+    """Launch table: one program holds up to 4,096 pairs of one token's heads."""
+    block_e = max(16, triton.next_power_of_2(half))
+    block_h = min(triton.next_power_of_2(num_heads), max(1, 4096 // block_e))
+    return {"BLOCK_E": block_e, "BLOCK_H": block_h, "num_warps": 4}
+
+
+def _rotate_triton(x_THE: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
+    num_tokens, num_heads, size = x_THE.shape
+    if x_THE.stride(-1) != 1:
+        x_THE = x_THE.contiguous()
+    y_THE = torch.empty(x_THE.shape, dtype=x_THE.dtype, device=x_THE.device)
+    tile = tile_of(num_heads, size // 2)
+    if num_tokens:
+        _rotate_kernel[(num_tokens, triton.cdiv(num_heads, tile["BLOCK_H"]))](
+            x_THE, cos.contiguous(), sin.contiguous(), y_THE, num_heads, *x_THE.stride()[:2],
+            HALF=size // 2, BACKWARD=backward, enable_fp_fusion=True, **tile,
+        )  # fmt: skip
+    return y_THE
+
+
+class _RopeTriton(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_THE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate_triton(x_THE, cos, sin, False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate_triton(grads[0], cos, sin, True), None, None
+
+
+def rope_triton(x_THE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rope_reference` as one launch either way; x may be a view with strides."""
+    if not torch.is_grad_enabled():
+        return _rotate_triton(x_THE, cos, sin, False)
+    rotated: Tensor = _RopeTriton.apply(x_THE, cos, sin)
+    return rotated
+
+
 def rope(x_THE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate every head of x [T, H, E] by its token's angles; cos and sin [T, E / 2];
     differentiable in x.
     """
+    if uses_triton(x_THE):
+        return rope_triton(x_THE, cos, sin)
     return rope_reference(x_THE, cos, sin)

@@ -3,7 +3,8 @@
 Shapes: gate_up [T, 2F], gate first -> [T, F]. Arithmetic in float32 (float64 for float64 input),
 one rounding at the end. Backward with s = sigmoid(gate): d up = dh gate s, d gate = dh up s (1 +
 gate (1 - s)). Bytes per token of 16-bit values: forward 4F read and 2F written, backward 6F read
-and 4F written. arXiv 2002.05202.
+and 4F written; the Triton form can write the gradient over gate_up, which then takes no memory.
+arXiv 2002.05202.
 """
 
 from __future__ import annotations
@@ -14,7 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["swiglu", "swiglu_reference"]
+from sparring.kernels import jit, rounded, tl, triton, uses_triton
+
+__all__ = ["swiglu", "swiglu_reference", "swiglu_triton"]
+
+BLOCK_F = 1024
+NUM_WARPS = 4
 
 
 def _halves(gate_up: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,6 +60,85 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
     return product
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up for gate_up [T, 2F], gate in the first half -> [T, F]; differentiable."""
+@jit
+def _forward_kernel(x_ptr, h_ptr, stride_xt, F: tl.constexpr, BLOCK_F: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    inside = columns < F
+    at = x_ptr + token * stride_xt + columns
+    gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(at + F, mask=inside, other=0.0).to(tl.float32)
+    h = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(h_ptr + token * F + columns, rounded(h, h_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def _backward_kernel(x_ptr, dh_ptr, dx_ptr, stride_xt, F: tl.constexpr, BLOCK_F: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    inside = columns < F
+    at = x_ptr + token * stride_xt + columns
+    gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(at + F, mask=inside, other=0.0).to(tl.float32)
+    dh = tl.load(dh_ptr + token * F + columns, mask=inside, other=0.0).to(tl.float32)
+    sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+    silu = gate * sigmoid
+    d_gate = dh * up * (sigmoid + silu * (1.0 - sigmoid))
+    dtype = dx_ptr.dtype.element_ty
+    to = dx_ptr + token * stride_xt + columns
+    tl.store(to, rounded(d_gate, dtype), mask=inside)
+    tl.store(to + F, rounded(dh * silu, dtype), mask=inside)
+
+
+def _forward_triton(gate_up: Tensor) -> Tensor:
+    x = gate_up.reshape(-1, gate_up.shape[-1]).contiguous()
+    half = x.shape[1] // 2
+    h = torch.empty(len(x), half, dtype=x.dtype, device=x.device)
+    if len(x):
+        _forward_kernel[(len(x), triton.cdiv(half, BLOCK_F))](
+            x, h, x.stride(0), F=half, BLOCK_F=BLOCK_F, num_warps=NUM_WARPS, enable_fp_fusion=True
+        )
+    return h.view(*gate_up.shape[:-1], half)
+
+
+class _SwigluTriton(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, overwrite: bool) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        ctx.overwrite = overwrite
+        return _forward_triton(gate_up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (gate_up,) = ctx.saved_tensors
+        x = gate_up.reshape(-1, gate_up.shape[-1]).contiguous()
+        half = x.shape[1] // 2
+        dx = x if ctx.overwrite else torch.empty_like(x)
+        if len(x):
+            _backward_kernel[(len(x), triton.cdiv(half, BLOCK_F))](
+                x, grads[0].contiguous(), dx, x.stride(0),
+                F=half, BLOCK_F=BLOCK_F, num_warps=NUM_WARPS, enable_fp_fusion=True,
+            )  # fmt: skip
+        return dx.view(gate_up.shape), None
+
+
+def swiglu_triton(gate_up: Tensor, *, overwrite: bool = False) -> Tensor:
+    """`swiglu_reference` as one launch either way.
+
+    overwrite: the backward pass writes the gradient over gate_up, so it can run once and nobody
+    else may read gate_up afterwards.
+    """
+    if not torch.is_grad_enabled():
+        return _forward_triton(gate_up)
+    product: Tensor = _SwigluTriton.apply(gate_up, overwrite)
+    return product
+
+
+def swiglu(gate_up: Tensor, *, overwrite: bool = False) -> Tensor:
+    """silu(gate) * up for gate_up [T, 2F], gate in the first half -> [T, F]; differentiable.
+
+    overwrite: on a GPU the backward pass may write over gate_up (it can run once only).
+    """
+    if uses_triton(gate_up):
+        return swiglu_triton(gate_up, overwrite=overwrite)
     return swiglu_reference(gate_up)

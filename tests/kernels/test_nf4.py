@@ -1,0 +1,78 @@
+"""The NF4 format against bitsandbytes' own CPU code."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparring.kernels import nf4
+
+oracle = pytest.importorskip("bitsandbytes.functional")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def sample(shape, dtype):
+    weight = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
+    weight[3] = 0
+    weight[4, 5] = 7
+    weight[6] = -weight[6].abs()
+    return weight
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(256, 512), (70, 128), (128, 64), (64, 96)])
+def test_quantise_and_decode_as_bitsandbytes_does(shape, dtype):
+    weight = sample(shape, dtype)
+    packed, state = oracle.quantize_4bit(
+        weight, quant_type="nf4", compress_statistics=True, blocksize=64
+    )
+    ours = nf4.quantize_nf4(weight)
+    assert torch.equal(ours.packed, packed.reshape(-1))
+    assert torch.equal(ours.absmax2, state.state2.absmax)
+    assert torch.equal(ours.offset, state.offset.expand(len(ours.offset)))
+    steps = (ours.absmax.int() - state.absmax.int()).abs()
+    # its CPU table is coarse next to zero, where one outlier pushes the other scales
+    assert steps.max() <= 2
+    assert (steps > 0).float().mean() < 0.02
+    theirs = nf4.NF4Matrix(
+        packed=packed.reshape(-1),
+        absmax=state.absmax,
+        absmax2=state.state2.absmax,
+        offset=ours.offset,
+        shape=shape,
+        dtype=dtype,
+    )
+    assert torch.equal(nf4.dequantize_nf4(theirs), oracle.dequantize_4bit(packed, state))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_without_double_quantisation(dtype):
+    weight = sample((70, 128), dtype)
+    packed, state = oracle.quantize_4bit(weight, quant_type="nf4", blocksize=64)
+    ours = nf4.quantize_nf4(weight, double=False)
+    assert torch.equal(ours.packed, packed.reshape(-1))
+    assert torch.equal(ours.absmax, state.absmax)
+    assert torch.equal(nf4.dequantize_nf4(ours), oracle.dequantize_4bit(packed, state))
+
+
+@pytest.mark.parametrize("shapes", [((128, 128), (256, 128)), ((7, 64), (5, 64), (300, 64))])
+def test_fused_parts_and_row_slices_decode_to_the_same_bits(shapes):
+    parts = [nf4.quantize_nf4(sample((max(s[0], 7), s[1]), torch.bfloat16)[: s[0]]) for s in shapes]
+    fused = nf4.fuse_nf4(parts)
+    want = torch.cat([nf4.dequantize_nf4(part) for part in parts])
+    assert torch.equal(nf4.dequantize_nf4(fused), want)
+    out = torch.full((3, shapes[0][1]), float("nan"), dtype=torch.bfloat16)
+    assert torch.equal(nf4.dequantize_nf4(fused, rows=slice(4, 7), out=out), want[4:7])
+
+
+def test_bytes_and_error_of_a_round_trip():
+    weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(1))
+    matrix = nf4.quantize_nf4(weight)
+    assert matrix.num_bytes / weight.numel() == pytest.approx(0.5161, abs=2e-4)
+    relative = (nf4.dequantize_nf4(matrix) - weight).norm() / weight.norm()
+    assert 0.085 < relative < 0.1
+
+
+def test_a_number_of_weights_that_makes_no_whole_blocks():
+    with pytest.raises(ValueError, match="multiple of 64"):
+        nf4.quantize_nf4(torch.zeros(3, 10))

@@ -1,0 +1,28 @@
+"""The interpreter's tests in a process of their own: the switch must be set before the import."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_kernels_in_the_interpreter():
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    outcome = subprocess.run(
+        [*command, "tests/kernels/test_triton.py"],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+    )
+    assert outcome.returncode == 0, outcome.stdout[-4000:] + outcome.stderr[-1000:]
+    assert " passed" in outcome.stdout

@@ -1,0 +1,212 @@
+"""Every Triton kernel against float64, on a GPU or in Triton's interpreter.
+
+In an ordinary process these tests are marked gpu; with TRITON_INTERPRET=1 they run on the CPU
+(tests/kernels/test_processes.py starts that process).
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from sparring.kernels import head, nf4, norm, rope, swiglu
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+pytestmark = (
+    []
+    if INTERPRETED
+    else [
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU or the interpreter"),
+    ]
+)
+HALVES = [torch.bfloat16, torch.float16]
+LIMIT = {torch.bfloat16: 5e-3, torch.float16: 8e-4, torch.float32: 5e-6}
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch):
+    """What kernels allocate starts as NaN, so that an element nobody wrote shows."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        out = empty(*args, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(
+        torch, "empty_like", lambda x, **kw: poisoned(x.shape, dtype=x.dtype, device=x.device)
+    )
+
+
+def random(*shape, dtype, seed=0, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator) * scale).to(dtype).to(DEVICE)
+
+
+def error(got, want):
+    got, want = got.detach().double(), want.detach().double()
+    return ((got - want).norm() / want.norm().clamp_min(1e-30)).item()
+
+
+def check(function, reference, inputs, limit, grads=None):
+    """Outputs and the gradient of every floating input by name, and the same bits twice."""
+    runs = []
+    for _ in range(2):
+        leaves = {n: x.detach().clone().requires_grad_() for n, x in inputs.items()}
+        outputs = function(**leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        grads = grads or [
+            random(*o.shape, dtype=o.dtype, seed=9 + i) for i, o in enumerate(outputs)
+        ]
+        used = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
+        torch.autograd.backward([o for o, _ in used], [g for _, g in used])
+        runs.append((outputs, {n: x.grad for n, x in leaves.items()}))
+    wide = {n: x.detach().double().requires_grad_() for n, x in inputs.items()}
+    wanted = reference(**wide)
+    wanted = wanted if isinstance(wanted, tuple) else (wanted,)
+    used = [(o, g.double()) for o, g in zip(wanted, grads, strict=True) if o.requires_grad]
+    torch.autograd.backward([o for o, _ in used], [g for _, g in used])
+    for i, (got, again, want) in enumerate(zip(runs[0][0], runs[1][0], wanted, strict=True)):
+        assert torch.equal(got, again), f"output {i} differs between two calls"
+        assert error(got, want) < limit, f"output {i}: {error(got, want)}"
+    for name, x in wide.items():
+        assert torch.equal(runs[0][1][name], runs[1][1][name]), f"gradient of {name} differs"
+        assert error(runs[0][1][name], x.grad) < limit, f"{name}: {error(runs[0][1][name], x.grad)}"
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+@pytest.mark.parametrize("shape", [(3, 64), (130, 80), (5, 3, 128), (2, 1536), (1, 3584)])
+def test_rms_norm(shape, dtype):
+    inputs = {
+        "x": random(*shape, dtype=dtype),
+        "weight": random(shape[-1], dtype=dtype, seed=1),
+    }
+    check(
+        lambda x, weight: norm.rms_norm_triton(x, weight, 1e-6),
+        lambda x, weight: norm.rms_norm_reference(x, weight, 1e-6),
+        inputs,
+        LIMIT[dtype],
+    )
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("shape", [(3, 64), (33, 200)])
+def test_add_rms_norm(shape, dtype):
+    inputs = {
+        "x": random(*shape, dtype=dtype),
+        "residual": random(*shape, dtype=dtype, seed=2),
+        "weight": random(shape[-1], dtype=dtype, seed=1),
+    }
+    check(
+        lambda **kw: norm.add_rms_norm_triton(**kw, eps=1e-5),
+        lambda **kw: norm.add_rms_norm_reference(**kw, eps=1e-5),
+        inputs,
+        LIMIT[dtype],
+    )
+
+
+def test_norm_of_a_view_with_a_frozen_weight():
+    fused = random(6, 9, 64, dtype=torch.bfloat16)
+    x = fused[:, 2:5].detach().requires_grad_()
+    weight = random(64, dtype=torch.bfloat16, seed=1)
+    y = norm.rms_norm_triton(x, weight, 1e-6)
+    assert torch.equal(y, norm.rms_norm_triton(x.detach().contiguous(), weight, 1e-6))
+    y.sum().backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+@pytest.mark.parametrize("size", [64, 80, 128, 256])
+@pytest.mark.parametrize("heads", [1, 7])
+def test_rope(heads, size, dtype):
+    angles = random(5, size // 2, dtype=torch.float32, seed=4)
+    cos, sin = angles.cos(), angles.sin()
+    check(
+        lambda x: rope.rope_triton(x, cos, sin),
+        lambda x: rope.rope_reference(x, cos, sin),
+        {"x": random(5, heads, size, dtype=dtype)},
+        LIMIT[dtype],
+    )
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+@pytest.mark.parametrize("width", [16, 300, 2050])
+def test_swiglu(width, dtype):
+    check(
+        lambda x: swiglu.swiglu_triton(x),
+        lambda x: swiglu.swiglu_reference(x),
+        {"x": random(3, 2 * width, dtype=dtype, scale=3.0)},
+        LIMIT[dtype],
+    )
+
+
+def test_swiglu_writes_its_gradient_over_the_input():
+    x = random(4, 600, dtype=torch.bfloat16)
+    grad = random(4, 300, dtype=torch.bfloat16, seed=5)
+    apart = x.clone().requires_grad_()
+    swiglu.swiglu_triton(apart).backward(grad)
+    leaf = x.clone().requires_grad_()
+    over = leaf * 1
+    swiglu.swiglu_triton(over, overwrite=True).backward(grad)
+    assert torch.equal(leaf.grad, apart.grad)
+    assert torch.equal(over.detach(), apart.grad)
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+@pytest.mark.parametrize("vocabulary", [37, 4096, 5003])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_frozen_head(vocabulary, temperature, dtype):
+    weight = random(vocabulary, 64, dtype=dtype, seed=1, scale=0.3)
+    labels = torch.randint(vocabulary, (9,), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    knobs = {"labels_M": labels, "temperature": temperature, "chunk_rows": 4}
+    check(
+        lambda x: head.linear_logprob_triton(x, weight, **knobs),
+        lambda x: head.linear_logprob_reference(x, weight.double(), **knobs),
+        {"x": random(9, 64, dtype=dtype)},
+        LIMIT[dtype],
+    )
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_trained_head(dtype):
+    labels = torch.tensor([0, 3, 500, 3, 77], device=DEVICE)
+    check(
+        lambda x, weight: head.linear_logprob_triton(x, weight, labels, chunk_rows=2),
+        lambda x, weight: head.linear_logprob_reference(x, weight, labels, chunk_rows=2),
+        {
+            "x": random(5, 64, dtype=dtype),
+            "weight": random(501, 64, dtype=dtype, seed=1, scale=0.3),
+        },
+        2 * LIMIT[dtype],
+    )
+
+
+def test_logits_of_minus_infinity_and_one_certain_token():
+    x = torch.zeros(2, 16, device=DEVICE)
+    x[:, 0] = 1.0
+    weight = torch.zeros(40, 16, device=DEVICE)
+    weight[:, 0] = -1000.0
+    weight[3, 0] = 1000.0
+    logprobs, entropy = head.linear_logprob_triton(x, weight, torch.tensor([3, 3], device=DEVICE))
+    assert logprobs.tolist() == [0.0, 0.0]
+    assert entropy.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+@pytest.mark.parametrize("shape", [(3, 64), (70, 128), (130, 576)])
+def test_dequantize_nf4_bits(shape, dtype, double):
+    weight = random(*shape, dtype=dtype, scale=0.02)
+    weight[1] = 0
+    weight[2, 5] = 7
+    matrix = nf4.quantize_nf4(weight, double=double)
+    for out in (torch.bfloat16, torch.float16, torch.float32):
+        want = nf4.dequantize_nf4_reference(matrix, dtype=out)
+        assert torch.equal(nf4.dequantize_nf4_triton(matrix, dtype=out), want)
+        rows = slice(1, shape[0] - 1)
+        assert torch.equal(nf4.dequantize_nf4_triton(matrix, dtype=out, rows=rows), want[rows])
