@@ -11,7 +11,9 @@ template rewrites history (Qwen3 drops earlier thinking) or the tokenizer joins 
 seam, the sample ends and the turn opens a new one: so every turn is learned behind exactly the
 tokens that the model is given when it has to write that turn. A row may become several samples. A
 turn that does not begin with the template's prefill (one with thinking, where the template puts an
-empty think block) is learned behind the generation prompt without the prefill.
+empty think block) is learned behind the generation prompt without the prefill. A turn without
+thinking is learned behind the template's empty think block; where the template only opens one,
+closing it is learned first.
 
 Which columns hold the conversation, in the order in which they are looked for:
 
@@ -19,6 +21,7 @@ Which columns hold the conversation, in the order in which they are looked for:
     conversations                  ShareGPT: from/value (or role/content), `system` beside it
     prompt, completion             both text, or both lists of messages
     instruction, input, output     alpaca, with `system` and `history` ([question, answer] pairs)
+    query, response                the same in the words of ms-swift
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ NO_END = (
     "stop; set eos_token in tokenizer_config.json"
 )
 _THOUGHT = re.compile(r"<think>(.*?)</think>", re.DOTALL)
+_EMPTY_THINK = re.compile(r"<think>\s*(</think>\s*)?\Z")
 _SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -219,11 +223,13 @@ def _find_format(
     if {prompt_column, completion_column} <= columns:
         return lambda row: _read_completion(row, prompt_column, completion_column)
     if {"instruction", "output"} <= columns:
-        return _read_alpaca
+        return lambda row: _read_alpaca(row, "instruction", "output")
+    if {"query", "response"} <= columns:
+        return lambda row: _read_alpaca(row, "query", "response")
     raise DataError(
         f"{rows.source} holds no conversations: its columns are {', '.join(rows.columns)}; "
         f"expected messages, or conversations, or {prompt_column} and {completion_column}, or "
-        "instruction and output"
+        "instruction and output, or query and response"
     )
 
 
@@ -272,15 +278,15 @@ def _read_completion(row: Row, prompt_column: str, completion_column: str) -> Di
     )
 
 
-def _read_alpaca(row: Row) -> Dialogue:
-    question, output = _text_field(row, "instruction"), _text_field(row, "output")
+def _read_alpaca(row: Row, asked: str, answered: str) -> Dialogue:
+    question, output = _text_field(row, asked), _text_field(row, answered)
     extra = _text_field(row, "input", optional=True)
     if extra.strip():
         question = f"{question}\n{extra}" if question.strip() else extra
     if not question.strip():
-        raise DataError("'instruction' is empty")
+        raise DataError(f"'{asked}' is empty")
     if not output.strip():
-        raise DataError("'output' is empty")
+        raise DataError(f"'{answered}' is empty")
     messages = list(_system(row))
     for pair in row.get("history") or ():
         if (
@@ -379,6 +385,12 @@ def _turn(messages: tuple[Message, ...], template: ChatTemplate) -> tuple[list[i
         )
     target = whole[len(prompt) :]
     thought = _THOUGHT.search(content)
+    has_thinking = "</think>" in content or bool(messages[-1].get("reasoning_content"))
+    block = _EMPTY_THINK.search(opened.prefill)
+    if block and prompt != opened.text and not has_thinking:
+        if not block.group(1):
+            target = ("" if opened.prefill.endswith("\n") else "\n") + "\n</think>\n\n" + target
+        prompt = opened.text
     if thought and thought.group(1).strip() not in target:
         raise DataError(
             f"the chat template ({template.name}) drops the thinking of message {len(messages)}; "

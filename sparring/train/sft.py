@@ -12,11 +12,12 @@ from __future__ import annotations
 from typing import Any
 
 from sparring.algorithms.losses import sft as sft_loss
-from sparring.data.conversations import ConversationSet, load_conversations
+from sparring.data.conversations import ConversationSet
 from sparring.data.packing import pack_conversations
-from sparring.data.rows import load_rows
 from sparring.errors import Interrupted, RunError
 from sparring.recipe import Recipe
+from sparring.train.demonstrations import load_dialogues, load_training_rows, shown_answers
+from sparring.train.inference import training_template
 from sparring.train.interrupt import Interruptions
 from sparring.train.optimizer import Optimizer, build_optimizer
 from sparring.train.order import rows_of_step
@@ -33,11 +34,16 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
     """
     with Interruptions() as interruptions, open_session(recipe, "sft", resume=resume) as session:
         policy = build_policy(recipe)
-        rows = _load(recipe, policy, session, recipe.data.train, recipe.data.split)
-        policy = policy.speaking(rows.template)
+        template, lines = training_template(recipe, policy.tokenizer)
+        policy = policy.speaking(template)
+        for line in lines:
+            session.say(line)
+        rows = load_training_rows(recipe, policy, say=session.say)
         held_out = None
         if recipe.data.eval:
-            held_out = _load(recipe, policy, session, recipe.data.eval, recipe.data.eval_split)
+            held_out = load_dialogues(
+                recipe, policy, recipe.data.eval, recipe.data.eval_split, say=session.say
+            )
         session.describe(policy)
         optimizer = build_optimizer(
             policy.model.trainable_parameters(),
@@ -53,6 +59,10 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
         start = session.restore(policy.model, optimizer)
         _steps(recipe, policy, rows, held_out, optimizer, session, interruptions, start)
         losses = {} if held_out is None else {"eval_loss": held_out_loss(recipe, policy, held_out)}
+        with session.phase("eval"), interruptions.interruptible():
+            session.show_answers(
+                recipe.train.steps, shown_answers(recipe, policy, held_out or rows)
+            )
         session.save_final(policy)
         return session.finish(losses)
 
@@ -94,6 +104,9 @@ def _steps(
                 with session.phase("eval"):
                     loss = held_out_loss(recipe, policy, held_out)
                 session.log_eval_loss(step + 1, loss)
+                if step + 1 < section.steps:
+                    with session.phase("eval"), interruptions.interruptible():
+                        session.show_answers(step + 1, shown_answers(recipe, policy, held_out))
             interruptions.check()
     except (Interrupted, RunError):
         session.checkpoint(optimizer.step_count, policy.model, optimizer)
@@ -105,20 +118,3 @@ def held_out_loss(recipe: Recipe, policy: Policy, rows: ConversationSet) -> floa
     conversations = rows.conversations[: recipe.eval.limit or None]
     batches = pack_conversations(conversations, max_tokens=recipe.train.micro_batch_tokens)
     return score_loss(policy.model, batches, sft_loss)
-
-
-def _load(
-    recipe: Recipe, policy: Policy, session: Session, source: str, split: str
-) -> ConversationSet:
-    data = recipe.data
-    rows = load_conversations(
-        load_rows(source, split=split, bad_rows=data.bad_rows),
-        policy.tokenizer,
-        template=data.template,
-        system_prompt=data.system_prompt,
-        max_tokens=policy.max_tokens,
-        bad_rows=data.bad_rows,
-    )
-    for line in rows.report():
-        session.say(line)
-    return rows

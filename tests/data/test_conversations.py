@@ -99,7 +99,10 @@ def test_each_turn_is_learned_behind_its_generation_prompt(make_tokenizer, rewri
     samples = load([{"messages": turns}], tokenizer, template=name)
     for index in (1, 3, 5):
         rendered = template.render(turns[:index], add_generation_prompt=True)
-        prefill = "" if turns[index]["content"].startswith(rendered.prefill) else rendered.prefill
+        content, prefill = turns[index]["content"], rendered.prefill
+        closes = "<think>" in prefill and "</think>" not in content
+        if content.startswith(prefill) or closes:
+            prefill = ""
         ids = template.encode(rendered.text.removesuffix(prefill) if prefill else rendered.text)
         behind = [
             sample
@@ -120,8 +123,24 @@ def test_prefill_belongs_to_the_prompt(make_tokenizer, chatml):
     )
     assert learned(thinking, tokenizer) == ["x\n</think>\n\na" + END]
     assert whole(thinking, tokenizer).endswith("assistant\n<think>\nx\n</think>\n\na" + END)
-    assert learned(direct, tokenizer) == ["a" + END]
-    assert "think" not in whole(direct, tokenizer)
+    assert learned(direct, tokenizer) == ["\n</think>\n\na" + END]
+    assert whole(direct, tokenizer).endswith("assistant\n<think>\n\n</think>\n\na" + END)
+
+
+def test_an_empty_think_block_of_the_template_stays_in_the_prompt(make_tokenizer, chatml):
+    block = "<think>\n\n</think>\n\n"
+    opened = chatml.replace("assistant\n{% endif %}", f"assistant\n{block}{{% endif %}}")
+    tokenizer = make_tokenizer(opened)
+    for answer in ("a", block + "a"):
+        (sample,) = load([{"messages": chat("q", answer)}], tokenizer)
+        assert learned(sample, tokenizer) == ["a" + END]
+        assert whole(sample, tokenizer).endswith(f"assistant\n{block}a{END}")
+
+
+def test_rows_of_ms_swift(make_tokenizer, chatml):
+    rows = [{"query": "q2", "response": "a2", "history": [["q1", "a1"]], "tag": "en"}]
+    (sample,) = load(rows, make_tokenizer(chatml))
+    assert learned(sample, make_tokenizer(chatml)) == ["a1" + END, "a2" + END]
 
 
 def test_prompt_and_completion_text(make_tokenizer, chatml):
