@@ -60,6 +60,7 @@ class MathReward:
         decimals: Literal["exact", "rounded"] = "exact",
         mixed_numbers: bool = True,
         limit_seconds: float = 3.0,
+        budget_seconds: float = 25.0,
         num_workers: int = 2,
     ) -> None:
         """Set the policy.
@@ -69,12 +70,14 @@ class MathReward:
         both sides or none; "ignore": 50% equals 50. units "one_side": a unit on one side only is
         dropped, two must match; "match": both must carry the same; "ignore". fractions: "reduced"
         refuses 2/4 for 1/2. decimals "rounded": the reference is a rounded decimal, half a unit of
-        its last place is allowed. limit_seconds: wall clock of one comparison of formulas.
+        its last place is allowed. limit_seconds: wall clock of one comparison of formulas;
+        budget_seconds: of all comparisons of a batch, None for what it leaves over (keep it below
+        timeout_seconds).
         """
-        if limit_seconds <= 0 or num_workers < 1:
+        if min(limit_seconds, budget_seconds, num_workers) <= 0:
             raise RewardError(
-                f"reward 'math': limit_seconds = {limit_seconds} and num_workers = {num_workers} "
-                "must be positive"
+                f"reward 'math': limit_seconds = {limit_seconds}, "
+                f"budget_seconds = {budget_seconds} and num_workers = {num_workers} must be positive"
             )
         self._sources: tuple[Source, ...] = tuple(sources)
         self._several_boxes = several_boxes
@@ -85,7 +88,9 @@ class MathReward:
             decimals=decimals,
             mixed_numbers=mixed_numbers,
         )
-        self.pool = MathPool(num_workers=num_workers, limit_seconds=limit_seconds)
+        self.pool = MathPool(
+            num_workers=num_workers, limit_seconds=limit_seconds, budget_seconds=budget_seconds
+        )
 
     def __call__(
         self,

@@ -169,10 +169,12 @@ def _against_structure(
     answer: str, reference: str, gold_name: str, gold: Structure, policy: Policy
 ) -> Decision:
     shape = parse_structure(answer)
-    if shape is None or (shape.kind != gold.kind and gold.kind == "list"):
+    if gold.kind in ("list", "set"):
+        reference = _as_set(list(gold.parts))  # one spelling for the worker
+    if shape is None:
         name, value = split_name(answer)
         if name and not (gold_name and gold_name != name):
-            shape = parse_structure(value) or shape
+            shape = parse_structure(value)
     if shape is None:
         if may_be_structure(answer):
             return _pairs(((reference, answer),))

@@ -23,30 +23,42 @@ from sparring.rewards.process import (
     module_command,
 )
 
+PATIENCE = 3
+"""So many pairs of a batch may take the whole limit; what follows has a quarter of it."""
+
 RECYCLE_AFTER = 500
 """Pairs that one worker compares before it is replaced: SymPy's caches only grow."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Whether an answer equals its reference; None where the reference is to blame. reason: why."""
+    """Whether an answer equals its reference; None where the reference is to blame.
+
+    reason: why. is_late: the wall clock ended it.
+    """
 
     verdict: bool | None
     reason: str
+    is_late: bool = False
 
 
 class MathPool:
-    """Up to `num_workers` workers, started at their first use."""
+    """Up to `num_workers` workers, started at their first use.
+
+    limit_seconds: wall clock of one pair; a quarter of it once three pairs of a batch have run into
+    it. budget_seconds: wall clock of a whole batch; pairs that it leaves over get None.
+    """
 
     def __init__(
         self,
         *,
         num_workers: int = 2,
         limit_seconds: float = 3.0,
+        budget_seconds: float = 25.0,
         recycle_after: int = RECYCLE_AFTER,
         module: str = "sparring.rewards.math_worker",
     ) -> None:
-        self._limit = limit_seconds
+        self._limit, self._budget = limit_seconds, budget_seconds
         self._recycle_after = recycle_after
         self._module = module
         self._workers: list[Worker] = []
@@ -78,8 +90,10 @@ class MathPool:
         while len(self._workers) < wanted:
             self._workers.append(Worker(self._module, self._limit, self._recycle_after))
         results: dict[Pair, Comparison] = {}
+        deadline = time.monotonic() + self._budget
+        arguments = (work, results, self._limit, deadline)
         threads = [
-            threading.Thread(target=_drain, args=(worker, work, results), daemon=True)
+            threading.Thread(target=_drain, args=(worker, *arguments), daemon=True)
             for worker in self._workers[:wanted]
         ]
         for thread in threads:
@@ -101,7 +115,7 @@ class Worker:
         self._broken = ""
         self.num_spawned = 0
 
-    def compare(self, pair: Pair) -> Comparison:
+    def compare(self, pair: Pair, limit_seconds: float) -> Comparison:
         """Ask the process. Never raises: a worker that cannot start gives None with the reason."""
         if self._process is None and not self._broken:
             self._start()
@@ -109,7 +123,7 @@ class Worker:
         if process is None:
             return Comparison(None, self._broken)
         reference = pair[0]
-        deadline = time.monotonic() + self._limit
+        deadline = time.monotonic() + limit_seconds
         try:
             process.send(pair, deadline)
             message = process.receive(deadline)
@@ -118,7 +132,7 @@ class Worker:
                 message = process.receive(deadline)
         except TimeoutError:
             self.stop()
-            return self._blame(reference, f"took over {self._limit:g} s")
+            return self._blame(reference, f"took over {limit_seconds:g} s", is_late=True)
         except EOFError as error:
             self.stop()
             return self._blame(reference, f"ended the worker ({error})")
@@ -133,10 +147,10 @@ class Worker:
             self._process.kill()
         self._process, self._num_compared = None, 0
 
-    def _blame(self, reference: str, what: str) -> Comparison:
+    def _blame(self, reference: str, what: str, *, is_late: bool = False) -> Comparison:
         if reference in self._known:
-            return Comparison(False, f"the comparison {what}")
-        return Comparison(None, f"reading the reference {what}")
+            return Comparison(False, f"the comparison {what}", is_late)
+        return Comparison(None, f"reading the reference {what}", is_late)
 
     def _start(self) -> None:
         self.num_spawned += 1
@@ -156,10 +170,21 @@ class Worker:
             self._process = process
 
 
-def _drain(worker: Worker, work: queue.SimpleQueue[Pair], results: dict[Pair, Comparison]) -> None:
+def _drain(
+    worker: Worker,
+    work: queue.SimpleQueue[Pair],
+    results: dict[Pair, Comparison],
+    limit_seconds: float,
+    deadline: float,
+) -> None:
     while True:
         try:
             pair = work.get_nowait()
         except queue.Empty:
             return
-        results[pair] = worker.compare(pair)
+        if time.monotonic() > deadline:
+            results[pair] = Comparison(None, "the time for this batch was used up before its turn")
+            continue
+        num_late = sum(result.is_late for result in list(results.values()))
+        limit = limit_seconds if num_late < PATIENCE else limit_seconds / 4
+        results[pair] = worker.compare(pair, limit)

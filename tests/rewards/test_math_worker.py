@@ -55,6 +55,21 @@ def test_equal_pairs_are_compared_once_and_a_reference_is_read_once(pool):
     assert results[0] == results[1]
 
 
+def test_many_bombs_get_less_time_each_and_a_batch_has_a_budget():
+    pool = MathPool(num_workers=2, limit_seconds=0.8, budget_seconds=4.0)
+    pool.compare([(REFERENCE, "1"), (REFERENCE, "2")])
+    bombs = [(REFERENCE, f"{n}^{{9^{{9^{{9^{{9}}}}}}}}") for n in range(2, 40)]
+    start = time.perf_counter()
+    results = pool.compare([*bombs, (REFERENCE, "x+\\sqrt{2}")])
+    assert time.perf_counter() - start < 8.0
+    reasons = {result.reason for result in results}
+    assert "the comparison took over 0.8 s" in reasons
+    assert "the comparison took over 0.2 s" in reasons
+    assert results[-1].verdict is None
+    assert "used up" in results[-1].reason
+    pool.close()
+
+
 def test_a_worker_is_recycled_and_then_serves_on():
     pool = MathPool(num_workers=1, recycle_after=2)
     answers = [f"x+{number}" for number in range(5)]
