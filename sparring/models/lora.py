@@ -164,8 +164,19 @@ class LoraAdapter(nn.Module):
         """Add scale (x A^T) B^T to y [T, O] in place; differentiable in y, x, A and B."""
         a = self.a if self.a_shadow is None else self.a_shadow
         b = self.b if self.b_shadow is None else self.b_shadow
+        if not torch.is_grad_enabled():
+            _add_in_place(y_TO, x_TI, a, b, self)
+            return y_TO
         out: Tensor = _AddLora.apply(y_TO, x_TI, self.a, self.b, a, b, self)  # type: ignore[no-untyped-call]
         return out
+
+
+def _add_in_place(y: Tensor, x: Tensor, a: Tensor, b: Tensor, adapter: LoraAdapter) -> Tensor:
+    """y += scale (x A^T) B^T part by part; returns x A^T."""
+    xa = x @ a.T
+    for part in adapter.parts.values():
+        y[:, part.output_rows].addmm_(xa[:, part.ranks], b[part.b_rows].T, alpha=adapter.scale)
+    return xa
 
 
 class _AddLora(torch.autograd.Function):
@@ -180,11 +191,7 @@ class _AddLora(torch.autograd.Function):
         b_used: Tensor,
         adapter: LoraAdapter,
     ) -> Tensor:
-        xa = x @ a_used.T
-        for part in adapter.parts.values():
-            y[:, part.output_rows].addmm_(
-                xa[:, part.ranks], b_used[part.b_rows].T, alpha=adapter.scale
-            )
+        xa = _add_in_place(y, x, a_used, b_used, adapter)
         ctx.mark_dirty(y)
         ctx.adapter = adapter
         ctx.save_for_backward(x, xa, a_used, b_used)

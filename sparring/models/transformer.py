@@ -27,7 +27,7 @@ from sparring.models.lora import LoraAdapter, LoraConfig
 from sparring.models.rope import RopeConfig, inverse_frequencies, rope_tables
 from sparring.types import Batch, TokenScores
 
-HEAD_CHUNK_ROWS = 1024
+HEAD_CHUNK_ROWS = 512
 """Rows of logits that exist at once while a batch is scored."""
 
 

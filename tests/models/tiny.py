@@ -198,6 +198,7 @@ class PagedRows:
 
     def step(self, pieces: Sequence[tuple[int, int, int]]) -> list[Tensor]:
         """Feed tokens start to stop of some rows, as (row, start, stop); logits of each piece."""
+        device = self.model.device
         lengths = [stop - start for _, start, stop in pieces]
         positions = torch.cat([torch.arange(start, stop) for _, start, stop in pieces])
         ids = torch.cat([self.sequences[row][start:stop] for row, start, stop in pieces])
@@ -219,11 +220,12 @@ class PagedRows:
         layout = PagedLayout(
             cu_seqlens=offsets(lengths),
             kv_lengths=tuple(stops),
-            kv_lengths_R=torch.tensor(stops),
-            block_tables_RN=tables,
-            slots_T=slots,
+            kv_lengths_R=torch.tensor(stops, device=device),
+            block_tables_RN=tables.to(device),
+            slots_T=slots.to(device),
             block_size=self.size,
         )
         with torch.no_grad():
-            logits = self.model.logits(self.model(ids, positions, layout, self.pool))
+            hidden = self.model(ids.to(device), positions.to(device), layout, self.pool)
+            logits = self.model.logits(hidden)
         return list(logits.split(lengths))
