@@ -188,8 +188,8 @@ def _backward_triton(
     if rows[0]:
         _backward_kernel[(num_programs,)](
             dy.contiguous(), dx if ds is None else ds.contiguous(), x, weight, dx, partial,
-            *rows, eps, D=width, TILES=tiles, HAS_RESIDUAL=ds is not None, NEEDS_WEIGHT=needs_weight,
-            enable_fp_fusion=True, **tile,
+            *rows, eps, D=width, TILES=tiles, HAS_RESIDUAL=ds is not None,
+            NEEDS_WEIGHT=needs_weight, enable_fp_fusion=True, **tile,
         )  # fmt: skip
     return dx, partial.sum(0).to(weight.dtype) if needs_weight else None
 

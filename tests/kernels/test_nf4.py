@@ -30,10 +30,6 @@ def test_quantise_and_decode_as_bitsandbytes_does(shape, dtype):
     assert torch.equal(ours.packed, packed.reshape(-1))
     assert torch.equal(ours.absmax2, state.state2.absmax)
     assert torch.equal(ours.offset, state.offset.expand(len(ours.offset)))
-    steps = (ours.absmax.int() - state.absmax.int()).abs()
-    # its CPU table is coarse next to zero, where one outlier pushes the other scales
-    assert steps.max() <= 2
-    assert (steps > 0).float().mean() < 0.02
     theirs = nf4.NF4Matrix(
         packed=packed.reshape(-1),
         absmax=state.absmax,
@@ -43,6 +39,16 @@ def test_quantise_and_decode_as_bitsandbytes_does(shape, dtype):
         dtype=dtype,
     )
     assert torch.equal(nf4.dequantize_nf4(theirs), oracle.dequantize_4bit(packed, state))
+
+
+def test_scales_are_within_one_step_of_bitsandbytes():
+    weight = torch.randn(512, 512, generator=torch.Generator().manual_seed(2)) * 0.02
+    _, state = oracle.quantize_4bit(
+        weight, quant_type="nf4", compress_statistics=True, blocksize=64
+    )
+    steps = (nf4.quantize_nf4(weight).absmax.int() - state.absmax.int()).abs()
+    assert steps.max() <= 1
+    assert (steps > 0).float().mean() < 0.01
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
