@@ -99,11 +99,11 @@ def generate_arm(model: Any, prompts: list[Prompt], lengths: list[list[int]]) ->
     input_ids = torch.tensor([prompt.token_ids for prompt in prompts])
     input_ids = input_ids.repeat_interleave(NUM_SAMPLES, dim=0)
 
-    class AtLength(transformers.StoppingCriteria):  # type: ignore[misc, name-defined]
+    class AtLength(transformers.StoppingCriteria):  # type: ignore[misc]
         def __call__(self, input_ids: Tensor, *_: object, **__: object) -> Tensor:
             return input_ids.shape[1] - PROMPT_TOKENS >= wanted
 
-    settings = transformers.GenerationConfig(
+    settings = transformers.GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=True,
         temperature=1.0,
         top_k=0,

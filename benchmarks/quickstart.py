@@ -64,7 +64,7 @@ def verdict(runs: list[dict[str, Any]], control: list[dict[str, Any]]) -> dict[s
     """What holds over all seeds; `passed` where every target is met."""
 
     def mean(of: list[dict[str, Any]], when: str, key: str) -> float:
-        return round(statistics.mean(one[when][key] for one in of), 4)
+        return round(statistics.mean(float(one[when][key]) for one in of), 4)
 
     gains = [one["after"]["accuracy"] - one["before"]["accuracy"] for one in runs]
     better = [
