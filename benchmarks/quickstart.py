@@ -18,12 +18,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from sparring.environment import describe_environment
 
+RECIPES = ("quickstart", "quickstart-random")
 TARGET_GAIN = 0.20
 TARGET_SEEDS = 0.8
 TARGET_SECONDS = 360
@@ -100,23 +102,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--no-control", action="store_true")
     parser.add_argument("--output", type=Path, help="a file for the report, beside standard output")
     arguments, overrides = parser.parse_known_args()
-    with tempfile.TemporaryDirectory() as folder:
+    recipes = RECIPES[:1] if arguments.no_control else RECIPES
+    wanted = [(recipe, seed) for seed in range(arguments.seeds) for recipe in recipes]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:
 
-        def all_seeds(recipe: str) -> list[dict[str, Any]]:
-            return [
-                run(recipe, seed, arguments.threads, Path(folder), overrides)
-                for seed in range(arguments.seeds)
-            ]
+        def one(job: tuple[str, int]) -> dict[str, Any]:
+            return run(*job, arguments.threads, Path(folder), overrides)
 
-        runs = all_seeds("quickstart")
-        control = [] if arguments.no_control else all_seeds("quickstart-random")
+        found = list(zip(wanted, pool.map(one, wanted), strict=True))
+    runs, control = ([r for (name, _), r in found if name == recipe] for recipe in RECIPES)
     report: dict[str, Any] = {
         "date": date.today().isoformat(),
         "environment": describe_environment(),
         "threads": arguments.threads,
+        "jobs": arguments.jobs,
         "verdict": verdict(runs, control),
     }
     report |= {"runs": runs, "control": control}
