@@ -3,8 +3,8 @@
     python benchmarks/kernels.py OUTPUT.json
 
 Ceilings (a copy, a matrix product), then each kernel at the shapes of a 7B model (D 3584, F 18944,
-V 152064), 16,384 rows. Bandwidth-bound kernels rotate among inputs larger than the L2 cache; data is
-random. Times are medians of CUDA events; shares are of the ceilings measured in the same run.
+V 152064), 16,384 rows. Bandwidth-bound kernels rotate among inputs larger than the L2 cache; data
+is random. Times are medians of CUDA events; shares are of the ceilings measured in the same run.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def check() -> dict[str, float]:
             got, got_grad = gradient(ours, x, grad)
             again, again_grad = gradient(ours, x, grad)
             want, want_grad = gradient(reference, x.double(), grad.double())
-            assert torch.equal(got, again) and torch.equal(got_grad, again_grad), f"{kernel}: bits"
+            assert torch.equal(got, again), f"{kernel}: bits"
+            assert torch.equal(got_grad, again_grad), f"{kernel}: bits of the gradient"
             out[f"{kernel} {name}"] = error(got, want)
             out[f"{kernel} {name} gradient"] = error(got_grad, want_grad)
             assert error(got_grad, want_grad) < 1e-2, (kernel, name, error(got_grad, want_grad))
@@ -177,7 +178,7 @@ def memory_bound(copy_gbs: float) -> list[dict[str, object]]:
 
     spare = torch.empty_like(pairs[0][0])
     add("swiglu backward", 10 * ROWS * FFN, [lambda p=p: swiglu_backward(*p, spare) for p in pairs])
-    del pairs, spare
+    pairs = spare = None
     matrices = [nf4.quantize_nf4(normal(2 * FFN, WIDTH, scale=0.02)) for _ in range(2)]
     out = torch.empty(2 * FFN, WIDTH, device=CUDA, dtype=torch.bfloat16)
     read = matrices[0].num_bytes
@@ -253,7 +254,7 @@ def main() -> None:
     print(json.dumps(result["correctness"], indent=0))
     source, target = normal(1 << 31), torch.empty(1 << 31, device=CUDA, dtype=torch.bfloat16)
     copy = 2 * source.numel() * 2 / timed([lambda: target.copy_(source)], 10) / 1e6
-    del source, target
+    source = target = None
     a, b = normal(8192, 8192), normal(8192, 8192)
     peak = 2 * 8192**3 / timed([lambda: a @ b], 20) / 1e9
     result["copy GB/s"], result["matmul TFLOP/s"] = copy, peak
