@@ -76,8 +76,8 @@ class MathReward:
         """
         if min(limit_seconds, budget_seconds, num_workers) <= 0:
             raise RewardError(
-                f"reward 'math': limit_seconds = {limit_seconds}, "
-                f"budget_seconds = {budget_seconds} and num_workers = {num_workers} must be positive"
+                f"reward 'math': limit_seconds = {limit_seconds}, budget_seconds = "
+                f"{budget_seconds} and num_workers = {num_workers} must be positive"
             )
         self._sources: tuple[Source, ...] = tuple(sources)
         self._several_boxes = several_boxes

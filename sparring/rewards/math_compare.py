@@ -66,6 +66,8 @@ def decide(answer: str, reference: str, policy: Policy) -> Decision:
         return Decision(verdict=True, stage="string", reason="the same text")
     gold_name, gold_text = split_name(reference)
     gold = parse_number(gold_text)
+    if gold is None and "=" in gold_text:
+        gold = literal_of(gold_text)[1]
     if gold is not None:
         return _against_number(answer, gold, gold_name, policy)
     choice = choice_letter(reference)
@@ -175,6 +177,8 @@ def _against_structure(
         name, value = split_name(answer)
         if name and not (gold_name and gold_name != name):
             shape = parse_structure(value)
+    if shape is None and gold.kind in ("list", "set") and len(gold.parts) == 1:
+        return _part(answer, gold.parts[0], policy)
     if shape is None:
         if may_be_structure(answer):
             return _pairs(((reference, answer),))

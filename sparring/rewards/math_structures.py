@@ -27,6 +27,7 @@ _NAMED = re.compile(
     r"([A-Za-z](?:_\s*(?:\{[^{}]{1,8}\}|\w))?'*|\\[a-z]+)\s*=\s*(?![=])(.+)", re.DOTALL
 )
 _IN = re.compile(r"[A-Za-z](?:_\w)?\s*(?:\\in(?![A-Za-z])|\\isin(?![A-Za-z]))\s*")
+_BUILDER = re.compile(r"[A-Za-z]\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\\mid(?![A-Za-z])|\||:)")
 _NAME = r"[A-Za-z](?:_(?:\w|\{\w+\}))?"
 _LESS = r"(?P<{0}><|\\leq(?![A-Za-z])|\\lt(?![A-Za-z]))"
 _MORE = r"(?P<{0}>>|\\geq(?![A-Za-z])|\\gt(?![A-Za-z]))"
@@ -69,7 +70,7 @@ def parse_structure(text: str) -> Structure | None:
         return Structure(kind="list", parts=tuple(_expanded([named.group(2) if named else text])))
     if re.fullmatch(r"\\mathbb\s*\{?\s*R\s*\}?", text):
         return Structure(kind="interval", parts=("-\\infty", "\\infty"), brackets="()")
-    for reader in (_matrix, _inequality, _union, _bracketed, _bare_list):
+    for reader in (_matrix, _bracketed, _inequality, _union, _bare_list):
         found = reader(text)
         if found is not None and len(found.parts) <= MAX_PARTS:
             return found
@@ -152,6 +153,10 @@ def _bracketed(text: str) -> Structure | None:
     closing = next(mark for mark in ("\\rangle", "\\}", ")", "]", "}") if text.endswith(mark))
     inner = text[len(opening) : len(text) - len(closing)].strip()
     if opening == "\\{":
+        builder = _BUILDER.match(inner)
+        if builder:
+            condition = inner[builder.end() :].strip()
+            return _inequality(condition) or _union(condition)
         if re.search(r"\\mid(?![A-Za-z])|\||:", inner):
             return None
         parts = _expanded(split_top(inner)) if inner else []

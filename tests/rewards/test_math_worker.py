@@ -61,7 +61,7 @@ def test_many_bombs_get_less_time_each_and_a_batch_has_a_budget():
     bombs = [(REFERENCE, f"{n}^{{9^{{9^{{9^{{9}}}}}}}}") for n in range(2, 40)]
     start = time.perf_counter()
     results = pool.compare([*bombs, (REFERENCE, "x+\\sqrt{2}")])
-    assert time.perf_counter() - start < 8.0
+    assert time.perf_counter() - start < 20.0
     reasons = {result.reason for result in results}
     assert "the comparison took over 0.8 s" in reasons
     assert "the comparison took over 0.2 s" in reasons

@@ -171,7 +171,7 @@ def test_async_and_sync_functions_run_side_by_side():
 
     start = time.perf_counter()
     judge(rollouts(), [made(slow_async), made(other_async), made(slow)])
-    assert time.perf_counter() - start < 0.9
+    assert time.perf_counter() - start < 1.1
 
 
 def test_an_async_reward_keeps_its_event_loop_between_batches():
