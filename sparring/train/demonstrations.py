@@ -39,9 +39,8 @@ def load_training_rows(recipe: Recipe, policy: Policy, *, say: Say) -> Conversat
     ).tolist()
     chosen = [general[index] for index in order[:wanted]]
     short = f", all there are of the {wanted:,} wanted" if len(chosen) < wanted else ""
-    say(
-        f"  {len(chosen):,} of them are mixed in{short}: {len(train) + len(chosen):,} samples in all"
-    )
+    total = len(train) + len(chosen)
+    say(f"  {len(chosen):,} of them are mixed in{short}: {total:,} samples in all")
     return replace(train, conversations=(*train.conversations, *chosen))
 
 

@@ -1,4 +1,4 @@
-"""Identity data with its open places: filled in the language of the row, or refused with its line."""
+"""Identity data with its open places: filled in the language of a row, or refused with line."""
 
 from __future__ import annotations
 
