@@ -17,10 +17,10 @@ import traceback
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparring.errors import RewardError, SparringError
-from sparring.rewards import isolation_worker
 from sparring.rewards.isolation import IsolatedFunction, RemoteError
 from sparring.rewards.signatures import Parameters, Samples, bind, parameters_of
 
@@ -298,7 +298,7 @@ class Call:
 
 def from_function(error: BaseException) -> BaseException:
     """The error with Sparring's own frames cut off the top of its traceback."""
-    own = (__file__, isolation_worker.__file__)
+    own = (__file__, str(Path(__file__).with_name("isolation_worker.py")))
     trace = error.__traceback__
     while trace is not None and trace.tb_frame.f_code.co_filename in own:
         trace = trace.tb_next

@@ -139,11 +139,12 @@ def measure_prompts(
         rollouts = engine.generate(
             prompts, sampling, num_samples=num_samples, on_progress=on_progress
         )
-    judgement = judge(rollouts, rewards)
+    is_first = engine.policy_version == 0
+    judgement = judge(rollouts, rewards, is_first_batch=is_first)
     greedy_accuracy = None
     if greedy:
         best = engine.generate(prompts, replace(sampling, temperature=0.0), on_progress=on_progress)
-        best_shares = shares_correct(judge(best, rewards).groups, name)
+        best_shares = shares_correct(judge(best, rewards, is_first_batch=is_first).groups, name)
         greedy_accuracy = sum(best_shares) / len(best_shares) if best_shares else None
     return summarise(
         judgement.groups, judgement.reports[name], sampling=sampling, greedy=greedy_accuracy

@@ -32,7 +32,7 @@ from sparring.recipe import Recipe
 from sparring.rewards.verdicts import Reward, judge
 from sparring.rollout.engine import Engine
 from sparring.rollout.sampler import Sampling
-from sparring.train.inputs import load_optimizer, load_rewards, sandbox_levels
+from sparring.train.inputs import load_optimizer, load_rewards, sandbox_levels, trainer_state
 from sparring.train.interrupt import Interruptions
 from sparring.train.metrics import Watch, rollout_metrics, rollout_rows
 from sparring.train.optimizer import Optimizer
@@ -128,7 +128,7 @@ def _steps(
                     on_progress=session.on_rollout,
                 )
             with session.phase("reward"), interruptions.interruptible():
-                state = {"step": step, "max_steps": recipe.train.steps}
+                state = trainer_state(recipe, step)
                 judgement = judge(
                     rollouts, parts.rewards, trainer_state=state, is_first_batch=step == start
                 )

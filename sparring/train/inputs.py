@@ -72,6 +72,15 @@ def sandbox_levels(rewards: Sequence[Reward]) -> dict[str, Any]:
     return {name: level.to_json() for name, level in levels.items() if level is not None}
 
 
+def trainer_state(recipe: Recipe, step: int) -> dict[str, int]:
+    """What rewards may know of the run: steps done, steps in all, the limit of a completion."""
+    return {
+        "step": step,
+        "max_steps": recipe.train.steps,
+        "max_completion_tokens": recipe.rollout.max_completion_tokens,
+    }
+
+
 def load_optimizer(
     recipe: Recipe,
     parameters: Mapping[str, nn.Parameter],
