@@ -40,14 +40,17 @@ def load(
     path: a folder, a Hub id, a run directory, or "quickstart" for the policy that ships with
     Sparring. A run directory gives base, adapter, template and system prompt of its `final/`.
     adapter: a folder or Hub id of a PEFT adapter. dtype: "auto" (the checkpoint's on a GPU, float32
-    on a CPU), "float32", "bfloat16" or "float16". device: "auto", "cpu", "cuda" or "cuda:N". Raises
-    UserError (a ValueError) for anything that cannot be loaded as it stands.
+    on a CPU), "float32", "bfloat16" or "float16". quantization: "none" or "nf4" (linear layers in
+    four bits). device: "auto", "cpu", "cuda" or "cuda:N". Raises UserError (a ValueError) for
+    anything that cannot be loaded as it stands.
     """
-    if quantization != "none":
-        raise UserError(
-            f"quantization '{quantization}' is not built yet; the only value so far is 'none'"
-        )
-    policy = open_policy(locate_model(path), adapter=adapter, dtype=dtype, device=device)
+    policy = open_policy(
+        locate_model(path),
+        adapter=adapter,
+        dtype=dtype,
+        device=device,
+        quantization=quantization,
+    )
     return policy.model, policy.tokenizer
 
 

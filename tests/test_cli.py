@@ -329,8 +329,8 @@ def test_score_of_short_empty_and_unknown_sequences(trained):
 
 
 def test_load_says_what_it_cannot_do(trained):
-    with pytest.raises(UserError, match="not built yet"):
-        sparring.load(str(trained / "model"), quantization="nf4")
+    with pytest.raises(UserError, match="known: none, nf4"):
+        sparring.load(str(trained / "model"), quantization="int4")
     with pytest.raises(ValueError, match="float64"):
         sparring.load(str(trained / "model"), dtype="float64")
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from sparring.errors import CheckpointError
+from sparring.kernels.nf4 import NF4Matrix
+from sparring.models import nf4_files
 from sparring.models import tokenizer as tokenizers
 from sparring.models.adapter_files import adapter_base, load_adapter, write_adapter
 from sparring.models.families import llama, mistral, qwen2, qwen3
@@ -30,10 +32,12 @@ from sparring.models.files import (
 from sparring.models.hub import resolve
 from sparring.models.linear import Linear
 from sparring.models.memory import check_fits
+from sparring.models.quantised import Quantised
 from sparring.models.transformer import Decoder
 
 __all__ = [
     "DTYPES",
+    "QUANTIZATIONS",
     "FAMILIES",
     "base_folder",
     "build_model",
@@ -65,6 +69,12 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 """Names that `dtype` may have beside "auto"."""
 
+QUANTIZATIONS = ("none", "nf4")
+"""Values that `quantization` may have."""
+
+NF4_BITS = 4127
+"""Thousandths of a bit that a weight in NF4 takes, its scales included."""
+
 MAX_SHARD_BYTES = 5_000_000_000
 
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
@@ -93,14 +103,22 @@ def family_of(config: Mapping[str, Any]) -> Family:
 
 
 def build_model(
-    config: Mapping[str, Any], *, device: torch.device | str = "cpu", dtype: torch.dtype
+    config: Mapping[str, Any],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype,
+    is_quantised: bool = False,
 ) -> Decoder:
     """A Decoder of a config.json's shape, uninitialised (see Decoder.init_weights)."""
-    return Decoder(family_of(config).config(config), device=device, dtype=dtype)
+    shape = family_of(config).config(config)
+    return Decoder(shape, device=device, dtype=dtype, is_quantised=is_quantised)
 
 
 def weight_views(model: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the model by its Hugging Face name, as views of the fused parameters."""
+    """Every tensor of the model by its Hugging Face name, as views of the fused parameters.
+
+    Matrices in NF4 are left out: see `nf4_places`.
+    """
     family = _family(model)
     parameters = dict(model.named_parameters())
     for template, hub_names in family.weights.items():
@@ -116,6 +134,19 @@ def weight_views(model: Decoder) -> Iterator[tuple[str, Tensor]]:
             assert isinstance(linear, Linear), "only linear layers are fused from several matrices"
             for hub_name, rows in zip(hub_names, linear.parts.values(), strict=True):
                 yield hub_name.format(layer), parameter.detach()[rows]
+
+
+def nf4_places(model: Decoder) -> dict[str, tuple[Quantised, int]]:
+    """Hugging Face name of each matrix of a quantised model -> the weight it is a part of, and
+    which part.
+    """
+    places = {}
+    for path, linear in model.linears().items():
+        if isinstance(linear.base, Quantised):
+            root, layer, rest = path.split(".", 2)
+            for index, name in enumerate(_family(model).weights[f"{root}.{{}}.{rest}.base.weight"]):
+                places[name.format(layer)] = (linear.base, index)
+    return places
 
 
 def base_folder(path: str | Path) -> Path:
@@ -142,13 +173,15 @@ def load_model(
     """Load a model, and an adapter where `path` is an adapter's folder or `adapter` names one.
 
     path, adapter: see `resolve`. dtype: "auto" (the checkpoint's own), "float32", "bfloat16" or
-    "float16". kv_bytes: what the caller will need beside the weights; both must fit into free
-    memory. An adapter is loaded as "policy", ready for training. Raises CheckpointError for
+    "float16". quantization: "none" or "nf4"; a checkpoint that is stored in NF4 is read as it is,
+    whichever is given. kv_bytes: what the caller will need beside the weights; both must fit into
+    free memory. An adapter is loaded as "policy", ready for training. Raises CheckpointError for
     anything that cannot be read as it stands, MemoryBudgetError for a model that does not fit.
     """
     device = torch.device(device)
-    if quantization != "none":
-        raise CheckpointError(f"quantization is {quantization!r}; known: none")
+    if quantization not in QUANTIZATIONS:
+        known = ", ".join(QUANTIZATIONS)
+        raise CheckpointError(f"quantization is {quantization!r}; known: {known}")
     folder = resolve(path)
     if (folder / "adapter_config.json").is_file() and not _holds_weights(folder):
         if adapter is not None:
@@ -157,13 +190,16 @@ def load_model(
             )
         adapter, folder = folder, base_folder(folder)
     config = read_json(folder / "config.json")
-    refuse_quantised(config, str(folder.resolve()))
+    is_stored = nf4_files.stored_as_nf4(config)
+    if not is_stored:
+        refuse_quantised(config, str(folder.resolve()))
+    is_quantised = is_stored or quantization == "nf4"
     family_of(config).config(config)
     files = weight_files(folder)
     chosen = _choose_dtype(dtype, config, device)
-    _check_fits(config, chosen, device, kv_bytes)
-    model = build_model(config, device=device, dtype=chosen)
-    _fill(model, files, folder)
+    _check_fits(config, chosen, device, kv_bytes, is_quantised)
+    model = build_model(config, device=device, dtype=chosen, is_quantised=is_quantised)
+    _fill(model, files, folder, is_stored=is_stored)
     if adapter is not None:
         load_adapter_onto(model, resolve(adapter))
     return model
@@ -203,19 +239,30 @@ def check_model_fits(
     dtype: str = "auto",
     device: torch.device | str = "cpu",
     kv_bytes: int = 0,
+    quantization: str = "none",
 ) -> None:
     """Raise MemoryBudgetError if the weights in `dtype` and the KV budget do not fit."""
     device = torch.device(device)
     config = read_json(base_folder(path) / "config.json")
-    _check_fits(config, _choose_dtype(dtype, config, device), device, kv_bytes)
+    is_quantised = quantization == "nf4" or nf4_files.stored_as_nf4(config)
+    _check_fits(config, _choose_dtype(dtype, config, device), device, kv_bytes, is_quantised)
 
 
 def _check_fits(
-    config: Mapping[str, Any], dtype: torch.dtype, device: torch.device, kv_bytes: int
+    config: Mapping[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
+    kv_bytes: int,
+    is_quantised: bool,
 ) -> None:
-    shape_only = build_model(config, device="meta", dtype=dtype)
+    shape_only = build_model(config, device="meta", dtype=dtype, is_quantised=is_quantised)
     num_parameters = sum(parameter.numel() for parameter in shape_only.parameters())
-    check_fits(num_parameters, dtype, device, kv_bytes=kv_bytes)
+    weight_bytes = num_parameters * dtype.itemsize
+    for weight, index in nf4_places(shape_only).values():
+        num_weights = weight.part_rows[index] * weight.num_inputs
+        num_parameters += num_weights
+        weight_bytes += num_weights * NF4_BITS // 8000
+    check_fits(num_parameters, dtype, device, kv_bytes=kv_bytes, weight_bytes=weight_bytes)
 
 
 def _choose_dtype(name: str, config: Mapping[str, Any], device: torch.device) -> torch.dtype:
@@ -237,10 +284,21 @@ def _has_bfloat16(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _fill(model: Decoder, files: Sequence[Path], folder: Path) -> None:
-    views = dict(weight_views(model))
-    left, shapes, unexpected = set(views), [], []
-    for name, tensor in read_tensors(files):
+def _fill(model: Decoder, files: Sequence[Path], folder: Path, *, is_stored: bool) -> None:
+    views, places = dict(weight_views(model)), nf4_places(model)
+    collector = nf4_files.Collector(model.device)
+    left = {*views, *places}
+    shapes: list[str] = []
+    unexpected: list[str] = []
+    for name, tensor in read_tensors(files, with_nf4=is_stored):
+        if tensor.dtype == torch.uint8 or name.endswith(nf4_files.SUFFIXES):
+            whole = collector.add(name, tensor)
+            if whole is not None:
+                shapes += _place(places, left, unexpected, *whole)
+            continue
+        if name in places:
+            shapes += _place(places, left, unexpected, name, tensor, is_plain=is_stored)
+            continue
         if name == _HEAD and _HEAD not in views:
             if _EMBED not in left:
                 continue
@@ -256,6 +314,7 @@ def _fill(model: Decoder, files: Sequence[Path], folder: Path) -> None:
         else:
             _copy(views[name], tensor, name)
             left.discard(name)
+    unexpected += collector.missing()
     problems = []
     for title, found in (
         ("missing", sorted(left)),
@@ -270,6 +329,33 @@ def _fill(model: Decoder, files: Sequence[Path], folder: Path) -> None:
             f"{folder.resolve()}: the weights do not match config.json: {'; '.join(problems)}; "
             "download the checkpoint again, or give the config.json that belongs to it"
         )
+
+
+def _place(
+    places: Mapping[str, tuple[Quantised, int]],
+    left: set[str],
+    unexpected: list[str],
+    name: str,
+    matrix: NF4Matrix | Tensor,
+    *,
+    is_plain: bool = True,
+) -> list[str]:
+    """Put a matrix where it belongs; what is wrong with its shape. is_plain: do not quantise it."""
+    if name not in places:
+        unexpected.append(name)
+        return []
+    weight, index = places[name]
+    left.discard(name)
+    wanted = (weight.part_rows[index], weight.num_inputs)
+    if tuple(matrix.shape) != wanted:
+        return [f"{name} is {list(matrix.shape)}, config.json says {list(wanted)}"]
+    if isinstance(matrix, NF4Matrix):
+        weight.fill(index, matrix)
+    elif is_plain:
+        weight.fill(index, matrix.to(weight.device, weight.dtype))
+    else:
+        weight.quantise(index, matrix)
+    return []
 
 
 def _copy(view: Tensor, tensor: Tensor, name: str) -> None:
@@ -300,7 +386,21 @@ def save_model(
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     stored = model.dtype if dtype is None else DTYPES[dtype]
-    write_tensors(dict(weight_views(model)), folder, dtype=stored, max_shard_bytes=max_shard_bytes)
+    tensors, packed, is_double = dict(weight_views(model)), set(), True
+    skipped = ["lm_head"]
+    for name, (weight, index) in nf4_places(model).items():
+        part = weight.parts()[index]
+        if isinstance(part, Tensor):
+            tensors[name] = part
+            skipped.append(name.removesuffix(".weight"))
+        else:
+            written = nf4_files.stored_tensors(name, part)
+            is_double = is_double and part.absmax2 is not None
+            packed |= set(written)
+            tensors |= written
+    write_tensors(
+        tensors, folder, dtype=stored, as_they_are=packed, max_shard_bytes=max_shard_bytes
+    )
     family = _family(model)
     config = {
         "architectures": [family.architecture],
@@ -309,6 +409,10 @@ def save_model(
     }
     key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
     config[key] = str(stored).removeprefix("torch.")
+    if model.is_quantised:
+        config["quantization_config"] = nf4_files.quantization_config(
+            stored, is_double=is_double, plain=skipped
+        )
     _write_json(folder / "config.json", config)
     if end_ids is not None:
         _write_json(folder / "generation_config.json", {"eos_token_id": list(end_ids)})

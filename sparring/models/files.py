@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sparring.errors import CheckpointError
+from sparring.models import nf4_files
 
 INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
@@ -114,8 +115,11 @@ def _unindexed_names(folder: Path) -> list[str]:
     raise CheckpointError(f"{folder.resolve()} holds no model.safetensors and no {INDEX}")
 
 
-def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the files, one by one; CheckpointError for a broken or quantised one."""
+def read_tensors(files: Iterable[Path], *, with_nf4: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the files, one by one; CheckpointError for a broken or quantised one.
+
+    with_nf4: the tensors of NF4 matrices are handed out as they are stored.
+    """
     from safetensors import SafetensorError, safe_open
 
     for file in files:
@@ -123,7 +127,9 @@ def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
             with safe_open(file, framework="pt") as tensors:
                 names = list(tensors.keys())
                 for name in names:
-                    refuse_quantised_tensor(name, str(tensors.get_slice(name).get_dtype()), file)
+                    dtype = str(tensors.get_slice(name).get_dtype())
+                    if not (with_nf4 and (dtype == "U8" or name.endswith(nf4_files.SUFFIXES))):
+                        refuse_quantised_tensor(name, dtype, file)
                 for name in names:
                     yield name, tensors.get_tensor(name)
         except (SafetensorError, OSError) as error:
@@ -153,19 +159,24 @@ def write_tensors(
     folder: Path,
     *,
     dtype: torch.dtype | None = None,
+    as_they_are: Collection[str] = (),
     max_shard_bytes: int,
 ) -> None:
     """Write model.safetensors, or shards of at most `max_shard_bytes` with their index, in `dtype`
     or as it is.
 
-    A tensor is copied (to the CPU, in the dtype asked for) only while its own shard is written.
+    as_they_are: names whose tensors keep their own dtype. A tensor is copied (to the CPU, in the
+    dtype asked for) only while its own shard is written.
     """
     from safetensors.torch import save_file
+
+    def stored(name: str) -> torch.dtype:
+        return tensors[name].dtype if dtype is None or name in as_they_are else dtype
 
     shards: list[list[str]] = [[]]
     size = total = 0
     for name, tensor in tensors.items():
-        num_bytes = tensor.numel() * (dtype or tensor.dtype).itemsize
+        num_bytes = tensor.numel() * stored(name).itemsize
         if shards[-1] and size + num_bytes > max_shard_bytes:
             shards.append([])
             size = 0
@@ -180,8 +191,7 @@ def write_tensors(
             else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         )
         contents = {
-            name: tensors[name].detach().to("cpu", dtype or tensors[name].dtype, copy=True)
-            for name in names
+            name: tensors[name].detach().to("cpu", stored(name), copy=True) for name in names
         }
         save_file(contents, folder / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(names, file))

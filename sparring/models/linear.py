@@ -2,8 +2,8 @@
 them.
 
 A weight object offers three operations, `matmul`, `matmul_transposed` and `dense`; `Dense` is the
-plain one. `Linear` adds an optional bias, the names of the matrices that were fused into it, and
-any adapters. No file format and no model shape is known here.
+plain one, `Quantised` holds NF4. `Linear` adds an optional bias, the names of the matrices that
+were fused into it, and any adapters. No file format and no model shape is known here.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparring.models.lora import LoraAdapter, LoraConfig
+from sparring.models.quantised import Quantised
 
 
 class Dense(nn.Module):
@@ -36,6 +37,16 @@ class Dense(nn.Module):
         """Outputs and inputs."""
         return self.weight.shape[0], self.weight.shape[1]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return self.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return self.weight.dtype
+
     def matmul(self, x_TI: Tensor, bias_O: Tensor | None = None) -> Tensor:
         """x W^T + bias: [T, I] -> [T, O]; differentiable in x, the weight and the bias."""
         return F.linear(x_TI, self.weight, bias_O)
@@ -52,7 +63,8 @@ class Dense(nn.Module):
 class Linear(nn.Module):
     """One or several matrices of equal input size, fused by rows, with bias and adapters.
 
-    parts: name of each fused matrix -> its number of outputs, in order.
+    parts: name of each fused matrix -> its number of outputs, in order. is_quantised: the base is
+    an empty NF4 weight.
     """
 
     def __init__(
@@ -63,6 +75,7 @@ class Linear(nn.Module):
         bias: bool,
         device: torch.device,
         dtype: torch.dtype,
+        is_quantised: bool = False,
     ) -> None:
         super().__init__()
         self.parts: dict[str, slice] = {}
@@ -70,7 +83,11 @@ class Linear(nn.Module):
         for name, size in parts.items():
             self.parts[name] = slice(num_outputs, num_outputs + size)
             num_outputs += size
-        self.base = Dense(num_outputs, num_inputs, device=device, dtype=dtype)
+        self.base: Dense | Quantised = (
+            Quantised(tuple(parts.values()), num_inputs, device=device, dtype=dtype)
+            if is_quantised
+            else Dense(num_outputs, num_inputs, device=device, dtype=dtype)
+        )
         self.bias = (
             nn.Parameter(torch.empty(num_outputs, device=device, dtype=dtype)) if bias else None
         )
@@ -86,14 +103,13 @@ class Linear(nn.Module):
         """Put a fresh adapter called `name` on those parts that are in `targets`, if any."""
         parts = {part: rows for part, rows in self.parts.items() if part in targets}
         if parts:
-            weight = self.base.weight
             self.adapters[name] = LoraAdapter(
                 config,
                 parts,
                 self.base.shape[1],
                 generator=generator,
-                device=weight.device,
-                dtype=weight.dtype,
+                device=self.base.device,
+                dtype=self.base.dtype,
             )
 
     def forward(self, x_TI: Tensor, adapter: str | None = None) -> Tensor:

@@ -29,13 +29,15 @@ def check_fits(
     device: torch.device,
     *,
     kv_bytes: int = 0,
+    weight_bytes: int | None = None,
     free: int | None = None,
 ) -> None:
     """Raise MemoryBudgetError if the weights in `dtype` and the KV budget exceed free memory.
 
+    weight_bytes: what the weights take, where it is not the number of parameters in `dtype`.
     free: bytes to compare with; by default what `free_bytes(device)` finds.
     """
-    weights = num_parameters * dtype.itemsize
+    weights = num_parameters * dtype.itemsize if weight_bytes is None else weight_bytes
     available = free_bytes(device) if free is None else free
     if weights + kv_bytes <= available:
         return

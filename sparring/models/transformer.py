@@ -70,6 +70,7 @@ class DecoderLayer(nn.Module):
         index: int,
         device: torch.device,
         dtype: torch.dtype,
+        is_quantised: bool,
     ) -> None:
         super().__init__()
         self.config, self.index = config, index
@@ -78,7 +79,9 @@ class DecoderLayer(nn.Module):
             return nn.Parameter(torch.empty(size, device=device, dtype=dtype))
 
         def linear(inputs: int, parts: Mapping[str, int], bias: bool) -> Linear:
-            return Linear(inputs, parts, bias=bias, device=device, dtype=dtype)
+            return Linear(
+                inputs, parts, bias=bias, device=device, dtype=dtype, is_quantised=is_quantised
+            )
 
         queries, keys = (
             config.num_heads * config.head_size,
@@ -138,7 +141,7 @@ class Decoder(nn.Module):
     """A causal language model over flat tokens.
 
     Parameters are uninitialised after construction: models/checkpoint.py fills them, or
-    `init_weights`.
+    `init_weights`. is_quantised: the layers' matrices are in NF4; they are frozen.
     """
 
     def __init__(
@@ -147,16 +150,17 @@ class Decoder(nn.Module):
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype,
+        is_quantised: bool = False,
     ) -> None:
         super().__init__()
         device = torch.device(device)
-        self.config = config
+        self.config, self.is_quantised = config, is_quantised
         self.head_chunk_rows = HEAD_CHUNK_ROWS
         self.lora: dict[str, LoraConfig] = {}
         self._checkpointing: Literal["none", "layer"] = "none"
         self.embed = Dense(config.vocab_size, config.width, device=device, dtype=dtype)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, i, device, dtype) for i in range(config.num_layers)
+            DecoderLayer(config, i, device, dtype, is_quantised) for i in range(config.num_layers)
         )
         self.norm = nn.Parameter(torch.empty(config.width, device=device, dtype=dtype))
         self.head = (

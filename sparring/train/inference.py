@@ -34,16 +34,24 @@ SETTINGS_KEY = "sparring"
 
 
 def open_policy(
-    path: str, *, adapter: str | None = None, dtype: str = "auto", device: str = "auto"
+    path: str,
+    *,
+    adapter: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    quantization: str = "none",
 ) -> Policy:
     """Load a model and its tokenizer for sampling and scoring; nothing is trainable.
 
     path: a folder, a run directory, an adapter's folder or a Hub id. dtype "auto": the checkpoint's
-    on a GPU, float32 on a CPU. Raises UserError, CheckpointError or MemoryBudgetError.
+    on a GPU, float32 on a CPU. quantization: "none" or "nf4". Raises UserError, CheckpointError or
+    MemoryBudgetError.
     """
     where = _device(device)
     wanted = "float32" if dtype == "auto" and where.type == "cpu" else dtype
-    model = checkpoint.load_model(path, adapter=adapter, dtype=wanted, device=where)
+    model = checkpoint.load_model(
+        path, adapter=adapter, dtype=wanted, device=where, quantization=quantization
+    )
     model.requires_grad_(False)
     tokenizer = checkpoint.load_tokenizer(path)
     checkpoint.check_vocabulary(tokenizer, model.config)

@@ -75,7 +75,12 @@ def measure(
     rewards = load_rewards(recipe, secrets)
     try:
         section, data = recipe.model, recipe.data
-        policy = open_policy(section.path, adapter=section.adapter or None, dtype=section.dtype)
+        policy = open_policy(
+            section.path,
+            adapter=section.adapter or None,
+            dtype=section.dtype,
+            quantization=section.quantization,
+        )
         template = template_of(
             policy.tokenizer, template=data.template, system_prompt=data.system_prompt
         )

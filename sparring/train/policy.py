@@ -78,6 +78,11 @@ def build_policy(recipe: Recipe) -> Policy:
             f"[model] adapter = '{section.adapter}' needs a [lora] section: full fine-tuning cannot"
             " train through an adapter; add [lora], or merge the adapter into its base first"
         )
+    if section.quantization != "none" and recipe.lora is None:
+        raise RecipeError(
+            f"[model] quantization = '{section.quantization}' needs a [lora] section: weights of"
+            " four bits cannot be trained themselves; add [lora], or remove quantization"
+        )
     dtype = "float32" if section.dtype == "auto" and device.type == "cpu" else section.dtype
     kv_memory = recipe.rollout.kv_memory
     model = checkpoint.load_model(
@@ -86,6 +91,7 @@ def build_policy(recipe: Recipe) -> Policy:
         dtype=dtype,
         device=device,
         kv_bytes=0 if kv_memory == "auto" else int(kv_memory),
+        quantization=section.quantization,
     )
     tokenizer = checkpoint.load_tokenizer(section.path)
     checkpoint.check_vocabulary(tokenizer, model.config)
@@ -95,6 +101,11 @@ def build_policy(recipe: Recipe) -> Policy:
         raise RecipeError(
             f"[model] path = '{section.path}' holds an adapter; add a [lora] section"
             " to go on training it"
+        )
+    elif model.is_quantised:
+        raise RecipeError(
+            f"[model] path = '{section.path}' is stored in four bits, which cannot be trained"
+            " themselves; add a [lora] section, or give the checkpoint it was made from"
         )
     else:
         model.requires_grad_(True)

@@ -1,0 +1,158 @@
+"""NF4 models: quantised on load, read and written as bitsandbytes stores them, trained through."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sparring.errors import CheckpointError
+from sparring.kernels.nf4 import dequantize_nf4, quantize_nf4
+from sparring.models.checkpoint import build_model, load_model, save_model, weight_views
+from sparring.models.files import INDEX
+from sparring.models.lora import LoraConfig
+from sparring.models.quantised import Quantised
+from tests.models.tiny import CONFIGS, logits_of, random_ids
+
+CONFIG: dict[str, Any] = {
+    **CONFIGS["qwen2"],
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "head_dim": 32,
+    "initializer_range": 0.1,
+}
+SEQUENCES = random_ids((30, 3), 97)
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    model = build_model(CONFIG, dtype=torch.float32)
+    model.init_weights(3)
+    save_model(model, tmp_path / "plain", dtype="bfloat16")
+    return tmp_path / "plain"
+
+
+def decoded_copy(folder: Path, dtype: str) -> Any:
+    """An ordinary model with the numbers that NF4 of each original matrix decodes to."""
+    model = load_model(folder, dtype=dtype)
+    for name, view in weight_views(model):
+        if "_proj.weight" in name:
+            view.copy_(dequantize_nf4(quantize_nf4(view.clone())))
+    return model
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_quantised_on_load_is_the_decoded_model(plain: Path, dtype: str):
+    ours = load_model(plain, dtype=dtype, quantization="nf4")
+    want = decoded_copy(plain, dtype)
+    for path, linear in ours.linears().items():
+        assert isinstance(linear.base, Quantised)
+        assert torch.equal(linear.base.dense(), want.linears()[path].base.dense()), path
+        assert torch.equal(linear.base.dense(slice(3, 9)), linear.base.dense()[3:9])
+    with torch.no_grad():
+        pairs = zip(logits_of(ours, SEQUENCES), logits_of(want, SEQUENCES), strict=True)
+        for ours_logits, wanted in pairs:
+            assert torch.equal(ours_logits, wanted)
+
+
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 20_000])
+def test_what_is_written_reads_back_to_the_same_bits(
+    plain: Path, tmp_path: Path, max_shard_bytes: int
+):
+    ours = load_model(plain, dtype="bfloat16", quantization="nf4")
+    save_model(ours, tmp_path / "nf4", max_shard_bytes=max_shard_bytes)
+    assert (tmp_path / "nf4" / INDEX).exists() == (max_shard_bytes < 10**9)
+    again = load_model(tmp_path / "nf4")
+    assert again.is_quantised
+    assert again.dtype == torch.bfloat16
+    for path, linear in again.linears().items():
+        assert torch.equal(linear.base.dense(), ours.linears()[path].base.dense())
+
+
+def test_transformers_with_bitsandbytes_reads_what_is_written(plain: Path, tmp_path: Path):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    from transformers import AutoModelForCausalLM
+
+    ours = load_model(plain, dtype="float32", quantization="nf4")
+    save_model(ours, tmp_path / "nf4")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "nf4", dtype=torch.float32)
+    for layer in range(2):
+        for path, name in (("output", "self_attn.o_proj"), ("down", "mlp.down_proj")):
+            stored = theirs.get_submodule(f"model.layers.{layer}.{name}").weight
+            decoded = functional.dequantize_4bit(stored.data, stored.quant_state)
+            ours_decoded = ours.get_submodule(f"layers.{layer}.{path}").base.dense()
+            assert torch.equal(decoded.float(), ours_decoded)
+    with torch.no_grad():
+        for ids, logits in zip(SEQUENCES, logits_of(ours, SEQUENCES), strict=True):
+            # its CPU products round to bfloat16
+            error = (logits - theirs(ids[None]).logits[0]).norm() / logits.norm()
+            assert error < 2.5e-2, error
+
+
+def test_a_prequantised_checkpoint_with_a_matrix_left_in_16_bits(plain: Path, tmp_path: Path):
+    save_model(load_model(plain, quantization="nf4"), tmp_path / "nf4")
+    file, name = tmp_path / "nf4" / "model.safetensors", "model.layers.1.self_attn.q_proj.weight"
+    tensors = load_file(file)
+    for stored in [key for key in tensors if key.startswith(name)]:
+        del tensors[stored]
+    tensors[name] = load_file(plain / "model.safetensors")[name]
+    save_file(tensors, file)
+    mixed = load_model(tmp_path / "nf4")
+    rows = mixed.get_submodule("layers.1.qkv").parts["q_proj"]
+    assert torch.equal(mixed.get_submodule("layers.1.qkv").base.dense(rows), tensors[name])
+    save_model(mixed, tmp_path / "again")
+    skipped = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
+    assert name.removesuffix(".weight") in skipped["llm_int8_skip_modules"]
+    assert torch.equal(
+        load_model(tmp_path / "again").get_submodule("layers.1.qkv").base.dense(),
+        mixed.get_submodule("layers.1.qkv").base.dense(),
+    )
+
+
+@pytest.mark.parametrize("mode", ["none", "layer"])
+def test_adapters_train_through_it_as_through_the_decoded_weights(plain: Path, mode: Any):
+    grads = []
+    for model in (
+        load_model(plain, dtype="float32", quantization="nf4"),
+        decoded_copy(plain, "float32"),
+    ):
+        model.add_adapter(LoraConfig(rank=4))
+        with torch.no_grad():
+            for adapter in model.adapter_modules("policy").values():
+                adapter.b.fill_(0.01)
+        model.set_checkpointing(mode)
+        sum(logits.pow(2).sum() for logits in logits_of(model, SEQUENCES)).backward()
+        grads.append({name: p.grad for name, p in model.trainable_parameters().items()})
+    assert len(grads[0]) == 16
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grad, grads[1][name], msg=name)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda t, x: t.pop(x + ".absmax"), "1 tensors missing"),
+        (lambda t, x: t.update({x + ".quant_map": torch.zeros(16)}), "quant_map"),
+        (lambda t, x: t.update({x + ".absmax": torch.zeros(3, dtype=torch.uint8)}), "3 scales"),
+    ],
+)
+def test_damaged_files(plain: Path, tmp_path: Path, damage: Any, message: str):
+    save_model(load_model(plain, quantization="nf4"), tmp_path / "nf4")
+    file = tmp_path / "nf4" / "model.safetensors"
+    tensors = load_file(file)
+    damage(tensors, "model.layers.0.mlp.up_proj.weight")
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=message):
+        load_model(tmp_path / "nf4")
+
+
+def test_bytes_of_a_quantised_weight(plain: Path):
+    base = load_model(plain, quantization="nf4").get_submodule("layers.0.gate_up").base
+    assert base.num_bytes / (2 * 192 * 128) == pytest.approx(0.5625, abs=0.06)
