@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from sparring.data.chat import ChatTemplate
+from sparring.data.named import read_rows
 from sparring.data.prompts import PromptSet, load_prompts
-from sparring.data.rows import load_rows
 from sparring.errors import RecipeError, RewardError
 from sparring.recipe import Recipe
 from sparring.rewards.verdicts import Reward, check_rewards, load_reward
@@ -130,7 +130,7 @@ def load_prompt_set(
     """
     data = recipe.data
     return load_prompts(
-        load_rows(source, split=split, bad_rows=data.bad_rows),
+        read_rows(source, split=split, bad_rows=data.bad_rows),
         policy.tokenizer,
         prompt_column=data.prompt,
         reference_column=data.reference,
