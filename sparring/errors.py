@@ -4,12 +4,12 @@
     |-- UserError (also a ValueError)    the input is wrong; the command line exits with 2
     |   |-- RecipeError                  a recipe key, value or override
     |   |-- DataError                    a data file, row or column
-    |   |-- CheckpointError              a model, adapter or tokenizer that cannot be read or does not fit
-    |   |-- RewardError                  a reward function that is missing, misconfigured or breaks its contract
-    |   |-- RunDirectoryError            a run directory that holds a run, or cannot be resumed
-    |   `-- MemoryBudgetError            something that can never fit into the memory it is given
-    |-- RunError (also a RuntimeError)   a run that had started failed; the command line exits with 1
-    `-- Interrupted                      the run was asked to end; the command line exits with 130 or 143
+    |   |-- CheckpointError              a model, adapter or tokenizer: unreadable or unfit
+    |   |-- RewardError                  a reward that is missing or breaks its contract
+    |   |-- RunDirectoryError            a directory that holds a run, or cannot be resumed
+    |   `-- MemoryBudgetError            something that can never fit into its memory
+    |-- RunError (also a RuntimeError)   a run that had started failed; exit code 1
+    `-- Interrupted                      the run was asked to end; exit code 130 or 143
 
 A message says what happened, what was found, what is allowed, and how to mend it.
 """
@@ -32,7 +32,7 @@ class DataError(UserError):
 
 
 class CheckpointError(UserError):
-    """A model, adapter or tokenizer cannot be read, is not supported, or does not fit the other parts."""
+    """A model, adapter or tokenizer cannot be read, is not supported, or does not fit the rest."""
 
 
 class RewardError(UserError):
@@ -52,7 +52,7 @@ class RunError(SparringError, RuntimeError):
 
 
 class Interrupted(SparringError):
-    """The user or the system asked the run to end; `exit_code` is 130 (interrupt) or 143 (SIGTERM)."""
+    """The run was asked to end; `exit_code` is 130 (interrupt) or 143 (SIGTERM)."""
 
     def __init__(self, message: str, *, exit_code: int) -> None:
         super().__init__(message)

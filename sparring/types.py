@@ -35,7 +35,7 @@ class Prompt:
     noise. token_ids: what the model reads. text: the string that was tokenised. messages: the
     conversation that was rendered, None where the row held plain text. columns: every other column
     of the row, handed to the rewards. prefill: what the chat template already wrote on the
-    assistant's behalf at the end of `text`, for example "<think>\\n".
+    assistant's behalf at the end of `text`, for example an opened think tag.
     """
 
     id: int
