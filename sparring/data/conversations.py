@@ -47,7 +47,7 @@ NO_END = (
 )
 _THOUGHT = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 _EMPTY_THINK = re.compile(r"<think>\s*(</think>\s*)?\Z")
-_SHAREGPT_ROLES = {
+SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
     "gpt": "assistant",
@@ -316,11 +316,11 @@ def _sharegpt_turn(turn: object) -> object:
     if not isinstance(turn, Mapping) or "from" not in turn:
         return turn
     speaker = turn["from"]
-    if speaker not in _SHAREGPT_ROLES:
+    if speaker not in SHAREGPT_ROLES:
         raise DataError(
-            f"a turn is 'from' {speaker!r}; known speakers are {', '.join(_SHAREGPT_ROLES)}"
+            f"a turn is 'from' {speaker!r}; known speakers are {', '.join(SHAREGPT_ROLES)}"
         )
-    return {"role": _SHAREGPT_ROLES[speaker], "content": turn.get("value")}
+    return {"role": SHAREGPT_ROLES[speaker], "content": turn.get("value")}
 
 
 def _read_weight(row: Row, weight_column: str) -> float:

@@ -24,7 +24,7 @@ def check(source: Source, recipe: Recipe, command: Command) -> None:
             reason = f"this is not built yet; the only value so far is {write_value(only)}"
             raise _refusal(source, recipe, key, reason)
     limit, longest = recipe.model.max_tokens, recipe.rollout.max_completion_tokens
-    if limit and command not in ("sft", "dpo") and limit <= longest:
+    if limit and command not in ("sft", "dpo", "advise") and limit <= longest:
         reason = (
             f"rollout.max_completion_tokens = {longest} leaves no room for a prompt (the limit of a"
             " prompt is max_tokens - max_completion_tokens)"
@@ -33,7 +33,7 @@ def check(source: Source, recipe: Recipe, command: Command) -> None:
     if recipe.eval.every and not recipe.data.eval:
         reason = "there is nothing to evaluate on; set [data] eval"
         raise _refusal(source, recipe, "eval.every", reason)
-    if command not in ("ppo", "eval"):
+    if command not in ("ppo", "eval", "advise"):
         _check_not_ppo(source, recipe, command)
     if command in ("grpo", "ppo"):
         _check_rollouts(source, recipe, command)
@@ -46,7 +46,7 @@ def check(source: Source, recipe: Recipe, command: Command) -> None:
         raise _refusal(source, recipe, "advantage.name", reason)
     if command == "dpo":
         _check_dpo(source, recipe)
-    if command not in ("sft", "eval"):
+    if command not in ("sft", "eval", "advise"):
         _check_not_sft(source, recipe, command)
     if command == "sft" and recipe.loss != LossSection(name="sft"):
         reason = "sft has one loss, 'sft', and it takes no knobs; remove the section"

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-Command = Literal["sft", "grpo", "dpo", "ppo", "eval"]
+Command = Literal["sft", "grpo", "dpo", "ppo", "eval", "advise"]
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 _UNITS = {"": 1, "b": 1}
@@ -260,6 +260,7 @@ REQUIRED: dict[Command, tuple[str, ...]] = {
     "dpo": _TRAINING,
     "ppo": (*_TRAINING, "reward.name"),
     "eval": ("model.path", "data.eval", "reward.name"),
+    "advise": ("data.train",),
 }
 """Keys without a default, by command."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from sparring.data.named import read_rows
 from sparring.data.prompts import PromptSet, shared_prompts
 from sparring.recipe import Recipe
 from sparring.rewards.verdicts import Reward
@@ -15,6 +16,7 @@ from sparring.train.inputs import evaluation_sampling, load_prompt_set
 from sparring.train.interrupt import Interruptions
 from sparring.train.metrics import rollout_rows
 from sparring.train.policy import Policy
+from sparring.train.row_kinds import ROWS_LOOKED_AT, warn_if_not_checkable
 from sparring.train.session import Session
 
 
@@ -23,12 +25,15 @@ def open_prompts(
 ) -> tuple[Policy, PromptSet, PromptSet | None]:
     """The policy speaking the recipe's template, the prompts to train on, those to evaluate on.
 
-    Says what became of the rows, and warns of evaluation prompts that are also trained on. Raises
-    DataError or RecipeError.
+    Says what became of the rows, and warns of rows that no reward can teach and of evaluation
+    prompts that are also trained on. Raises DataError or RecipeError.
     """
     data = recipe.data
     template, lines = training_template(recipe, policy.tokenizer)
     policy = policy.speaking(template)
+    rows = read_rows(data.train, split=data.split, limit=ROWS_LOOKED_AT, bad_rows="skip")
+    for line in warn_if_not_checkable(rows, data.prompt, data.reference):
+        session.warn(line)
     train = load_prompt_set(recipe, policy, data.train, data.split, template=template)
     evaluation = None
     if data.eval:
