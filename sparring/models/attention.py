@@ -3,7 +3,8 @@
 A plan is built once per batch from its layout (who attends to whom, as index tensors) and then
 serves every layer. The model's streams stay flat; inside a plan, segments of similar length are
 laid into dense scratch blocks of bounded size, because that is what matrix units are fast at.
-There is no kernel of our own here, no rotary embedding and no projection.
+On a GPU in 16 bits packed batches go through the project's own kernel instead. There is no rotary
+embedding here and no projection.
 """
 
 from __future__ import annotations
@@ -13,14 +14,27 @@ import torch
 from sparring.layout import KVPool, Layout, PackedLayout
 from sparring.models.attention_packed import PackedPlan
 from sparring.models.attention_paged import PagedPlan
+from sparring.models.attention_shared import KernelPlan
 
-AttentionPlan = PackedPlan | PagedPlan
+AttentionPlan = PackedPlan | PagedPlan | KernelPlan
 
 
-def plan_attention(layout: Layout, kv_pool: KVPool | None, device: torch.device) -> AttentionPlan:
-    """Index tensors for one batch; `kv_pool` is given with a PagedLayout and only then."""
+def plan_attention(
+    layout: Layout,
+    kv_pool: KVPool | None,
+    device: torch.device,
+    *,
+    dtype: torch.dtype = torch.float32,
+    head_size: int = 0,
+) -> AttentionPlan:
+    """Index tensors for one batch; `kv_pool` is given with a PagedLayout and only then.
+
+    dtype, head_size: of the queries; where the project's own kernel serves them it is taken.
+    """
     if isinstance(layout, PackedLayout):
         assert kv_pool is None, "a packed layout keeps no keys and values"
+        if head_size and KernelPlan.serves(device, dtype, head_size):
+            return KernelPlan(layout, device)
         return PackedPlan(layout, device)
     assert kv_pool is not None, "a paged layout needs the pool that holds its keys and values"
     return PagedPlan(layout, kv_pool)

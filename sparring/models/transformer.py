@@ -203,7 +203,9 @@ class Decoder(nn.Module):
         = the base alone. A PagedLayout needs `kv_pool`, which is written to.
         """
         assert adapter in (None, "policy") or adapter in self.lora, f"no adapter called {adapter!r}"
-        plan = plan_attention(layout, kv_pool, self.device)
+        plan = plan_attention(
+            layout, kv_pool, self.device, dtype=self.dtype, head_size=self.config.head_size
+        )
         cos, sin = rope_tables(self._frequencies.to(self.device), positions_T)
         x_TD = F.embedding(input_ids_T, self.embed.weight)
         for layer in self.layers:

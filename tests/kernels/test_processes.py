@@ -16,7 +16,7 @@ def test_kernels_in_the_interpreter():
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     outcome = subprocess.run(
-        [*command, "tests/kernels/test_triton.py"],
+        [*command, "tests/kernels/test_triton.py", "tests/kernels/test_triton_attention.py"],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -50,7 +50,7 @@ def random(*shape, dtype, seed=0, scale=1.0):
 
 def error(got, want):
     got, want = got.detach().double(), want.detach().double()
-    return ((got - want).norm() / want.norm().clamp_min(1e-30)).item()
+    return ((got - want).norm() / want.norm().clamp_min(1e-2)).item()  # some gradients are 0
 
 
 def check(function, reference, inputs, limit, grads=None):

@@ -1,0 +1,34 @@
+"""Attention over packed segments by the project's own kernel: what a GPU uses in 16 bits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparring.kernels import capability_of
+from sparring.kernels.attention import shared_attention
+from sparring.kernels.attention_plan import SharedPlan
+from sparring.layout import PackedLayout
+
+
+class KernelPlan:
+    """Tiles of a PackedLayout; serves every layer of one forward pass."""
+
+    def __init__(self, layout: PackedLayout, device: torch.device) -> None:
+        self._plan = SharedPlan(
+            layout.cu_seqlens, layout.parents, device=device, capability=capability_of(device)
+        )
+
+    @staticmethod
+    def serves(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+        """Whether the kernel runs for this device, dtype and head size."""
+        is_half = dtype in (torch.bfloat16, torch.float16)
+        return is_half and head_size <= 256 and capability_of(device).tensor_dots
+
+    def attend(
+        self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, _layer: int, window: int
+    ) -> Tensor:
+        """Attention output [T, H, E]; `window` > 0: each token sees itself and the window - 1
+        tokens before.
+        """
+        return shared_attention(q_THE, k_TKE, v_TKE, self._plan, window=window)

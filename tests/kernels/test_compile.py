@@ -1,0 +1,152 @@
+"""Every Triton kernel compiled for the cards that users own, from the launch tables that ship.
+
+No GPU is needed: Triton brings ptxas and cuobjdump. Checked are shared memory, spills and matrix
+instructions. Each kernel is compiled for sm_90 in the ordinary tests, for all others in slow ones.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+import pytest
+
+from sparring.kernels import Capability, attention, head, nf4, norm, rope, swiglu
+from sparring.kernels.attention_plan import tile_of
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+ARCHS = [pytest.param(a, marks=[] if a == 90 else pytest.mark.slow) for a in SHARED_LIMIT]
+OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion"}
+
+
+def build(kernel, pointers: dict[str, str], constants: dict[str, object], arch: int):
+    """(shared memory, bytes of stack, matrix instructions, PTX) of one kernel."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    options = {name: value for name, value in constants.items() if name in OPTIONS}
+    constants = {name: value for name, value in constants.items() if name not in OPTIONS}
+    signature = {}
+    for name in kernel.arg_names:
+        plain = "fp32" if name in ("eps", "scale", "factor", "inverse_temperature") else "i32"
+        signature[name] = "constexpr" if name in constants else pointers.get(name, plain)
+    attributes = {}
+    for i, (name, kind) in enumerate(signature.items()):
+        if kind.startswith("*") or name.startswith("stride"):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    built = triton.compile(
+        source, target=GPUTarget("cuda", arch, 32), options={"enable_fp_fusion": True, **options}
+    )
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        use = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+    stack = int(re.search(r"STACK:(\d+)", use.stdout + use.stderr).group(1))
+    products = set(re.findall(r"mma\.sync|wgmma\.mma|tcgen05\.mma", built.asm["ptx"]))
+    return built.metadata.shared, stack, products, built.asm["ptx"]
+
+
+def check(kernel, pointers, constants, arch, *, products=False, stack_limit=16):
+    shared, stack, found, ptx = build(kernel, pointers, constants, arch)
+    assert shared <= SHARED_LIMIT[arch], f"{shared} bytes of shared memory"
+    assert stack <= stack_limit, f"{stack} bytes of stack: registers spill"
+    assert bool(found) == products, found
+    return found, ptx
+
+
+HALF = """x_ptr residual_ptr weight_ptr y_ptr sum_ptr dy_ptr ds_ptr dx_ptr h_ptr dh_ptr dz_ptr q_ptr
+k_ptr v_ptr out_ptr dout_ptr dq_ptr dk_ptr dv_ptr"""
+SINGLE = """partial_ptr cos_ptr sin_ptr z_ptr grad_ptr logprobs_ptr entropy_ptr lse_ptr delta_ptr
+parts_ptr absmax2_ptr offset_ptr map_ptr"""
+POINTERS = {
+    **dict.fromkeys(HALF.split(), "*bf16"),
+    **dict.fromkeys(SINGLE.split(), "*fp32"),
+    **dict.fromkeys(("tiles_ptr", "units_ptr", "sums_ptr"), "*i32"),
+    "labels_ptr": "*i64",
+    "packed_ptr": "*u8",
+    "absmax_ptr": "*u8",
+}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    "width", [3584, *(pytest.param(w, marks=pytest.mark.slow) for w in (128, 8192))]
+)
+def test_norm(width, arch):
+    constants = {"D": width, "HAS_RESIDUAL": True, **norm.tile_of(width)}
+    check(norm._forward_kernel, POINTERS, constants, arch)
+    constants |= {"TILES": 4, "NEEDS_WEIGHT": True}
+    check(norm._backward_kernel, POINTERS, constants, arch, stack_limit=16 if width < 8192 else 512)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_rope(arch):
+    check(
+        rope._rotate_kernel, POINTERS, {"HALF": 64, "BACKWARD": True, **rope.tile_of(32, 64)}, arch
+    )
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_swiglu(arch):
+    constants = {"F": 18944, "BLOCK_F": swiglu.BLOCK_F, "num_warps": swiglu.NUM_WARPS}
+    check(swiglu._forward_kernel, POINTERS, constants, arch)
+    check(swiglu._backward_kernel, POINTERS, constants, arch)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_head(arch):
+    constants = {"V": 152064, "BLOCK_V": head.BLOCK_V, "num_warps": head.NUM_WARPS}
+    constants |= {"NEEDS_GRADIENT": True, "HAS_GRAD": True}
+    check(head._rows_kernel, POINTERS, constants, arch)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", ["*bf16", "*fp16"])
+def test_nf4_decodes_by_byte_permutations(dtype, arch):
+    constants = {"DOUBLE": True, "FAST": True, "enable_fp_fusion": False, **nf4.DEQUANTIZE_TILE}
+    _, ptx = check(nf4._dequantize_kernel, {**POINTERS, "out_ptr": dtype}, constants, arch)
+    assert "prmt.b32" in ptx
+    assert "fma.rn" not in ptx
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    "size", [128, *(pytest.param(n, marks=pytest.mark.slow) for n in (64, 80, 256))]
+)
+@pytest.mark.parametrize("which", ["forward", "dq", "dkv"])
+def test_attention(which, size, arch):
+    kernel = {
+        "forward": attention._forward_kernel,
+        "dq": attention._dq_kernel,
+        "dkv": attention._dkv_kernel,
+    }[which]
+    block = triton.next_power_of_2(size)
+    constants = {"GROUP": 7, "E": size, "BLOCK_E": block, "HAS_WINDOW": False}
+    constants |= tile_of(Capability(arch=arch, tensor_dots=True), size, which)
+    # a few spilled registers were faster on the card than smaller tiles
+    found, _ = check(kernel, POINTERS, constants, arch, products=True, stack_limit=256)
+    if which == "forward":
+        assert found == {90: {"wgmma.mma"}, 100: {"tcgen05.mma"}}.get(arch, {"mma.sync"})
+
+
+def test_attention_sums_and_deltas():
+    sizes = {"E": 128, "BLOCK_E": 128, "num_warps": 4}
+    check(attention._delta_kernel, POINTERS, {**sizes, "BLOCK_M": 64}, 90)
+    check(
+        attention._sum_kernel,
+        POINTERS,
+        {**sizes, "BLOCK_N": 128, "num_warps": 8},
+        90,
+        stack_limit=64,
+    )
