@@ -125,7 +125,8 @@ def test_traceback_is_shown_on_request():
 def test_help_names_what_exists_and_nothing_else():
     text = run("--help").stdout
     commands = [line.split()[0] for line in text.partition("Commands:")[2].splitlines() if line]
-    assert commands == ["grpo", "sft", "dpo", "ppo", "pairs", "eval", "generate", "reward"]
+    training = ["grpo", "sft", "dpo", "ppo", "pairs"]
+    assert commands == [*training, "eval", "generate", "reward", "advise", "identity", "facts"]
 
 
 def test_version():

@@ -13,11 +13,13 @@ from sparring.cli import training
 from sparring.cli import measuring
 from sparring.cli import sampling
 from sparring.cli import judging
+from sparring.cli import advising
+from sparring.cli import teaching
 
 # isort: on
 from sparring.cli.app import app
 
-__all__ = ["app", "judging", "main", "measuring", "sampling", "training"]
+__all__ = ["advising", "app", "judging", "main", "measuring", "sampling", "teaching", "training"]
 
 
 def main() -> None:

@@ -55,11 +55,13 @@ def generate(
         rows = _prompt_rows(prompt, input_file)
         with opened(output_file) as target:
             import sparring
-            from sparring.train.inference import template_of
+            from sparring.train.inference import system_prompt_note, template_of
 
             policy, tokenizer = sparring.load(
                 model, adapter=adapter or None, dtype=dtype, device=device
             )
+            if note := system_prompt_note(tokenizer, system_prompt):
+                say(note)
             has_template = template_of(tokenizer, system_prompt=system_prompt).source is not None
             as_message = has_template and not raw
             with progress("sampling") as on_progress:

@@ -88,6 +88,12 @@ def template_of(tokenizer: Any, *, template: str = "auto", system_prompt: str = 
     )
 
 
+def model_template(path: str) -> ChatTemplate:
+    """The conversation format of a model, its weights unread."""
+    name = str(saved_settings(path).get("template", "auto"))
+    return build_template(checkpoint.load_tokenizer(path), name)
+
+
 def system_prompt_note(tokenizer: Any, system_prompt: str) -> str:
     """What to say where a system prompt given by hand replaces the recorded one; else ""."""
     recorded = str(tokenizer_settings(tokenizer).get("system_prompt", ""))

@@ -1,0 +1,40 @@
+"""The pages on how to do things: their recipes are recipes, in both languages alike."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from sparring.recipe import build_recipe
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGES = [DOCS / place / "how-to-think-or-who-i-am.md" for place in ("how-to", "zh")]
+
+
+def blocks(page: Path, kind: str) -> list[str]:
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.S | re.M)
+    return [text for name, text in found if name == kind]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_recipes_of_the_page_are_recipes(page):
+    found = [tomllib.loads(text) for text in blocks(page, "toml")]
+    assert len(found) == 3
+    (whole,) = [tables for tables in found if "optimizer" in tables]
+    recipe = build_recipe(whole, command="sft")
+    assert recipe.data.general_ratio == 1.0
+    for tables in found:
+        build_recipe({**whole, "data": {**whole["data"], **tables["data"]}}, command="sft")
+
+
+def test_both_languages_show_the_same_commands():
+    english, chinese = (
+        [line for text in blocks(page, "") for line in text.splitlines() if "sparring" in line]
+        for page in PAGES
+    )
+    assert [line.partition("#")[0].strip() for line in english] == [
+        line.partition("#")[0].strip() for line in chinese
+    ]
