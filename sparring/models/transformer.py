@@ -120,7 +120,9 @@ class DecoderLayer(nn.Module):
         attended = plan.attend(q, k, v, self.index, config.windows[self.index])
         x_TD = x_TD + self.output(attended.reshape(len(x_TD), -1), adapter)
         normed = rms_norm(x_TD, self.mlp_norm, config.norm_eps)
-        out: Tensor = x_TD + self.down(swiglu(self.gate_up(normed, adapter)), adapter)
+        # nothing else reads the projection, so its gradient may lie where it lay
+        hidden = swiglu(self.gate_up(normed, adapter), overwrite=True)
+        out: Tensor = x_TD + self.down(hidden, adapter)
         return out
 
     def _rotate(self, heads: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
