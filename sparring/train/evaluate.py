@@ -20,7 +20,7 @@ from sparring.errors import DataError, RewardError
 from sparring.rewards.verdicts import Reward, RewardReport, judge
 from sparring.rollout.engine import Engine
 from sparring.rollout.sampler import Sampling
-from sparring.train.intervals import bootstrap, wilson
+from sparring.train.intervals import interval_of
 from sparring.train.pass_at_k import canonical_answer, ks_up_to, majority_at_k, pass_at_k
 from sparring.types import Group, Prompt
 
@@ -177,7 +177,7 @@ def summarise(
         raise RewardError(f"the reward '{name}' judged none of {len(groups)} evaluation prompts")
     num_samples = max(len(group.rollouts) for group in groups)
     values = list(shares.values())
-    low, high = wilson(sum(values), len(values)) if num_samples == 1 else bootstrap(values)
+    low, high = interval_of(values, num_samples=num_samples)
     rows = sample_rows(groups, report, sampling=sampling)
     lengths = sorted(row["num_tokens"] for row in rows)
     finished = [row["correct"] for row in rows if row["finish_reason"] != "length"]
@@ -251,7 +251,7 @@ def _by_k(
     for k in ks_up_to(num_samples):
         values = [measure(samples, k) for samples in judged.values() if len(samples) >= k]
         if values:
-            low, high = bootstrap(values) if num_samples > 1 else wilson(sum(values), len(values))
+            low, high = interval_of(values, num_samples=num_samples)
             found[str(k)] = {"value": math.fsum(values) / len(values), "low": low, "high": high}
     return found
 

@@ -18,7 +18,7 @@ from sparring.rewards.texts import after_thinking
 from sparring.rollout.sampler import Sampling
 from sparring.train.inference import sampling_engine
 from sparring.train.inputs import EVAL_SEED
-from sparring.train.intervals import bootstrap
+from sparring.train.intervals import interval_of
 from sparring.train.policy import Policy
 from sparring.types import Prompt
 
@@ -37,7 +37,7 @@ _DENIAL = re.compile(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rate:
-    """A share over questions with its 95% interval (bootstrap over questions)."""
+    """A share over questions with its 95% interval over questions."""
 
     value: float
     low: float
@@ -179,7 +179,8 @@ def _rate(rows: Sequence[dict[str, Any]], key: str) -> Rate | None:
     if not by_question:
         return None
     shares = [sum(values) / len(values) for values in by_question.values()]
-    low, high = bootstrap(shares)
+    samples = max(map(len, by_question.values()))
+    low, high = interval_of(shares, num_samples=samples)
     return Rate(value=sum(shares) / len(shares), low=low, high=high, n=len(shares))
 
 

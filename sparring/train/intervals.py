@@ -68,6 +68,17 @@ def bootstrap(shares: Sequence[float], *, seed: int = 0) -> tuple[float, float]:
     return low, high
 
 
+def interval_of(shares: Sequence[float], *, num_samples: int) -> tuple[float, float]:
+    """95% interval of the mean of per-problem shares of `num_samples` samples each.
+
+    Wilson's for one sample a problem, else the bootstrap over problems. Where all shares are the
+    same resampling knows no doubt, and Wilson's over problems is taken, which is on the safe side.
+    """
+    if num_samples == 1 or len(set(shares)) < 2:
+        return wilson(sum(shares), len(shares))
+    return bootstrap(shares)
+
+
 def standard_error(values: Sequence[float]) -> float:
     """Standard error of the mean of independent values, sd (ddof 1) / sqrt(n); NaN below 2 values.
 

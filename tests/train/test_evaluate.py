@@ -11,7 +11,7 @@ from sparring.errors import RewardError
 from sparring.rewards.verdicts import RewardReport
 from sparring.rollout.sampler import Sampling
 from sparring.train.evaluate import Measured, shares_correct, summarise
-from sparring.train.intervals import bootstrap, wilson
+from sparring.train.intervals import bootstrap, interval_of, wilson
 from sparring.train.order import rows_of_step
 from sparring.types import Group, Prompt, Rollout
 
@@ -30,6 +30,12 @@ def test_bootstrap_is_centred_and_as_wide_as_the_standard_error_says() -> None:
     assert (low + high) / 2 == pytest.approx(0.4375, abs=0.01)
     assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.1)
     assert bootstrap(shares) == (low, high)
+
+
+def test_shares_that_are_all_the_same_leave_some_doubt() -> None:
+    assert interval_of([0.0] * 8, num_samples=4) == pytest.approx((0.0, 0.324), abs=1e-3)
+    assert interval_of([1.0, 0.0] * 15, num_samples=1) == wilson(15, 30)
+    assert interval_of([0.5, 1.0, 0.25], num_samples=4) == bootstrap([0.5, 1.0, 0.25])
 
 
 def test_shares_count_judged_samples_with_full_credit() -> None:
