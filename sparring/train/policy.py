@@ -196,10 +196,19 @@ def save_policy(recipe: Recipe, policy: Policy, directory: Path) -> None:
         tokenizer.chat_template = template.source
     checkpoint.save_tokenizer(tokenizer, directory)
     settings = {
-        "template": "none" if template is not None and template.source is None else "auto",
+        "template": _template_name(template),
         "system_prompt": recipe.data.system_prompt if template is None else template.system_prompt,
         "max_tokens": policy.max_tokens,
         "stop_ids": list(policy.stop_ids),
     }
     text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
     (directory / SETTINGS_FILE).write_text(text, encoding="utf-8")
+
+
+def _template_name(template: ChatTemplate | None) -> str:
+    """What a reload builds the same format from: ours by name, any other out of the tokenizer."""
+    if template is None:
+        return "auto"
+    if template.is_own:
+        return template.name
+    return "none" if template.source is None else "auto"

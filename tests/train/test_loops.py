@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import sparring
 from sparring import runlog
+from sparring.data.chat import build_template
 from sparring.errors import (
     DataError,
     Interrupted,
@@ -20,9 +22,18 @@ from sparring.errors import (
     RunDirectoryError,
     RunError,
 )
+from sparring.models import checkpoint
 from sparring.recipe import build_recipe
 from sparring.train import grpo, sft
-from tests.train.tiny_run import grpo_recipe, sft_recipe, write_checkpoint, write_data
+from sparring.train.inference import template_of
+from sparring.train.inputs import load_rewards
+from tests.train.tiny_run import (
+    grpo_recipe,
+    sft_recipe,
+    write_checkpoint,
+    write_data,
+    write_tokenizer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -209,3 +220,46 @@ def test_wrong_input_leaves_no_run_behind(folder: Path) -> None:
     assert not (folder / "run").exists()
     grpo.train(grpo_recipe(folder))
     assert (folder / "run" / "summary.json").is_file()
+
+
+@pytest.mark.parametrize("template", ["think", "think-open", "auto", "none"])
+def test_a_reloaded_policy_is_asked_as_it_was_trained(folder: Path, template: str) -> None:
+    write_tokenizer(folder / "model", begins=True)
+    changes = {"data": {"template": template}, "model": {"max_tokens": 512}}
+    sft.train(sft_recipe(folder, train={"steps": 1}, **changes))
+    tokenizer = checkpoint.load_tokenizer(folder / "model")
+    trained = build_template(tokenizer, template)
+    _, reloaded = sparring.load(str(folder / "run"))
+    asked = template_of(reloaded)
+    text = trained.render_text("Say 3.").text
+    assert asked.render_text("Say 3.").text == text
+    assert asked.encode(text) == trained.encode(text)
+
+
+def test_the_sandbox_is_told_in_the_environment(folder: Path) -> None:
+    rows = [
+        {"prompt": f"Write {n}.", "reference": "", "tests": "assert f() == 1"} for n in range(4)
+    ]
+    (folder / "code.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"data": {"train": str(folder / "code.jsonl")}, "train": {"steps": 1}}
+    grpo.train(
+        grpo_recipe(folder, reward=[{"name": "code", "sandbox": "landlock+seccomp"}], **changes)
+    )
+    told = json.loads((folder / "run" / "environment.json").read_text())["sandbox"]["code"]
+    assert told["name"] == level.name
+
+
+def test_a_judge_gets_its_key_from_the_command_line_alone(folder: Path) -> None:
+    judge = {
+        "name": "judge",
+        "url": "http://127.0.0.1:9",
+        "model": "m",
+        "api_key_env": "NO_SUCH_KEY",
+    }
+    recipe = grpo_recipe(folder, reward=[judge])
+    with pytest.raises(RewardError, match="NO_SUCH_KEY.*is not set.*export NO_SUCH_KEY="):
+        grpo.train(recipe)
+    rewards = load_rewards(recipe, {"NO_SUCH_KEY": "secret"})
+    assert "secret" not in repr(rewards)
+    for reward in rewards:
+        reward.close()

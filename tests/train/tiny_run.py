@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from sparring.models import checkpoint
@@ -46,8 +46,8 @@ def interrupts(completions, trainer_state):
 '''
 
 
-def write_tokenizer(folder: Path) -> None:
-    """A tokenizer of the 256 bytes and four special tokens."""
+def write_tokenizer(folder: Path, *, begins: bool = False) -> None:
+    """A tokenizer of the 256 bytes and four special tokens; begins: it puts one before any text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -56,6 +56,12 @@ def write_tokenizer(folder: Path) -> None:
     fast.add_special_tokens(
         {"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|system|>"]}
     )
+    if begins:
+        begin = ("<|system|>", fast.convert_tokens_to_ids("<|system|>"))
+        fast.bos_token = begin[0]
+        fast.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{begin[0]} $A", special_tokens=[begin]
+        )
     fast.chat_template = TEMPLATE
     fast.save_pretrained(folder)
 
