@@ -24,6 +24,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from torch import Tensor
 import sparring
 from sparring.algorithms.losses import dapo
 from sparring.data.packing import pack_groups
+from sparring.environment import describe_environment
 from sparring.rollout.engine import Engine
 from sparring.rollout.sampler import Sampling
 from sparring.train.optimizer import build_optimizer
@@ -251,7 +253,9 @@ def main() -> None:
     }
     report = {
         "threads": arguments.threads,
-        "torch": torch.__version__,
+        "date": date.today().isoformat(),
+        "environment": describe_environment(),
+        "repeats": arguments.repeats,
         "seconds": {name: round(value, 4) for name, value in median.items()},
         "best_padded_micro_batch": best,
         "ratios": {name: round(value, 2) for name, value in ratios.items()},

@@ -18,8 +18,10 @@ import random
 import statistics
 import time
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
+from sparring.environment import describe_environment
 from sparring.rewards.math import MathReward
 
 NUM_PROMPTS, GROUP_SIZE = 64, 8
@@ -160,6 +162,8 @@ def main() -> None:
     print(
         json.dumps(
             {
+                "date": date.today().isoformat(),
+                "environment": describe_environment(),
                 "completions": NUM_PROMPTS * GROUP_SIZE,
                 "repeats": repeats,
                 "seconds": {name: round(value, 3) for name, value in medians.items()},

@@ -12,13 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from functools import partial
 
+from sparring.environment import describe_environment
 from sparring.errors import RewardError
 from sparring.rewards.sandbox.ladder import FULL, LANDLOCK
 from sparring.rewards.sandbox.limits import Limits
@@ -68,10 +69,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
     report: dict[str, object] = {
-        "kernel": platform.release(),
-        "machine": platform.machine(),
+        "date": date.today().isoformat(),
+        "environment": describe_environment(),
         "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
         "workers": arguments.workers,
         "runs": arguments.runs,
     }
