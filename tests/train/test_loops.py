@@ -24,6 +24,7 @@ from sparring.errors import (
 )
 from sparring.models import checkpoint
 from sparring.recipe import build_recipe
+from sparring.rewards.sandbox.runner import run_level
 from sparring.train import grpo, sft
 from sparring.train.inference import template_of
 from sparring.train.inputs import load_rewards
@@ -237,6 +238,10 @@ def test_a_reloaded_policy_is_asked_as_it_was_trained(folder: Path, template: st
 
 
 def test_the_sandbox_is_told_in_the_environment(folder: Path) -> None:
+    try:
+        level = run_level(require="landlock+seccomp")
+    except RewardError as error:
+        pytest.skip(f"no sandbox of level landlock+seccomp here: {error}")
     rows = [
         {"prompt": f"Write {n}.", "reference": "", "tests": "assert f() == 1"} for n in range(4)
     ]
@@ -257,7 +262,7 @@ def test_a_judge_gets_its_key_from_the_command_line_alone(folder: Path) -> None:
         "api_key_env": "NO_SUCH_KEY",
     }
     recipe = grpo_recipe(folder, reward=[judge])
-    with pytest.raises(RewardError, match="NO_SUCH_KEY.*is not set.*export NO_SUCH_KEY="):
+    with pytest.raises(RewardError, match=r"NO_SUCH_KEY.*is not set.*export NO_SUCH_KEY="):
         grpo.train(recipe)
     rewards = load_rewards(recipe, {"NO_SUCH_KEY": "secret"})
     assert "secret" not in repr(rewards)
