@@ -23,7 +23,7 @@ FLOORS = {
     "train": 4,
     **dict.fromkeys(["rollout", "parallel", "export", "recipe"], 3),
     **dict.fromkeys(["models", "algorithms", "rewards", "data", "dashboard"], 2),
-    **dict.fromkeys(["kernels", "runlog", "progress", "environment"], 1),
+    **dict.fromkeys(["kernels", "runlog", "progress", "environment", "deadline"], 1),
     **dict.fromkeys(["types", "errors", "layout"], 0),  # the nouns, under everything else
 }
 MEANT = {("__main__", "cli"), ("types", "layout")}

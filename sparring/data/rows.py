@@ -11,14 +11,14 @@ import csv
 import json
 import logging
 import re
-import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from sparring.deadline import within
 from sparring.errors import DataError
 
 Row = dict[str, Any]
@@ -421,13 +421,17 @@ def _probe_hub(source: str, name: str) -> None:
     from huggingface_hub import HfApi
     from huggingface_hub import errors as hub
 
-    found = _within(
-        HUB_PROBE_SECONDS,
-        lambda: HfApi().dataset_info(name, timeout=HUB_PROBE_SECONDS / 2),
-        _hub_errors(),
-    )
+    found: BaseException
+    try:
+        within(
+            HUB_PROBE_SECONDS,
+            lambda: HfApi().dataset_info(name, timeout=HUB_PROBE_SECONDS / 2),
+        )
+        return
+    except _hub_errors() as error:
+        found = error
     local = f"nor is there a file or folder {Path(source).absolute()}"
-    if isinstance(found, hub.OfflineModeIsEnabled) or not isinstance(found, BaseException):
+    if isinstance(found, hub.OfflineModeIsEnabled):
         return  # offline: what was downloaded before may still be there
     if isinstance(found, hub.GatedRepoError):
         raise DataError(
@@ -453,24 +457,6 @@ def _hub_errors() -> tuple[type[Exception], ...]:
     kinds: list[type[Exception]] = [*HfHubHTTPError.__bases__]
     kinds += [datasets.exceptions.DatasetsError, OSError, ValueError, LookupError, RuntimeError]
     return tuple(kinds)
-
-
-def _within(
-    seconds: float, call: Callable[[], object], families: tuple[type[BaseException], ...]
-) -> object:
-    """The result of `call`, or the exception it raised, or TimeoutError after `seconds`."""
-    results: list[object] = []
-
-    def work() -> None:
-        try:
-            results.append(call())
-        except families as error:
-            results.append(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return results[0] if results else TimeoutError(f"no answer within {seconds:.0f} seconds")
 
 
 def _one_line(error: object) -> str:

@@ -7,11 +7,10 @@ looks into weights.
 from __future__ import annotations
 
 import re
-import threading
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from sparring.deadline import within
 from sparring.errors import CheckpointError
 
 HUB_SECONDS = 25.0
@@ -27,7 +26,6 @@ WANTED_FILES = (
 )
 _UNWANTED_FILES = ("*/*", "consolidated*")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
-_Result = TypeVar("_Result")
 
 
 def resolve(path: str | Path, *, endpoint: str | None = None, seconds: float = HUB_SECONDS) -> Path:
@@ -92,7 +90,7 @@ def _download(name: str, tried: Path, endpoint: str | None, seconds: float) -> P
         return info
 
     try:
-        info = _within(seconds, look)
+        info = within(seconds, look)
     except Exception as error:  # the client raises errors of several libraries, reported here
         if not _is_unreachable(error):
             raise CheckpointError(_refusal(where, name, error)) from error
@@ -134,27 +132,6 @@ def _cached_snapshot(name: str) -> Path | None:
     except LocalEntryNotFoundError:
         return None
     return Path(found) if (Path(found) / "config.json").exists() else None
-
-
-def _within(seconds: float, work: Callable[[], _Result]) -> _Result:
-    """Call `work` and give up after `seconds`: name look-up knows no time limit of its own."""
-    results: list[_Result] = []
-    errors: list[Exception] = []
-
-    def call() -> None:
-        try:
-            results.append(work())
-        except Exception as error:  # noqa: BLE001 - carried to the caller's thread and raised there
-            errors.append(error)
-
-    thread = threading.Thread(target=call, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if errors:
-        raise errors[0]
-    if not results:
-        raise TimeoutError("no answer")
-    return results[0]
 
 
 def _is_unreachable(error: Exception) -> bool:
