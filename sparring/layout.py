@@ -59,10 +59,14 @@ class KVPool:
     """Keys and values of all layers in one tensor.
 
     data [L, N, 2, K, B, E]: layer, block, key or value, key/value head, slot in block, head size;
-    one head's keys of one block are contiguous.
+    one head's keys of one block are contiguous. address: int64 [1] on the pool's device that holds
+    data.data_ptr(), None where no kernel reads the pool. Kernels find the pool through it, so a
+    captured CUDA graph stays valid when the pool is freed and allocated elsewhere, provided this
+    same tensor is rewritten in place.
     """
 
     data: Tensor
+    address: Tensor | None = None
 
     @property
     def num_blocks(self) -> int:

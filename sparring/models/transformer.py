@@ -325,7 +325,8 @@ def new_kv_pool(
         block_size,
         config.head_size,
     )
-    return KVPool(data=torch.zeros(shape, dtype=dtype, device=device))
+    data = torch.zeros(shape, dtype=dtype, device=device)
+    return KVPool(data=data, address=torch.tensor([data.data_ptr()], device=device))
 
 
 def kv_bytes_per_token(config: TransformerConfig, dtype: torch.dtype) -> int:
