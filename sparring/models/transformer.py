@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sparring.kernels.head import head_logits, linear_logprob
-from sparring.kernels.norm import rms_norm
+from sparring.kernels.norm import add_rms_norm, rms_norm
 from sparring.kernels.rope import rope
 from sparring.kernels.swiglu import swiglu
 from sparring.layout import KVPool, Layout
@@ -115,14 +115,34 @@ class DecoderLayer(nn.Module):
         """The residual stream [T, D] after this layer."""
         config = self.config
         normed = rms_norm(x_TD, self.attention_norm, config.norm_eps)
-        heads = self.qkv(normed, adapter).view(len(x_TD), -1, config.head_size)
+        attended = self.attention(normed, cos, sin, plan, adapter)
+        normed, x_TD = add_rms_norm(attended, x_TD, self.mlp_norm, config.norm_eps)
+        out: Tensor = x_TD + self.mlp(normed, adapter)
+        return out
+
+    def attention(
+        self,
+        normed_TD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        plan: AttentionPlan,
+        adapter: str | None,
+    ) -> Tensor:
+        """What attention adds to the residual stream, from its normed state."""
+        config = self.config
+        window = config.windows[self.index]
+        qkv_TC = self.qkv(normed_TD, adapter)
+        heads = qkv_TC.view(len(normed_TD), -1, config.head_size)
         q, k, v = self._rotate(heads, cos, sin)
-        attended = plan.attend(q, k, v, self.index, config.windows[self.index])
-        x_TD = x_TD + self.output(attended.reshape(len(x_TD), -1), adapter)
-        normed = rms_norm(x_TD, self.mlp_norm, config.norm_eps)
+        attended = plan.attend(q, k, v, self.index, window)
+        out: Tensor = self.output(attended.reshape(len(normed_TD), -1), adapter)
+        return out
+
+    def mlp(self, normed_TD: Tensor, adapter: str | None) -> Tensor:
+        """What the feed-forward adds to the residual stream, from its normed state."""
         # nothing else reads the projection, so its gradient may lie where it lay
-        hidden = swiglu(self.gate_up(normed, adapter), overwrite=True)
-        out: Tensor = x_TD + self.down(hidden, adapter)
+        hidden = swiglu(self.gate_up(normed_TD, adapter), overwrite=True)
+        out: Tensor = self.down(hidden, adapter)
         return out
 
     def _rotate(self, heads: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -210,8 +230,10 @@ class Decoder(nn.Module):
         )
         cos, sin = rope_tables(self._frequencies.to(self.device), positions_T)
         x_TD = F.embedding(input_ids_T, self.embed.weight)
+        if not torch.is_grad_enabled():
+            return self._infer(x_TD, cos, sin, plan, adapter)
         for layer in self.layers:
-            if self._checkpointing == "layer" and torch.is_grad_enabled():
+            if self._checkpointing == "layer":
                 x_TD = checkpoint(
                     layer,
                     x_TD,
@@ -225,6 +247,24 @@ class Decoder(nn.Module):
             else:
                 x_TD = layer(x_TD, cos, sin, plan, adapter)
         return rms_norm(x_TD, self.norm, self.config.norm_eps)
+
+    def _infer(
+        self, x_TD: Tensor, cos: Tensor, sin: Tensor, plan: AttentionPlan, adapter: str | None
+    ) -> Tensor:
+        """`forward` without gradient: every addition goes into the norm that follows it."""
+        eps = self.config.norm_eps
+        added: Tensor | None = None
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer), "layers are DecoderLayers"
+            if added is None:
+                normed = rms_norm(x_TD, layer.attention_norm, eps)
+            else:
+                normed, x_TD = add_rms_norm(added, x_TD, layer.attention_norm, eps)
+            added = layer.attention(normed, cos, sin, plan, adapter)
+            normed, x_TD = add_rms_norm(added, x_TD, layer.mlp_norm, eps)
+            added = layer.mlp(normed, adapter)
+        assert added is not None, "a decoder has a layer"
+        return add_rms_norm(added, x_TD, self.norm, eps)[0]
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Logits [T, V] in float32 (float64 in a float64 model), as `score` sees them."""

@@ -76,7 +76,7 @@ def score(model: Decoder, rollouts: Sequence[Rollout], temperature: float) -> li
     )
     with torch.no_grad():
         logprobs = model.score(batch).logprobs_T
-    return [logprobs[span] for span in spans]
+    return [logprobs[span].float() for span in spans]
 
 
 def tokens(rollouts: Sequence[Sequence[Rollout]]) -> list[list[list[int]]]:
