@@ -34,23 +34,32 @@ class Capability:
     """What kernels may use: one value, made once and passed down, never asked for inside a kernel.
 
     arch: compute capability as a number (80, 90, ...). tensor_dots: Triton's matrix products run on
-    tensor cores and inline PTX of sm_80 and later is understood.
+    tensor cores and inline PTX of sm_80 and later is understood; without it products and attention
+    are the library's. dtypes: what the card computes in.
     """
 
     arch: int
     tensor_dots: bool
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
 
 
 INTERPRETER = Capability(arch=0, tensor_dots=False)
 """The value for CPU tensors: no card, Triton's interpreter at most."""
 
 
+def capability_for(arch: int) -> Capability:
+    """The value for a compute capability such as 75 (a T4) or 90."""
+    if arch < 80:
+        return Capability(arch, tensor_dots=False, dtypes=(torch.float32, torch.float16))
+    return Capability(arch, tensor_dots=True)
+
+
 def capability_of(device: torch.device) -> Capability:
-    """The value for a device; INTERPRETER for a CPU."""
+    """The value for a device; INTERPRETER for a CPU. Asked once, where a model is built."""
     if device.type != "cuda":
         return INTERPRETER
     major, minor = torch.cuda.get_device_capability(device)
-    return Capability(arch=10 * major + minor, tensor_dots=major >= 8)
+    return capability_for(10 * major + minor)
 
 
 def uses_triton(x: Tensor) -> bool:

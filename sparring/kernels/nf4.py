@@ -328,12 +328,15 @@ def dequantize_nf4(
     rows: slice = slice(None),
     dtype: torch.dtype | None = None,
     out: Tensor | None = None,
+    capability: Capability | None = None,
 ) -> Tensor:
     """Decode rows (all by default) of a matrix [N, K] to `dtype` (default: the one it was quantised
     from), into `out` [rows, K] where given; `out`'s dtype then counts.
+
+    capability: the model's; left out, what the card can do.
     """
     if matrix.packed.is_cuda and triton is not None and matrix.shape[1] % BLOCK == 0:
-        return dequantize_nf4_triton(matrix, rows=rows, dtype=dtype, out=out)
+        return dequantize_nf4_triton(matrix, rows=rows, dtype=dtype, out=out, capability=capability)
     dtype = dtype if out is None else out.dtype
     decoded = dequantize_nf4_reference(matrix, rows=rows, dtype=dtype)
     return decoded if out is None else out.copy_(decoded)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 
+from sparring.kernels import INTERPRETER, Capability
 from sparring.layout import KVPool, Layout, PackedLayout
 from sparring.models.attention_packed import PackedPlan
 from sparring.models.attention_paged import PagedPlan
@@ -26,15 +27,17 @@ def plan_attention(
     *,
     dtype: torch.dtype = torch.float32,
     head_size: int = 0,
+    capability: Capability = INTERPRETER,
 ) -> AttentionPlan:
     """Index tensors for one batch; `kv_pool` is given with a PagedLayout and only then.
 
-    dtype, head_size: of the queries; where the project's own kernel serves them it is taken.
+    dtype, head_size: of the queries. capability: the model's; where it allows the project's own
+    kernel, and the kernel serves the queries, that is taken.
     """
     if isinstance(layout, PackedLayout):
         assert kv_pool is None, "a packed layout keeps no keys and values"
-        if head_size and KernelPlan.serves(device, dtype, head_size):
-            return KernelPlan(layout, device)
+        if head_size and KernelPlan.serves(device, dtype, head_size, capability):
+            return KernelPlan(layout, device, capability)
         return PackedPlan(layout, device)
     assert kv_pool is not None, "a paged layout needs the pool that holds its keys and values"
     return PagedPlan(layout, kv_pool)

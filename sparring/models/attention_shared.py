@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparring.kernels import capability_of
+from sparring.kernels import Capability
 from sparring.kernels.attention import shared_attention
 from sparring.kernels.attention_plan import SharedPlan
 from sparring.layout import PackedLayout
@@ -14,16 +14,19 @@ from sparring.layout import PackedLayout
 class KernelPlan:
     """Tiles of a PackedLayout; serves every layer of one forward pass."""
 
-    def __init__(self, layout: PackedLayout, device: torch.device) -> None:
+    def __init__(self, layout: PackedLayout, device: torch.device, capability: Capability) -> None:
         self._plan = SharedPlan(
-            layout.cu_seqlens, layout.parents, device=device, capability=capability_of(device)
+            layout.cu_seqlens, layout.parents, device=device, capability=capability
         )
 
     @staticmethod
-    def serves(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+    def serves(
+        device: torch.device, dtype: torch.dtype, head_size: int, capability: Capability
+    ) -> bool:
         """Whether the kernel runs for this device, dtype and head size."""
         is_half = dtype in (torch.bfloat16, torch.float16)
-        return is_half and head_size <= 256 and capability_of(device).tensor_dots
+        has_dots = device.type == "cuda" and capability.tensor_dots
+        return is_half and head_size <= 256 and has_dots
 
     def attend(
         self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, _layer: int, window: int

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sparring.errors import CheckpointError
+from sparring.kernels import Capability, capability_of
 from sparring.kernels.nf4 import NF4Matrix
 from sparring.models import nf4_files
 from sparring.models import tokenizer as tokenizers
@@ -108,10 +109,13 @@ def build_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype,
     is_quantised: bool = False,
+    capability: Capability | None = None,
 ) -> Decoder:
     """A Decoder of a config.json's shape, uninitialised (see Decoder.init_weights)."""
     shape = family_of(config).config(config)
-    return Decoder(shape, device=device, dtype=dtype, is_quantised=is_quantised)
+    return Decoder(
+        shape, device=device, dtype=dtype, is_quantised=is_quantised, capability=capability
+    )
 
 
 def weight_views(model: Decoder) -> Iterator[tuple[str, Tensor]]:
@@ -169,14 +173,17 @@ def load_model(
     device: torch.device | str = "cpu",
     kv_bytes: int = 0,
     quantization: str = "none",
+    capability: Capability | None = None,
 ) -> Decoder:
     """Load a model, and an adapter where `path` is an adapter's folder or `adapter` names one.
 
     path, adapter: see `resolve`. dtype: "auto" (the checkpoint's own), "float32", "bfloat16" or
     "float16". quantization: "none" or "nf4"; a checkpoint that is stored in NF4 is read as it is,
     whichever is given. kv_bytes: what the caller will need beside the weights; both must fit into
-    free memory. An adapter is loaded as "policy", ready for training. Raises CheckpointError for
-    anything that cannot be read as it stands, MemoryBudgetError for a model that does not fit.
+    free memory. capability: what kernels may use, where it is to be less than the device can do;
+    capability_for(75) makes any card compute as a T4 does. An adapter is loaded as "policy", ready
+    for training. Raises CheckpointError for anything that cannot be read as it stands,
+    MemoryBudgetError for a model that does not fit.
     """
     device = torch.device(device)
     if quantization not in QUANTIZATIONS:
@@ -196,9 +203,12 @@ def load_model(
     is_quantised = is_stored or quantization == "nf4"
     family_of(config).config(config)
     files = weight_files(folder)
-    chosen = _choose_dtype(dtype, config, device)
+    capability = capability or capability_of(device)
+    chosen = _choose_dtype(dtype, config, capability)
     _check_fits(config, chosen, device, kv_bytes, is_quantised)
-    model = build_model(config, device=device, dtype=chosen, is_quantised=is_quantised)
+    model = build_model(
+        config, device=device, dtype=chosen, is_quantised=is_quantised, capability=capability
+    )
     _fill(model, files, folder, is_stored=is_stored)
     if adapter is not None:
         load_adapter_onto(model, resolve(adapter))
@@ -245,7 +255,8 @@ def check_model_fits(
     device = torch.device(device)
     config = read_json(base_folder(path) / "config.json")
     is_quantised = quantization == "nf4" or nf4_files.stored_as_nf4(config)
-    _check_fits(config, _choose_dtype(dtype, config, device), device, kv_bytes, is_quantised)
+    chosen = _choose_dtype(dtype, config, capability_of(device))
+    _check_fits(config, chosen, device, kv_bytes, is_quantised)
 
 
 def _check_fits(
@@ -265,7 +276,7 @@ def _check_fits(
     check_fits(num_parameters, dtype, device, kv_bytes=kv_bytes, weight_bytes=weight_bytes)
 
 
-def _choose_dtype(name: str, config: Mapping[str, Any], device: torch.device) -> torch.dtype:
+def _choose_dtype(name: str, config: Mapping[str, Any], capability: Capability) -> torch.dtype:
     if name == "auto":
         name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix(
             "torch."
@@ -273,15 +284,12 @@ def _choose_dtype(name: str, config: Mapping[str, Any], device: torch.device) ->
         name = "float32" if name == "float64" else name
     if name not in DTYPES:
         raise CheckpointError(f"dtype is {name!r}; known: auto, {', '.join(DTYPES)}")
-    if name == "bfloat16" and device.type == "cuda" and not _has_bfloat16(device):
+    if DTYPES[name] not in capability.dtypes:
         raise CheckpointError(
-            f"{torch.cuda.get_device_name(device)} has no bfloat16 arithmetic; set dtype to float16"
+            f"a card of compute capability {capability.arch / 10:.1f} has no {name} arithmetic; set"
+            " dtype to float16"
         )
     return DTYPES[name]
-
-
-def _has_bfloat16(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _fill(model: Decoder, files: Sequence[Path], folder: Path, *, is_stored: bool) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparring.kernels import Capability
 from sparring.models.lora import LoraAdapter, LoraConfig
 from sparring.models.quantised import Quantised
 
@@ -64,7 +65,7 @@ class Linear(nn.Module):
     """One or several matrices of equal input size, fused by rows, with bias and adapters.
 
     parts: name of each fused matrix -> its number of outputs, in order. is_quantised: the base is
-    an empty NF4 weight.
+    an empty NF4 weight. capability: the model's.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Linear(nn.Module):
         device: torch.device,
         dtype: torch.dtype,
         is_quantised: bool = False,
+        capability: Capability | None = None,
     ) -> None:
         super().__init__()
         self.parts: dict[str, slice] = {}
@@ -84,7 +86,13 @@ class Linear(nn.Module):
             self.parts[name] = slice(num_outputs, num_outputs + size)
             num_outputs += size
         self.base: Dense | Quantised = (
-            Quantised(tuple(parts.values()), num_inputs, device=device, dtype=dtype)
+            Quantised(
+                tuple(parts.values()),
+                num_inputs,
+                device=device,
+                dtype=dtype,
+                capability=capability,
+            )
             if is_quantised
             else Dense(num_outputs, num_inputs, device=device, dtype=dtype)
         )

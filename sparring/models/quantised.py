@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparring.kernels import Capability
 from sparring.kernels.nf4 import BLOCK, NF4Matrix, dequantize_nf4, fuse_nf4, quantize_nf4
 
 Part = NF4Matrix | Tensor
@@ -25,6 +26,7 @@ class Quantised(nn.Module):
 
     part_rows: outputs of each original matrix, in order. Empty at first; `fill` puts the matrices
     in one by one. Each original matrix is quantised by itself, so numbers do not depend on fusion.
+    capability: the model's.
     """
 
     def __init__(
@@ -34,8 +36,10 @@ class Quantised(nn.Module):
         *,
         device: torch.device,
         dtype: torch.dtype,
+        capability: Capability | None = None,
     ) -> None:
         super().__init__()
+        self.capability = capability
         self.part_rows = tuple(part_rows)
         self.num_inputs = num_inputs
         self.device, self.dtype = device, dtype
@@ -102,12 +106,14 @@ class Quantised(nn.Module):
     def dense(self, rows: slice = slice(None)) -> Tensor:
         """The decoded rows (all by default) in the compute dtype, newly made."""
         if self._whole is not None:
-            return dequantize_nf4(self._whole, rows=rows).to(self.dtype)
+            return self._decode(self._whole, rows)
         decoded = [
-            dequantize_nf4(part).to(self.dtype) if isinstance(part, NF4Matrix) else part
-            for part in self.parts()
+            self._decode(part) if isinstance(part, NF4Matrix) else part for part in self.parts()
         ]
         return torch.cat(decoded)[rows]
+
+    def _decode(self, part: NF4Matrix, rows: slice = slice(None)) -> Tensor:
+        return dequantize_nf4(part, rows=rows, capability=self.capability).to(self.dtype)
 
 
 def _slice(whole: NF4Matrix, first: int, rows: int) -> NF4Matrix:

@@ -91,7 +91,10 @@ def load_reference(model: Decoder, directory: str | Path) -> Reference:
         return Reference(model, "adapter")
     if kind == "weights":
         frozen = load_model(
-            folder, dtype=str(model.dtype).removeprefix("torch."), device=model.device
+            folder,
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=model.device,
+            capability=model.capability,
         )
         frozen.requires_grad_(False)
         return Reference(frozen, "weights")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from sparring.kernels import Capability, capability_of
 from sparring.kernels.head import head_logits, linear_logprob
 from sparring.kernels.norm import add_rms_norm, rms_norm
 from sparring.kernels.rope import rope
@@ -71,6 +72,7 @@ class DecoderLayer(nn.Module):
         device: torch.device,
         dtype: torch.dtype,
         is_quantised: bool,
+        capability: Capability,
     ) -> None:
         super().__init__()
         self.config, self.index = config, index
@@ -80,7 +82,13 @@ class DecoderLayer(nn.Module):
 
         def linear(inputs: int, parts: Mapping[str, int], bias: bool) -> Linear:
             return Linear(
-                inputs, parts, bias=bias, device=device, dtype=dtype, is_quantised=is_quantised
+                inputs,
+                parts,
+                bias=bias,
+                device=device,
+                dtype=dtype,
+                is_quantised=is_quantised,
+                capability=capability,
             )
 
         queries, keys = (
@@ -163,7 +171,8 @@ class Decoder(nn.Module):
     """A causal language model over flat tokens.
 
     Parameters are uninitialised after construction: models/checkpoint.py fills them, or
-    `init_weights`. is_quantised: the layers' matrices are in NF4; they are frozen.
+    `init_weights`. is_quantised: the layers' matrices are in NF4; they are frozen. capability: what
+    kernels may use, asked of the device where it is left out; everything below reads this value.
     """
 
     def __init__(
@@ -173,16 +182,19 @@ class Decoder(nn.Module):
         device: torch.device | str = "cpu",
         dtype: torch.dtype,
         is_quantised: bool = False,
+        capability: Capability | None = None,
     ) -> None:
         super().__init__()
         device = torch.device(device)
+        self.capability = capability or capability_of(device)
         self.config, self.is_quantised = config, is_quantised
         self.head_chunk_rows = HEAD_CHUNK_ROWS
         self.lora: dict[str, LoraConfig] = {}
         self._checkpointing: Literal["none", "layer"] = "none"
         self.embed = Dense(config.vocab_size, config.width, device=device, dtype=dtype)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, i, device, dtype, is_quantised) for i in range(config.num_layers)
+            DecoderLayer(config, i, device, dtype, is_quantised, self.capability)
+            for i in range(config.num_layers)
         )
         self.norm = nn.Parameter(torch.empty(config.width, device=device, dtype=dtype))
         self.head = (
@@ -226,7 +238,12 @@ class Decoder(nn.Module):
         """
         assert adapter in (None, "policy") or adapter in self.lora, f"no adapter called {adapter!r}"
         plan = plan_attention(
-            layout, kv_pool, self.device, dtype=self.dtype, head_size=self.config.head_size
+            layout,
+            kv_pool,
+            self.device,
+            dtype=self.dtype,
+            head_size=self.config.head_size,
+            capability=self.capability,
         )
         cos, sin = rope_tables(self._frequencies.to(self.device), positions_T)
         x_TD = F.embedding(input_ids_T, self.embed.weight)

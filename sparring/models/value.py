@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from sparring.errors import CheckpointError, MemoryBudgetError
+from sparring.kernels import Capability
 from sparring.models.checkpoint import base_folder, build_model, load_model
 from sparring.models.files import read_json
 from sparring.models.lora import LoraConfig
@@ -122,12 +123,20 @@ def share_trunk(policy: Decoder, *, rank: int, seed: int, free: int) -> Critic:
 
 
 def load_critic(
-    path: str | Path, *, rank: int, seed: int, dtype: str, device: torch.device, free: int
+    path: str | Path,
+    *,
+    rank: int,
+    seed: int,
+    dtype: str,
+    device: torch.device,
+    free: int,
+    capability: Capability | None = None,
 ) -> Critic:
     """A critic on a trunk of its own, loaded from a checkpoint without its output head.
 
     rank 0: all of its weights are trained; else an adapter of this rank. free: bytes that the
-    critic may take. Raises CheckpointError, or MemoryBudgetError before anything is loaded.
+    critic may take. capability: the policy's. Raises CheckpointError, or MemoryBudgetError before
+    anything is loaded.
     """
     config = LoraConfig(rank=max(rank, 1), alpha=float(max(rank, 1)), seed=seed)
     shape = build_model(
@@ -144,7 +153,7 @@ def load_critic(
         if not rank:
             remedy += ", or set [value] rank for an adapter on its frozen weights"
         raise _too_large(needed, trained, free, remedy)
-    trunk = load_model(path, dtype=dtype, device=device)
+    trunk = load_model(path, dtype=dtype, device=device, capability=capability)
     if trunk.has_adapter():
         raise CheckpointError(
             f"[value] path = '{path}' holds an adapter; a critic's trunk is a whole model: give"

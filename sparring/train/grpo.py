@@ -27,6 +27,7 @@ from sparring.algorithms.registry import (
 from sparring.data.packing import pack_groups
 from sparring.data.prompts import PromptSet
 from sparring.errors import Interrupted, RunError
+from sparring.kernels import Capability
 from sparring.models.reference import Reference
 from sparring.recipe import Recipe
 from sparring.rewards.verdicts import Reward, judge
@@ -63,20 +64,24 @@ class Parts:
 
 
 def train(
-    recipe: Recipe, *, resume: bool = False, secrets: Mapping[str, str] | None = None
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    secrets: Mapping[str, str] | None = None,
+    capability: Capability | None = None,
 ) -> dict[str, Any]:
     """Run GRPO as the recipe says and return the summary that is written into the run directory.
 
-    secrets: see `load_rewards`. With evaluation data the summary holds accuracy before and after,
-    with 95% intervals. Raises UserError for wrong input before anything is trained, RunError for a
-    failure later, Interrupted after a signal; whenever training had begun, a checkpoint of the last
-    whole step is there.
+    secrets: see `load_rewards`. capability: see `build_policy`. With evaluation data the summary
+    holds accuracy before and after, with 95% intervals. Raises UserError for wrong input before
+    anything is trained, RunError for a failure later, Interrupted after a signal; whenever training
+    had begun, a checkpoint of the last whole step is there.
     """
     with Interruptions() as interruptions, open_session(recipe, "grpo", resume=resume) as session:
         rewards = load_rewards(recipe, secrets)
         session.record_sandbox(sandbox_levels(rewards))
         try:
-            parts = _build(recipe, session, rewards)
+            parts = _build(recipe, session, rewards, capability)
             start = session.restore(parts.policy.model, parts.optimizer)
             parts.engine.weights_changed(policy_version=start)
             measure = partial(
@@ -174,8 +179,11 @@ def _steps(
         raise
 
 
-def _build(recipe: Recipe, session: Session, rewards: list[Reward]) -> Parts:
-    policy, train, evaluation = open_prompts(recipe, build_policy(recipe), session)
+def _build(
+    recipe: Recipe, session: Session, rewards: list[Reward], capability: Capability | None
+) -> Parts:
+    loaded = build_policy(recipe, capability=capability)
+    policy, train, evaluation = open_prompts(recipe, loaded, session)
     rollout = recipe.rollout
     settings = {"max_completion_tokens": rollout.max_completion_tokens}
     loss = build_loss(recipe.loss.name, recipe.loss.knobs, **settings)

@@ -16,6 +16,7 @@ import torch
 
 from sparring.data.chat import ChatTemplate
 from sparring.errors import RecipeError
+from sparring.kernels import Capability
 from sparring.models import checkpoint
 from sparring.models.lora import LoraConfig
 from sparring.models.memory import free_bytes
@@ -66,8 +67,10 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def build_policy(recipe: Recipe) -> Policy:
+def build_policy(recipe: Recipe, *, capability: Capability | None = None) -> Policy:
     """Load the model that the recipe names and make trainable what it trains.
+
+    capability: what kernels may use, where it is to be less than the device can do.
 
     With a [lora] section the base is frozen and an adapter trained, the one of model.adapter where
     it is given; without, every weight. Raises RecipeError, CheckpointError or MemoryBudgetError.
@@ -92,6 +95,7 @@ def build_policy(recipe: Recipe) -> Policy:
         device=device,
         kv_bytes=0 if kv_memory == "auto" else int(kv_memory),
         quantization=section.quantization,
+        capability=capability,
     )
     tokenizer = checkpoint.load_tokenizer(section.path)
     checkpoint.check_vocabulary(tokenizer, model.config)

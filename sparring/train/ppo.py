@@ -394,6 +394,7 @@ def _build_critic(recipe: Recipe, policy: Policy, session: Session) -> Critic:
             dtype=str(model.dtype).removeprefix("torch."),
             device=model.device,
             free=free,
+            capability=model.capability,
         )
         critic.trunk.set_checkpointing(
             "layer" if recipe.train.checkpointing == "layers" else "none"

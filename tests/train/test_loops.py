@@ -15,6 +15,7 @@ import sparring
 from sparring import runlog
 from sparring.data.chat import build_template
 from sparring.errors import (
+    CheckpointError,
     DataError,
     Interrupted,
     RecipeError,
@@ -22,12 +23,14 @@ from sparring.errors import (
     RunDirectoryError,
     RunError,
 )
+from sparring.kernels import capability_for
 from sparring.models import checkpoint
 from sparring.recipe import build_recipe
 from sparring.rewards.sandbox.runner import run_level
 from sparring.train import grpo, sft
 from sparring.train.inference import template_of
 from sparring.train.inputs import load_rewards
+from sparring.train.policy import build_policy
 from tests.train.tiny_run import (
     grpo_recipe,
     sft_recipe,
@@ -51,6 +54,27 @@ def folder(made: Path, tmp_path: Path) -> Path:
     """A copy of the made folder that a test may write into."""
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     return tmp_path
+
+
+def test_a_run_with_what_a_t4_can_do(folder: Path):
+    """float16 over NF4: the loss is scaled, the same value of the card is seen everywhere."""
+    write_checkpoint(folder / "wide", width=64)
+    model = {"path": str(folder / "wide"), "dtype": "float16", "quantization": "nf4"}
+    loss = {"kl_coef": 0.01}
+    recipe = grpo_recipe(folder, model=model, lora={"rank": 4}, loss=loss)
+    policy = build_policy(recipe, capability=capability_for(75))
+    assert policy.model.capability == capability_for(75)
+    assert policy.model.layers[0].qkv.base.capability == policy.model.capability
+    grpo.train(recipe, capability=capability_for(75))
+    steps = [record.metrics for record in runlog.read_steps(folder / "run")]
+    assert all(0.0 < step["mismatch_mean"] < 0.02 for step in steps)
+    state = json.loads((folder / "run/checkpoints/step_000004/state.json").read_text())
+    assert state["optimizer"]["loss_scale"] > 1.0
+    with pytest.raises(CheckpointError, match="no bfloat16"):
+        build_policy(
+            grpo_recipe(folder, model={**model, "dtype": "bfloat16"}, lora={"rank": 4}),
+            capability=capability_for(75),
+        )
 
 
 def final_weights(folder: Path, run: str = "run") -> dict[str, torch.Tensor]:

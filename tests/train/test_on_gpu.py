@@ -10,6 +10,8 @@ import torch
 
 import sparring
 from sparring import runlog
+from sparring.kernels import capability_for
+from sparring.models.attention_shared import KernelPlan
 from sparring.train import grpo, sft
 from tests.train.tiny_run import grpo_recipe, sft_recipe, write_checkpoint, write_data
 
@@ -69,6 +71,33 @@ def test_grpo_runs_in_every_dtype(
     found = [step["mismatch_mean"] for step in steps if "mismatch_mean" in step]
     assert found
     assert max(value for value in found if value is not None) < limit
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_grpo_as_a_t4_computes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str
+) -> None:
+    """Library products and attention, decoding without dots, float16 with a loss scale."""
+
+    def refused(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a kernel with dots is used")
+
+    monkeypatch.setattr(KernelPlan, "__init__", refused)
+    write_checkpoint(tmp_path / "model", width=64)
+    changes: dict[str, Any] = {
+        "model": {
+            "path": str(tmp_path / "model"),
+            "dtype": "float16",
+            "quantization": quantization,
+        },
+        "run": {"dir": str(tmp_path / "run")},
+        "lora": {"rank": 4},
+    }
+    grpo.train(grpo_recipe(folder, **changes), capability=capability_for(75))
+    steps = [record.metrics for record in runlog.read_steps(tmp_path / "run")]
+    found = [step["mismatch_mean"] for step in steps if "mismatch_mean" in step]
+    assert found
+    assert max(value for value in found if value is not None) < 0.02
 
 
 def test_sft_learns_in_bfloat16(folder: Path, tmp_path: Path) -> None:

@@ -66,14 +66,14 @@ def write_tokenizer(folder: Path, *, begins: bool = False) -> None:
     fast.save_pretrained(folder)
 
 
-def write_checkpoint(folder: Path, *, seed: int = 0) -> Path:
+def write_checkpoint(folder: Path, *, seed: int = 0, width: int = 32) -> Path:
     """A Llama of two layers with random weights, and its tokenizer."""
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": 264,
-        "hidden_size": 32,
-        "intermediate_size": 64,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
