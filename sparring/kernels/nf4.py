@@ -42,6 +42,8 @@ from sparring.kernels import (
 
 BLOCK = 64
 GROUP = 256
+QUANTIZE_WEIGHTS = 1 << 24
+"""Weights that are quantised at a time: some 16 bytes of scratch each."""
 
 CODE = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -97,32 +99,47 @@ def _dynamic_map_on(device: torch.device) -> Tensor:
     return dynamic_map(device)
 
 
-def quantize_nf4(weight: Tensor, *, double: bool = True) -> NF4Matrix:
+def quantize_nf4(
+    weight: Tensor,
+    *,
+    double: bool = True,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> NF4Matrix:
     """Quantise a matrix [N, K] of float32, float16 or bfloat16, as bitsandbytes does.
 
-    8-bit scales are rounded to the nearest entry; bitsandbytes' CPU code may differ there by one
-    entry at midpoints. Raises ValueError where N * K is not a multiple of 64.
+    device, dtype: where to and as what (the weight's own by default); a weight that lies elsewhere
+    is moved and rounded QUANTIZE_WEIGHTS at a time, so no whole copy of it exists. 8-bit scales are
+    rounded to the nearest entry; bitsandbytes' CPU code may differ there by one entry at midpoints.
+    Raises ValueError where N * K is not a multiple of 64.
     """
     rows, columns = weight.shape
     if weight.numel() % BLOCK:
         raise ValueError(
             f"NF4 needs a number of weights that is a multiple of {BLOCK}; got {rows} x {columns}"
         )
-    blocks = weight.reshape(-1, BLOCK).float()
-    absmax = blocks.abs().amax(dim=1)
-    scaled = blocks * torch.where(absmax > 0, 1.0 / absmax, torch.zeros_like(absmax))[:, None]
-    thresholds = torch.tensor(THRESHOLDS, dtype=torch.float32, device=weight.device)
-    codes = torch.bucketize(scaled, thresholds).to(torch.uint8).reshape(-1, 2)
-    packed = (codes[:, 0] << 4) | codes[:, 1]
+    device, dtype = device or weight.device, dtype or weight.dtype
+    flat, size = weight.reshape(-1), weight.numel()
+    packed = torch.empty(size // 2, dtype=torch.uint8, device=device)
+    absmax = torch.empty(size // BLOCK, dtype=torch.float32, device=device)
+    thresholds = torch.tensor(THRESHOLDS, dtype=torch.float32, device=device)
+    for start in range(0, size, QUANTIZE_WEIGHTS):
+        stop = min(start + QUANTIZE_WEIGHTS, size)
+        blocks = flat[start:stop].to(device).to(dtype).view(-1, BLOCK).float()
+        scale = torch.linalg.vector_norm(blocks, ord=torch.inf, dim=1)
+        scaled = blocks * torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale))[:, None]
+        codes = torch.bucketize(scaled, thresholds, out_int32=True).to(torch.uint8).view(-1, 2)
+        torch.bitwise_or(codes[:, 0] << 4, codes[:, 1], out=packed[start // 2 : stop // 2])
+        absmax[start // BLOCK : stop // BLOCK] = scale
     if not double:
         return NF4Matrix(
             packed=packed, absmax=absmax, absmax2=None, offset=None,
-            shape=(rows, columns), dtype=weight.dtype,
+            shape=(rows, columns), dtype=dtype,
         )  # fmt: skip
     index8, absmax2, offset = _quantize_scales(absmax)
     return NF4Matrix(
         packed=packed, absmax=index8, absmax2=absmax2, offset=offset.expand(len(absmax2)).clone(),
-        shape=(rows, columns), dtype=weight.dtype,
+        shape=(rows, columns), dtype=dtype,
     )  # fmt: skip
 
 

@@ -77,10 +77,12 @@ class Quantised(nn.Module):
     def quantise(self, index: int, weight: Tensor) -> None:
         """Quantise one original matrix in the compute dtype on this weight's device and put it in.
 
-        A matrix whose rows are no whole blocks of 64 stays as it is.
+        The matrix may lie on the host. One whose rows are no whole blocks of 64 stays as it is.
         """
-        weight = weight.to(self.device, self.dtype)
-        self.fill(index, weight if self.num_inputs % BLOCK else quantize_nf4(weight))
+        if self.num_inputs % BLOCK:
+            self.fill(index, weight.to(self.device, self.dtype))
+        else:
+            self.fill(index, quantize_nf4(weight, device=self.device, dtype=self.dtype))
 
     def parts(self) -> list[Part]:
         """The original matrices; of a fused weight as views of it."""

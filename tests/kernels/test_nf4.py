@@ -82,3 +82,23 @@ def test_bytes_and_error_of_a_round_trip():
 def test_a_number_of_weights_that_makes_no_whole_blocks():
     with pytest.raises(ValueError, match="multiple of 64"):
         nf4.quantize_nf4(torch.zeros(3, 10))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_slices_change_nothing(monkeypatch, dtype):
+    weight = sample((70, 128), torch.float32)
+    whole = nf4.quantize_nf4(weight.to(dtype))
+    monkeypatch.setattr(nf4, "QUANTIZE_WEIGHTS", 64 * 11)
+    sliced = nf4.quantize_nf4(weight, device=torch.device("cpu"), dtype=dtype)
+    for name in ("packed", "absmax", "absmax2", "offset", "dtype", "shape"):
+        one, other = getattr(whole, name), getattr(sliced, name)
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, name
+
+
+@pytest.mark.gpu
+def test_quantised_from_the_host_onto_a_gpu():
+    weight = sample((4096, 1024), torch.bfloat16)
+    here, there = nf4.quantize_nf4(weight), nf4.quantize_nf4(weight, device=torch.device("cuda"))
+    assert torch.equal(there.packed.cpu(), here.packed)
+    assert (there.absmax.cpu().int() - here.absmax.int()).abs().max() <= 1
+    torch.testing.assert_close(there.offset.cpu(), here.offset, rtol=1e-6, atol=0)
