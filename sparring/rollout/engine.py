@@ -18,6 +18,7 @@ from sparring.rollout.block_pool import BlockPool, blocks_for
 from sparring.rollout.generation import Generation, Progress
 from sparring.rollout.sampler import Sampling
 from sparring.rollout.scheduler import Scheduler
+from sparring.rollout.steps import DecodeSteps, EagerSteps
 from sparring.rollout.stopping import Decode
 from sparring.types import Prompt, Rollout
 
@@ -147,9 +148,10 @@ class Engine:
             ),
         )
         with torch.no_grad():
+            kv_pool = self._memory()
             generation = Generation(
                 self.model,
-                self._memory(),
+                kv_pool,
                 scheduler,
                 adapter=self.adapter,
                 prompts=prompts,
@@ -158,6 +160,7 @@ class Engine:
                 stop_ids=self.stop_ids,
                 decode=self.decode,
                 policy_version=self.policy_version,
+                steps=self._steps(kv_pool, sampling),
             )
             rollouts = generation.run(on_progress)
         self._keep_stats(generation, pool)
@@ -171,6 +174,11 @@ class Engine:
     def release(self) -> None:
         """Gives the memory for keys and values back; the next generate call takes it again."""
         self._kv_pool = None
+
+    def _steps(self, kv_pool: KVPool, sampling: Sampling) -> DecodeSteps:
+        return EagerSteps(
+            self.model, kv_pool, adapter=self.adapter, sampling=sampling, stop_ids=self.stop_ids
+        )
 
     def _memory(self) -> KVPool:
         if self._kv_pool is None:

@@ -11,13 +11,15 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from sparring.errors import RunError
 from sparring.layout import KVPool
 from sparring.models.transformer import Decoder
-from sparring.rollout.rows import DecodeRows, prefill_layout
+from sparring.rollout.rows import prefill_layout
 from sparring.rollout.sampler import Sampling, end_id_tensor, sample_id, sample_tokens
 from sparring.rollout.scheduler import PrefillChunk, Scheduler, SequenceState
+from sparring.rollout.steps import DecodeSteps
 from sparring.rollout.stopping import Decode, StopRule
 from sparring.types import FinishReason, Prompt, Rollout
 
@@ -29,7 +31,7 @@ class Generation:
     """Samples the completions of some prompts.
 
     kv_pool is written to; scheduler is fresh and keeps its books on that pool. limits: for each
-    prompt the completion limit of each of its samples.
+    prompt the completion limit of each of its samples. steps: computes the decode steps.
     """
 
     def __init__(
@@ -45,8 +47,10 @@ class Generation:
         stop_ids: Sequence[int],
         decode: Decode,
         policy_version: int,
+        steps: DecodeSteps,
     ) -> None:
         self.model = model
+        self.steps = steps
         self.kv_pool = kv_pool
         self.scheduler = scheduler
         self.adapter = adapter
@@ -61,7 +65,6 @@ class Generation:
             decode=decode,
         )
         self.end_ids = end_id_tensor(stop_ids, model.config.vocab_size, model.device)
-        self.rows = DecodeRows(block_size=kv_pool.block_size, device=model.device)
         self.owners: list[Prompt] = []
         self.sample_ids: list[tuple[int, int]] = []
         for prompt, noise_offset, limits_G in zip(
@@ -90,7 +93,7 @@ class Generation:
             while chunks := scheduler.next_prefill():
                 self._prefill(chunks)
                 self._report(on_progress)
-            if running := scheduler.next_decode():
+            if running := scheduler.next_decode(self.steps.num_steps):
                 self._decode(running)
                 self._report(on_progress)
         return self._rollouts()
@@ -129,7 +132,9 @@ class Generation:
             tokens_R, logprobs_R = sample_tokens(
                 logits_RV, self.sampling, ids_R2, draws_R, self.end_ids
             )
-            self._record(drawing, tokens_R.tolist(), logprobs_R.tolist())
+            self._record(
+                drawing, tokens_R[None].cpu(), logprobs_R[None].cpu(), is_cached=False
+            )
         self.num_prefill_tokens += len(tokens)
         self.prefill_seconds += time.perf_counter() - started
 
@@ -149,43 +154,65 @@ class Generation:
         data[:, targets] = data[:, sources]
 
     def _decode(self, running: Sequence[SequenceState]) -> None:
-        """One token for every running sequence."""
+        """One burst of decode steps for every running sequence."""
         started = time.perf_counter()
-        rows = self.rows
-        rows.follow(running, self.token_ids, self.sample_ids)
-        hidden_RD = self.model(
-            rows.tokens_R, rows.positions_R, rows.layout(), self.kv_pool, adapter=self.adapter
-        )
-        logits_RV = self.model.logits(hidden_RD)
-        tokens_R, logprobs_R = sample_tokens(
-            logits_RV, self.sampling, rows.sample_ids_R2, rows.draws_R, self.end_ids
-        )
-        rows.advance(tokens_R)
-        for sequence in rows.sequences:
-            sequence.num_cached += 1
-        self._record(rows.sequences, tokens_R.tolist(), logprobs_R.tolist())
-        self.num_decode_steps += 1
-        self.num_decode_tokens += len(running)
+        burst = self.steps.run(running, self.token_ids, self.sample_ids)
+        num_tokens = self._record(running, burst.tokens_NR, burst.logprobs_NR, is_cached=True)
+        self.num_decode_steps += len(burst.tokens_NR)
+        self.num_decode_tokens += num_tokens
         self.decode_seconds += time.perf_counter() - started
 
     def _record(
-        self, drawing: Sequence[SequenceState], tokens: list[int], logprobs: list[float]
-    ) -> None:
-        """Notes each sequence's new token; completions that end leave the scheduler."""
-        self.num_completion_tokens += len(tokens)
-        for sequence, token, logprob in zip(drawing, tokens, logprobs, strict=True):
-            index = sequence.index
-            if math.isnan(logprob):
-                self._refuse_nan(index)
-            token_ids = self.token_ids[index]
-            token_ids.append(token)
-            self.logprobs[index].append(logprob)
-            sequence.num_completion_tokens += 1
-            reason = self.stop_rule.reason(token_ids, sequence.max_completion_tokens)
+        self,
+        drawing: Sequence[SequenceState],
+        tokens_NR: Tensor,
+        logprobs_NR: Tensor,
+        *,
+        is_cached: bool,
+    ) -> int:
+        """Notes the tokens each sequence drew; completions that end leave the scheduler.
+
+        tokens [N, R] and logprobs [N, R] are on the CPU; -1: the row had ended before that step.
+        Tokens behind a stop string are dropped. is_cached: each step computed the keys and values
+        of the row's newest token. Returns how many tokens were taken.
+        """
+        counts = (tokens_NR >= 0).sum(0).tolist()
+        total = 0
+        for row, (sequence, tokens, logprobs) in enumerate(
+            zip(drawing, tokens_NR.T.tolist(), logprobs_NR.T.tolist(), strict=True)
+        ):
+            count, reason = self._take(sequence, tokens[: counts[row]], logprobs)
+            sequence.num_completion_tokens += count
+            total += count
+            if is_cached:
+                sequence.num_cached += count
             if reason is not None:
-                self.finish_reasons[index] = reason
+                self.finish_reasons[sequence.index] = reason
                 self.scheduler.finish(sequence)
                 self.num_finished += 1
+        self.num_completion_tokens += total
+        return total
+
+    def _take(
+        self, sequence: SequenceState, tokens: list[int], logprobs: list[float]
+    ) -> tuple[int, FinishReason | None]:
+        """Appends new tokens up to the end of the completion: how many, and why it ended."""
+        index = sequence.index
+        token_ids = self.token_ids[index]
+        length = len(token_ids)
+        pieces = [[token] for token in tokens] if self.sampling.stop else [tokens]
+        reason = None
+        for piece in pieces:
+            token_ids += piece
+            reason = self.stop_rule.reason(token_ids, sequence.max_completion_tokens)
+            if reason is not None:
+                break
+        count = len(token_ids) - length
+        taken = logprobs[:count]
+        if any(map(math.isnan, taken)):
+            self._refuse_nan(index)
+        self.logprobs[index] += taken
+        return count, reason
 
     def _refuse_nan(self, index: int) -> None:
         raise RunError(

@@ -105,6 +105,11 @@ class DecodeRows:
         where, blocks_new = self._integers([*rows, *columns]).view(2, -1), self._integers(blocks)
         self._tables_RN[where[0], where[1]] = blocks_new
 
+    def order_of(self, running: Sequence[SequenceState]) -> list[int]:
+        """The row of each given sequence."""
+        places = {sequence.index: row for row, sequence in enumerate(self.sequences)}
+        return [places[sequence.index] for sequence in running]
+
     def layout(self) -> PagedLayout:
         """The layout of a step that computes every row's newest token."""
         kv_lengths = tuple(sequence.num_cached + 1 for sequence in self.sequences)
