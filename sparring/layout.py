@@ -55,6 +55,23 @@ class PagedLayout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DecodeLayout:
+    """Rows of one new token each, told by device tensors alone: a captured step is replayed on it.
+
+    kv_lengths_R [R] int32: tokens whose keys and values are in the pool after this step's are
+    written; 0: the row is empty, nothing is attended to and its output is 0. block_tables_RN [R, N]
+    int32. slots_R [R] int64: where each row's key and value go; an empty row's into block 0.
+    max_kv_length: no row is longer; grids are made for it.
+    """
+
+    kv_lengths_R: Tensor
+    block_tables_RN: Tensor
+    slots_R: Tensor
+    block_size: int
+    max_kv_length: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class KVPool:
     """Keys and values of all layers in one tensor.
 
@@ -79,4 +96,4 @@ class KVPool:
         return int(self.data.shape[4])
 
 
-Layout = PackedLayout | PagedLayout
+Layout = PackedLayout | PagedLayout | DecodeLayout
