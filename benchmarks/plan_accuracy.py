@@ -60,7 +60,6 @@ ROWS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """work: prompts, samples of each, prompt tokens, completion tokens."""
 RECORDED = ("0.5b-full", "1.5b-nf4", "7b-nf4", "7b-lora")
-MODES = {"none": "none", "layers": "layer", "selective": "selective"}
 
 
 def groups(prompts: int, size: int, prompt_tokens: int, completion_tokens: int) -> list[Group]:
@@ -94,7 +93,7 @@ def built(row: dict[str, Any]) -> Decoder:
             for adapter in model.adapter_modules("policy").values():
                 adapter.b.normal_(0.0, 0.01)
         model.refresh_shadows()
-    model.set_checkpointing(MODES[row["checkpointing"]])
+    model.set_checkpointing(row["checkpointing"])
     return model
 
 

@@ -389,34 +389,50 @@ def _strided(x: Tensor) -> Tensor:
 class _SharedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: SharedPlan, window: int) -> Tensor:
-        q, k, v = _strided(q), _strided(k), _strided(v)
-        shape = _Shape(q.shape[0], q.shape[1], k.shape[1], q.shape[2])
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
-        tile = tile_of(plan.capability, shape.size, "forward")
-        tiles = plan.query_tiles(tile["BLOCK_M"])
-        scale = LOG2_E / math.sqrt(shape.size)
-        strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
-        if len(tiles):
-            _forward_kernel[(shape.num_heads, len(tiles))](
-                q, k, v, out, lse, tiles, shape.num_tokens, *strides, scale, window,
-                **shape.constants(window), **tile,
-            )  # fmt: skip
+        out, lse = shared_attention_kept(q, k, v, plan, window)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.plan, ctx.window, ctx.shape = plan, window, shape
+        ctx.plan, ctx.window = plan, window
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q, k, v, out, lse = ctx.saved_tensors
-        return *_backward(q, k, v, out, lse, grads[0], ctx.plan, ctx.window, ctx.shape), None, None
+        kept = ctx.saved_tensors
+        return *shared_attention_backward(*kept, grads[0], ctx.plan, ctx.window), None, None
 
 
-def _backward(
+def shared_attention_kept(
+    q: Tensor, k: Tensor, v: Tensor, plan: SharedPlan, window: int
+) -> tuple[Tensor, Tensor]:
+    """Output [T, H, E] and log-sum-exps [H, T] by kernels, without a graph: all that the backward
+    pass needs beside q, k and v.
+    """
+    q, k, v = _strided(q), _strided(k), _strided(v)
+    shape = _shape_of(q, k)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+    tile = tile_of(plan.capability, shape.size, "forward")
+    tiles = plan.query_tiles(tile["BLOCK_M"])
+    scale = LOG2_E / math.sqrt(shape.size)
+    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
+    if len(tiles):
+        _forward_kernel[(shape.num_heads, len(tiles))](
+            q, k, v, out, lse, tiles, shape.num_tokens, *strides, scale, window,
+            **shape.constants(window), **tile,
+        )  # fmt: skip
+    return out, lse
+
+
+def _shape_of(q: Tensor, k: Tensor) -> _Shape:
+    return _Shape(q.shape[0], q.shape[1], k.shape[1], q.shape[2])
+
+
+def shared_attention_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, plan: SharedPlan,
-    window: int, shape: _Shape,
+    window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dout = dout.contiguous()
+    """Gradients of q, k and v from what `shared_attention_kept` gave."""
+    q, k, v, dout = _strided(q), _strided(k), _strided(v), dout.contiguous()
+    shape = _shape_of(q, k)
     constants = shape.constants(window)
     delta = torch.empty_like(lse)
     sizes = {"E": shape.size, "BLOCK_E": constants["BLOCK_E"]}

@@ -17,6 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from sparring.layout import PackedLayout
 
+Graph = tuple[Tensor, tuple[Tensor, ...]]
+"""An output with its graph and the leaves that it begins at."""
+
 MAX_SCORES = 1 << 24
 """Query-key pairs of one block of segments; a single longer segment goes through in slices of
 queries.
@@ -105,6 +108,23 @@ class PackedPlan:
             outputs.append(out.transpose(1, 2).reshape(-1, num_heads, head_size))
         gathered: Tensor = _Collect.apply(torch.cat(outputs), self.query_position)  # type: ignore[no-untyped-call]
         return gathered
+
+    def attend_kept(
+        self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, window: int
+    ) -> tuple[Tensor, Graph]:
+        """Attention's output, and its graph for `attend_backward`."""
+        q, k, v = (x.detach().requires_grad_() for x in (q_THE, k_TKE, v_TKE))
+        with torch.enable_grad():
+            out = self.attend(q, k, v, 0, window)
+        return out.detach(), (out, (q, k, v))
+
+    def attend_backward(
+        self, _q: Tensor, _k: Tensor, _v: Tensor, _out: Tensor, residue: Graph,
+        d_out: Tensor, _window: int,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """Gradients of q, k and v from what `attend_kept` gave; nothing is computed again."""
+        out, leaves = residue
+        return torch.autograd.grad(out, leaves, d_out)
 
 
 def _bucket_segments(lengths: list[int], parent_lengths: list[int]) -> list[list[int]]:

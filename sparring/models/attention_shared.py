@@ -6,7 +6,11 @@ import torch
 from torch import Tensor
 
 from sparring.kernels import Capability
-from sparring.kernels.attention import shared_attention
+from sparring.kernels.attention import (
+    shared_attention,
+    shared_attention_backward,
+    shared_attention_kept,
+)
 from sparring.kernels.attention_plan import SharedPlan
 from sparring.layout import PackedLayout
 
@@ -35,3 +39,18 @@ class KernelPlan:
         tokens before.
         """
         return shared_attention(q_THE, k_TKE, v_TKE, self._plan, window=window)
+
+    def attend_kept(
+        self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, window: int
+    ) -> tuple[Tensor, Tensor]:
+        """Attention's output without a graph, and the log-sum-exps [H, T] of its softmax."""
+        return shared_attention_kept(q_THE, k_TKE, v_TKE, self._plan, window)
+
+    def attend_backward(
+        self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, out_THE: Tensor, residue: Tensor,
+        d_out: Tensor, window: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Gradients of q, k and v from what `attend_kept` gave; nothing is computed again."""
+        return shared_attention_backward(
+            q_THE, k_TKE, v_TKE, out_THE, residue, d_out, self._plan, window
+        )

@@ -9,6 +9,7 @@ were fused into it, and any adapters. No file format and no model shape is known
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -120,11 +121,39 @@ class Linear(nn.Module):
                 dtype=self.base.dtype,
             )
 
-    def forward(self, x_TI: Tensor, adapter: str | None = None) -> Tensor:
-        """x W^T + bias, plus the named adapter's part where it has one: [T, I] -> [T, O]."""
-        y_TO = self.base.matmul(x_TI, self.bias)
+    def forward(self, x_TI: Tensor, adapter: str | None = None, *, is_read: bool = True) -> Tensor:
+        """x W^T + bias, plus the named adapter's part where it has one: [T, I] -> [T, O].
+
+        is_read=False: nobody reads the numbers of the result, only its gradient is wanted; a frozen
+        product is then not computed.
+        """
+        is_read = is_read or self._is_trained()
+        y_TO = self.base.matmul(x_TI, self.bias) if is_read else _unread(x_TI, self.base)
         if adapter is not None and adapter in self.adapters:
             lora = self.adapters[adapter]
             assert isinstance(lora, LoraAdapter), "adapters hold LoraAdapter only"
-            y_TO = lora(y_TO, x_TI)
+            y_TO = lora(y_TO, x_TI, is_read=is_read)
         return y_TO
+
+    def _is_trained(self) -> bool:
+        """Whether the base itself learns, so that its gradient is more than a product by it."""
+        has_bias = self.bias is not None and self.bias.requires_grad
+        return has_bias or (isinstance(self.base, Dense) and self.base.weight.requires_grad)
+
+
+class _Unread(torch.autograd.Function):
+    """A product's place in the graph: its backward pass without its forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, base: Dense | Quantised) -> Tensor:
+        ctx.base = base
+        return x.new_empty(()).expand(len(x), base.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
+        return ctx.base.matmul_transposed(grads[0]) if ctx.needs_input_grad[0] else None, None
+
+
+def _unread(x_TI: Tensor, base: Dense | Quantised) -> Tensor:
+    y_TO: Tensor = _Unread.apply(x_TI, base)  # type: ignore[no-untyped-call]
+    return y_TO

@@ -160,14 +160,17 @@ class LoraAdapter(nn.Module):
             self.a_shadow.copy_(self.a)
             self.b_shadow.copy_(self.b)
 
-    def forward(self, y_TO: Tensor, x_TI: Tensor) -> Tensor:
-        """Add scale (x A^T) B^T to y [T, O] in place; differentiable in y, x, A and B."""
+    def forward(self, y_TO: Tensor, x_TI: Tensor, *, is_read: bool = True) -> Tensor:
+        """Add scale (x A^T) B^T to y [T, O] in place; differentiable in y, x, A and B.
+
+        is_read=False: nobody reads the numbers of the result, only its gradient is wanted.
+        """
         a = self.a if self.a_shadow is None else self.a_shadow
         b = self.b if self.b_shadow is None else self.b_shadow
         if not torch.is_grad_enabled():
             _add_in_place(y_TO, x_TI, a, b, self)
             return y_TO
-        out: Tensor = _AddLora.apply(y_TO, x_TI, self.a, self.b, a, b, self)  # type: ignore[no-untyped-call]
+        out: Tensor = _AddLora.apply(y_TO, x_TI, self.a, self.b, a, b, self, is_read)  # type: ignore[no-untyped-call]
         return out
 
 
@@ -190,9 +193,13 @@ class _AddLora(torch.autograd.Function):
         a_used: Tensor,
         b_used: Tensor,
         adapter: LoraAdapter,
+        is_read: bool,
     ) -> Tensor:
-        xa = _add_in_place(y, x, a_used, b_used, adapter)
-        ctx.mark_dirty(y)
+        if is_read:
+            xa = _add_in_place(y, x, a_used, b_used, adapter)
+            ctx.mark_dirty(y)
+        else:
+            xa, y = x @ a_used.T, y.new_empty(()).expand(y.shape)
         ctx.adapter = adapter
         ctx.save_for_backward(x, xa, a_used, b_used)
         return y
@@ -212,7 +219,7 @@ class _AddLora(torch.autograd.Function):
                 )
         dx = t @ a if ctx.needs_input_grad[1] else None
         da = _product(t.T, x, adapter.a.dtype) if ctx.needs_input_grad[2] else None
-        return dy, dx, da, db if ctx.needs_input_grad[3] else None, None, None, None
+        return dy, dx, da, db if ctx.needs_input_grad[3] else None, None, None, None, None
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

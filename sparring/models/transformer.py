@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from sparring.kernels import Capability, capability_of
 from sparring.kernels.head import head_logits, linear_logprob
@@ -23,6 +22,7 @@ from sparring.kernels.rope import rope
 from sparring.kernels.swiglu import swiglu
 from sparring.layout import KVPool, Layout
 from sparring.models.attention import AttentionPlan, plan_attention
+from sparring.models.checkpointing import MLP_TILE_TOKENS, Checkpointing
 from sparring.models.linear import Dense, Linear
 from sparring.models.lora import LoraAdapter, LoraConfig
 from sparring.models.rope import RopeConfig, inverse_frequencies, rope_tables
@@ -121,12 +121,31 @@ class DecoderLayer(nn.Module):
         adapter: str | None,
     ) -> Tensor:
         """The residual stream [T, D] after this layer."""
-        config = self.config
-        normed = rms_norm(x_TD, self.attention_norm, config.norm_eps)
-        attended = self.attention(normed, cos, sin, plan, adapter)
-        normed, x_TD = add_rms_norm(attended, x_TD, self.mlp_norm, config.norm_eps)
-        out: Tensor = x_TD + self.mlp(normed, adapter)
+        q, k, v = self.heads(x_TD, cos, sin, adapter)
+        attended = plan.attend(q, k, v, self.index, self.window)
+        summed_TD, normed_TD = self.after_attention(x_TD, attended, adapter)
+        out: Tensor = summed_TD + self.mlp(normed_TD, adapter)
         return out
+
+    @property
+    def window(self) -> int:
+        """The layer's sliding window in tokens; 0 = unlimited."""
+        return self.config.windows[self.index]
+
+    def heads(
+        self, x_TD: Tensor, cos: Tensor, sin: Tensor, adapter: str | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [T, H, E], keys and values [T, K, E] of the residual stream."""
+        normed = rms_norm(x_TD, self.attention_norm, self.config.norm_eps)
+        return self._project(normed, cos, sin, adapter)
+
+    def after_attention(
+        self, x_TD: Tensor, attended_THE: Tensor, adapter: str | None
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream with attention's output added, and that stream normed."""
+        added = self.output(attended_THE.reshape(len(x_TD), -1), adapter)
+        normed, summed = add_rms_norm(added, x_TD, self.mlp_norm, self.config.norm_eps)
+        return summed, normed
 
     def attention(
         self,
@@ -137,21 +156,26 @@ class DecoderLayer(nn.Module):
         adapter: str | None,
     ) -> Tensor:
         """What attention adds to the residual stream, from its normed state."""
-        config = self.config
-        window = config.windows[self.index]
-        qkv_TC = self.qkv(normed_TD, adapter)
-        heads = qkv_TC.view(len(normed_TD), -1, config.head_size)
-        q, k, v = self._rotate(heads, cos, sin)
-        attended = plan.attend(q, k, v, self.index, window)
+        q, k, v = self._project(normed_TD, cos, sin, adapter)
+        attended = plan.attend(q, k, v, self.index, self.window)
         out: Tensor = self.output(attended.reshape(len(normed_TD), -1), adapter)
         return out
 
-    def mlp(self, normed_TD: Tensor, adapter: str | None) -> Tensor:
-        """What the feed-forward adds to the residual stream, from its normed state."""
+    def mlp(self, normed_TD: Tensor, adapter: str | None, *, is_read: bool = True) -> Tensor:
+        """What the feed-forward adds to the residual stream, from its normed state.
+
+        is_read=False: only the gradient is wanted; the result's numbers are not computed.
+        """
         # nothing else reads the projection, so its gradient may lie where it lay
         hidden = swiglu(self.gate_up(normed_TD, adapter), overwrite=True)
-        out: Tensor = self.down(hidden, adapter)
+        out: Tensor = self.down(hidden, adapter, is_read=is_read)
         return out
+
+    def _project(
+        self, normed_TD: Tensor, cos: Tensor, sin: Tensor, adapter: str | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        heads = self.qkv(normed_TD, adapter).view(len(normed_TD), -1, self.config.head_size)
+        return self._rotate(heads, cos, sin)
 
     def _rotate(self, heads: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of [T, H + 2K, E], normed (Qwen3) and rotated."""
@@ -190,7 +214,7 @@ class Decoder(nn.Module):
         self.config, self.is_quantised = config, is_quantised
         self.head_chunk_rows = HEAD_CHUNK_ROWS
         self.lora: dict[str, LoraConfig] = {}
-        self._checkpointing: Literal["none", "layer"] = "none"
+        self.checkpointing = Checkpointing("none", device=device)
         self.embed = Dense(config.vocab_size, config.width, device=device, dtype=dtype)
         self.layers = nn.ModuleList(
             DecoderLayer(config, i, device, dtype, is_quantised, self.capability)
@@ -215,12 +239,17 @@ class Decoder(nn.Module):
         """The compute dtype."""
         return self.embed.weight.dtype
 
-    def set_checkpointing(self, mode: Literal["none", "layer"]) -> None:
-        """Choose what the training forward keeps for backward.
-
-        "layer": only the inputs of layers, each layer is computed again; "none": everything.
-        """
-        self._checkpointing = mode
+    def set_checkpointing(
+        self,
+        mode: str,
+        *,
+        offload: bool = False,
+        mlp_tile_tokens: int = MLP_TILE_TOKENS,
+    ) -> None:
+        """Choose what the training forward keeps for backward, and where: see checkpointing.py."""
+        self.checkpointing = Checkpointing(
+            mode, offload=offload, mlp_tile_tokens=mlp_tile_tokens, device=self.device
+        )
 
     def forward(
         self,
@@ -249,20 +278,9 @@ class Decoder(nn.Module):
         x_TD = F.embedding(input_ids_T, self.embed.weight)
         if not torch.is_grad_enabled():
             return self._infer(x_TD, cos, sin, plan, adapter)
+        keeping = self.checkpointing.begin(len(self.layers))
         for layer in self.layers:
-            if self._checkpointing == "layer":
-                x_TD = checkpoint(
-                    layer,
-                    x_TD,
-                    cos,
-                    sin,
-                    plan,
-                    adapter,
-                    use_reentrant=False,
-                    preserve_rng_state=False,
-                )
-            else:
-                x_TD = layer(x_TD, cos, sin, plan, adapter)
+            x_TD = keeping.run(layer, x_TD, cos, sin, plan, adapter)
         return rms_norm(x_TD, self.norm, self.config.norm_eps)
 
     def _infer(

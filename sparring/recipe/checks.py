@@ -10,7 +10,6 @@ from sparring.recipe.source import Source
 from sparring.recipe.toml_text import write_value
 
 _ONLY_VALUE_YET = {
-    "train.checkpointing": "none",
     "run.bitwise": False,
     "run.track": (),
 }

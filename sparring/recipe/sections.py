@@ -181,6 +181,11 @@ class TrainSection(BaseModel):
     conversations_per_step is sft's alone and pairs_per_step dpo's; grpo and ppo take
     rollout.prompts_per_step prompts a step. ppo's alone: passes over a step's rollouts (left out:
     4), and in each of them mini_steps updates, on as many parts of the rollouts.
+
+    Memory: checkpointing keeps all activations ("none"), each layer's input ("layers"), or that and
+    attention's output ("selective"), and computes the rest again; offload keeps them in host memory
+    (on a GPU); with checkpointing the feed-forward takes mlp_tile_tokens tokens at a time (0: all).
+    max_mismatch_kl: stop where trainer and sampler differ by more (0: never); see mismatch_kl.
     """
 
     model_config = _FROZEN
@@ -190,7 +195,10 @@ class TrainSection(BaseModel):
     pairs_per_step: Count = 32
     passes: Count = 1
     mini_steps: Count = 1
-    checkpointing: Literal["none", "layers"] = "none"
+    checkpointing: Literal["none", "layers", "selective"] = "none"
+    offload: bool = False
+    mlp_tile_tokens: CountOrNone = 8192
+    max_mismatch_kl: Annotated[float, Field(ge=0.0)] = 0.0
 
 
 class EvalSection(BaseModel):

@@ -113,13 +113,21 @@ def build_policy(recipe: Recipe, *, capability: Capability | None = None) -> Pol
         )
     else:
         model.requires_grad_(True)
-    model.set_checkpointing("layer" if recipe.train.checkpointing == "layers" else "none")
+    set_memory_saving(model, recipe)
     return Policy(
         model=model,
         tokenizer=tokenizer,
         stop_ids=checkpoint.end_token_ids(section.path, tokenizer),
         source=section.path,
         max_tokens=section.max_tokens or model.config.max_tokens,
+    )
+
+
+def set_memory_saving(model: Decoder, recipe: Recipe) -> None:
+    """Make a model keep in its training forward what [train] says, where it says."""
+    section = recipe.train
+    model.set_checkpointing(
+        section.checkpointing, offload=section.offload, mlp_tile_tokens=section.mlp_tile_tokens
     )
 
 

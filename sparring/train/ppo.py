@@ -41,7 +41,13 @@ from sparring.train.interrupt import Interruptions
 from sparring.train.metrics import Watch, rollout_metrics, rollout_rows
 from sparring.train.optimizer import Optimizer
 from sparring.train.order import rows_of_step
-from sparring.train.policy import Policy, build_engine, build_policy, build_reference_policy
+from sparring.train.policy import (
+    Policy,
+    build_engine,
+    build_policy,
+    build_reference_policy,
+    set_memory_saving,
+)
 from sparring.train.sampled import measure_accuracy, open_prompts
 from sparring.train.session import Session, open_session
 from sparring.train.step import (
@@ -396,9 +402,7 @@ def _build_critic(recipe: Recipe, policy: Policy, session: Session) -> Critic:
             free=free,
             capability=model.capability,
         )
-        critic.trunk.set_checkpointing(
-            "layer" if recipe.train.checkpointing == "layers" else "none"
-        )
+        set_memory_saving(critic.trunk, recipe)
     else:
         critic = share_trunk(model, rank=section.rank, seed=seed, free=free)
     trained = sum(p.numel() for p in critic.trainable_parameters().values())

@@ -95,7 +95,7 @@ def test_buckets_hold_every_segment_once_and_little_padding():
 
 
 @pytest.mark.parametrize("name", ["llama31", "mistral_window", "qwen3"])
-@pytest.mark.parametrize("mode", ["none", "layer"])
+@pytest.mark.parametrize("mode", ["none", "layers", "selective"])
 def test_a_shared_prompt_gives_the_loss_and_gradients_of_separate_prompts(name: str, mode: str):
     model = build_model(CONFIGS[name], dtype=torch.float64)
     model.init_weights(0)

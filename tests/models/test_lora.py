@@ -117,7 +117,7 @@ def test_gradients_equal_those_of_peft(tmp_path: Path):
 
     theirs = PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True).double()
     prompts, completions = random_ids((6, 9), 97), [random_ids((5, 11), 97, seed=s) for s in (1, 2)]
-    model.set_checkpointing("layer")
+    model.set_checkpointing("layers")
     model.score(batch_of(prompts, completions, share=True)).logprobs_T.sum().backward()
     for prompt, group in zip(prompts, completions, strict=True):
         for completion in group:

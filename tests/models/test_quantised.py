@@ -116,7 +116,7 @@ def test_a_prequantised_checkpoint_with_a_matrix_left_in_16_bits(plain: Path, tm
     )
 
 
-@pytest.mark.parametrize("mode", ["none", "layer"])
+@pytest.mark.parametrize("mode", ["none", "layers", "selective"])
 def test_adapters_train_through_it_as_through_the_decoded_weights(plain: Path, mode: Any):
     grads = []
     for model in (
