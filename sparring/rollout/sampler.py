@@ -1,9 +1,8 @@
 """How a token is drawn: counter-based noise, one exponential per vocabulary entry, one argmax.
 
-The noise is Philox4x32-10 (Salmon et al., SC'11) in plain integer arithmetic, so that any device
-can give the same integers. It is keyed by what is drawn (seed, policy version, prompt, sample,
+The noise (kernels/philox.py) is keyed by what is drawn (seed, policy version, prompt, sample,
 position, vocabulary index) and never by when or beside what: tokens do not depend on batch, order
-or budget.
+or budget. This file holds the settings; the arithmetic is kernels/sampling.py.
 No scheduling and no model lives here.
 """
 
@@ -12,36 +11,34 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from sparring.errors import UserError
+from sparring.kernels.cut import CutRules
+from sparring.kernels.philox import philox4x32
+from sparring.kernels.sampling import DrawRules, draw_tokens
 
 _MASK = 0xFFFFFFFF
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
 _SAMPLE_ID_KEY = (0x53504152, 0x52494E47)
 _MIN_TEMPERATURE = 1e-3
-_MAX_CHUNK_ENTRIES = 1 << 22
-
-Word = TypeVar("Word", int, Tensor)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How completions are sampled; raises UserError where a value is not allowed.
 
-    temperature: 0 is greedy. top_p in (0, 1] and top_k (0: off) cut the distribution after the
-    temperature. A completion has min_completion_tokens to max_completion_tokens tokens: before the
-    minimum no end token is drawn and no stop string ends it. stop: strings that end a completion.
-    seed: 0 to 2^64 - 1.
+    temperature: 0 is greedy. top_k (0: off), top_p in (0, 1] and min_p in [0, 1) cut the
+    distribution after the temperature (kernels/cut.py). A completion has min_completion_tokens to
+    max_completion_tokens tokens: before the minimum no end token is drawn and no stop string ends
+    it. stop: strings that end a completion. seed: 0 to 2^64 - 1.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     max_completion_tokens: int
     min_completion_tokens: int = 0
     stop: tuple[str, ...] = ()
@@ -58,6 +55,12 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise UserError(
                 f"top_p is {self.top_p}; allowed is more than 0 and at most 1. Set top_p = 1.0 to "
+                "keep the whole distribution."
+            )
+        _require_number("min_p", self.min_p)
+        if not 0 <= self.min_p < 1:
+            raise UserError(
+                f"min_p is {self.min_p}; allowed is at least 0 and less than 1. Set min_p = 0.0 to "
                 "keep the whole distribution."
             )
         _require_int("top_k", self.top_k, 0, None, "Set top_k = 0 to keep the whole distribution.")
@@ -83,6 +86,12 @@ class Sampling:
             )
 
     @property
+    def is_cut(self) -> bool:
+        """Whether top_k, top_p or min_p keeps tokens from being drawn."""
+        is_whole = self.top_k == 0 and self.top_p == 1 and self.min_p == 0
+        return self.temperature > 0 and not is_whole
+
+    @property
     def logprob_temperature(self) -> float:
         """The temperature that recorded log-probabilities speak of: 1 for greedy."""
         return self.temperature if self.temperature > 0 else 1.0
@@ -100,29 +109,6 @@ def _require_int(name: str, value: object, low: int, high: int | None, remedy: s
         raise UserError(f"{name} is {value!r}; it must be {allowed}. {remedy}")
 
 
-def philox4x32(
-    counter: tuple[Word, Word, Word, Word], key: tuple[int, int]
-) -> tuple[Word, Word, Word, Word]:
-    """Four random 32-bit words of a 128-bit counter: Philox4x32 with 10 rounds.
-
-    The counter's words are Python integers or int64 tensors that broadcast, each below 2^32. A
-    product of two such words may wrap around in int64; its upper half is then still right after the
-    mask.
-    """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        product0 = c0 * _MULTIPLIERS[0]
-        product1 = c2 * _MULTIPLIERS[1]
-        c0 = ((product1 >> 32) & _MASK) ^ (c1 ^ k0)
-        c2 = ((product0 >> 32) & _MASK) ^ (c3 ^ k1)
-        c1 = product1 & _MASK
-        c3 = product0 & _MASK
-        k0 = (k0 + _WEYL[0]) & _MASK
-        k1 = (k1 + _WEYL[1]) & _MASK
-    return c0, c1, c2, c3
-
-
 def sample_id(policy_version: int, prompt_id: int, sample_index: int) -> tuple[int, int]:
     """The two 32-bit words that key the noise of one completion."""
     counter = (
@@ -135,35 +121,6 @@ def sample_id(policy_version: int, prompt_id: int, sample_index: int) -> tuple[i
     return first, second
 
 
-def noise_words(seed: int, sample_ids_R2: Tensor, positions_R: Tensor, vocab_size: int) -> Tensor:
-    """[R, V] int64 random words in [0, 2^32): one for each row and vocabulary index.
-
-    sample_ids_R2 [R, 2] int64 from `sample_id`; positions_R [R] int64: the token's place in its
-    completion, from 0. Word v of a row is output v % 4 of the counter (v // 4, position, sample id)
-    under the key (seed's lower word, upper word).
-    """
-    num_rows = positions_R.shape[0]
-    quads = torch.arange((vocab_size + 3) // 4, device=positions_R.device)
-    counter = (
-        quads[None, :],
-        positions_R[:, None],
-        sample_ids_R2[:, 0:1],
-        sample_ids_R2[:, 1:2],
-    )
-    words = philox4x32(counter, (seed & _MASK, (seed >> 32) & _MASK))
-    return torch.stack(words, dim=-1).view(num_rows, -1)[:, :vocab_size]
-
-
-def log_exponential(words: Tensor) -> Tensor:
-    """log E in float32 for exponentially distributed E, from 32-bit words.
-
-    u = (word + 1/2) / 2^32 is never 0 and never 1; E = -log(1 - u). Computed in float64, so that
-    both tails keep what 32 bits hold: E from 2^-33 to 23.
-    """
-    uniform = (words.double() + 0.5) * 2.0**-32
-    return torch.log(-torch.log1p(-uniform)).float()
-
-
 def sample_tokens(
     logits_RV: Tensor,
     sampling: Sampling,
@@ -173,68 +130,40 @@ def sample_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Draws one token a row: (tokens [R] int64, logprobs [R] float32).
 
-    The token is the argmax over v of logprob_v - log E_v, which draws from softmax(logits /
-    temperature). The log-probability is that of the whole distribution, before top-k and top-p and
-    whether or not end tokens were held back; greedy: of temperature 1. end_ids [number of ends]
-    int64: tokens held back while positions_R is below min_completion_tokens.
+    The token is the argmax over v of logits_v / temperature - log E_v, which draws from
+    softmax(logits / temperature). The log-probability is that of the whole distribution, before any
+    cut and whether or not end tokens were held back; greedy: of temperature 1. end_ids [number of
+    ends] int64: tokens held back while positions_R is below min_completion_tokens.
     """
-    num_rows, vocab_size = logits_RV.shape
-    rows = max(1, _MAX_CHUNK_ENTRIES // vocab_size)
-    if num_rows <= rows:
-        return _sample_chunk(logits_RV, sampling, sample_ids_R2, positions_R, end_ids)
-    parts = [
-        _sample_chunk(
-            logits_RV[start : start + rows],
-            sampling,
-            sample_ids_R2[start : start + rows],
-            positions_R[start : start + rows],
-            end_ids,
+    rules = draw_rules(sampling, len(logits_RV), end_ids, logits_RV.device)
+    return draw_tokens(logits_RV, sample_ids_R2, positions_R, rules)
+
+
+def draw_rules(
+    sampling: Sampling, num_rows: int, end_ids: Tensor | None, device: torch.device
+) -> DrawRules:
+    """What the sampling kernel reads, the same for `num_rows` rows, on the device.
+
+    end_ids [number of ends] int64: tokens held back before min_completion_tokens.
+    """
+    inverse = 1.0 / sampling.temperature if sampling.temperature > 0 else 0.0
+    words = [sampling.seed & _MASK, sampling.seed >> 32]
+    cut = None
+    if sampling.is_cut:
+        cut = CutRules(
+            top_k_R=torch.full((num_rows,), sampling.top_k, device=device),
+            top_p_R=torch.full((num_rows,), sampling.top_p, dtype=torch.float64, device=device),
+            min_p_R=torch.full((num_rows,), sampling.min_p, dtype=torch.float32, device=device),
         )
-        for start in range(0, num_rows, rows)
-    ]
-    return torch.cat([tokens for tokens, _ in parts]), torch.cat([lp for _, lp in parts])
-
-
-def _sample_chunk(
-    logits_RV: Tensor,
-    sampling: Sampling,
-    sample_ids_R2: Tensor,
-    positions_R: Tensor,
-    end_ids: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    logits_RV = logits_RV.float()
-    if sampling.logprob_temperature != 1.0:
-        logits_RV = logits_RV / sampling.logprob_temperature
-    logprobs_RV = torch.log_softmax(logits_RV, dim=-1)
-    scores_RV = logprobs_RV
-    if end_ids is not None and sampling.min_completion_tokens > 0:
-        is_early_R = positions_R < sampling.min_completion_tokens
-        scores_RV = logprobs_RV.clone()
-        scores_RV[:, end_ids] = scores_RV[:, end_ids].masked_fill(is_early_R[:, None], -math.inf)
-    if sampling.temperature > 0:
-        if sampling.top_k or sampling.top_p < 1:
-            scores_RV = _cut(scores_RV, top_k=sampling.top_k, top_p=sampling.top_p)
-        words_RV = noise_words(sampling.seed, sample_ids_R2, positions_R, logits_RV.shape[1])
-        scores_RV = scores_RV - log_exponential(words_RV)
-    tokens_R = scores_RV.argmax(dim=-1)
-    return tokens_R, logprobs_RV.gather(1, tokens_R[:, None])[:, 0]
-
-
-def _cut(logprobs_RV: Tensor, *, top_k: int, top_p: float) -> Tensor:
-    """Log-probabilities with -inf outside the top_k likeliest and the smallest set of share top_p.
-
-    The likeliest token always stays. Of equals the lower index comes first.
-    """
-    sorted_RV, order_RV = logprobs_RV.sort(dim=-1, descending=True, stable=True)
-    is_cut_RV = torch.zeros_like(sorted_RV, dtype=torch.bool)
-    if top_p < 1:
-        probs_RV = torch.softmax(sorted_RV.double(), dim=-1)
-        is_cut_RV = (probs_RV.cumsum(dim=-1) - probs_RV) >= top_p
-    if top_k:
-        is_cut_RV[:, top_k:] = True
-    is_cut_RV[:, 0] = False
-    is_cut_RV = torch.empty_like(is_cut_RV).scatter_(1, order_RV, is_cut_RV)
-    return logprobs_RV.masked_fill(is_cut_RV, -math.inf)
+    if end_ids is None:
+        end_ids = torch.empty(0, dtype=torch.int64)
+    return DrawRules(
+        inverse_temperatures_R=torch.full((num_rows,), inverse, dtype=torch.float32, device=device),
+        seed_words_2=torch.tensor(words, dtype=torch.int64, device=device),
+        held_ids_H=end_ids.to(device),
+        min_draws_R=torch.full((num_rows,), sampling.min_completion_tokens, device=device),
+        cut=cut,
+    )
 
 
 def end_id_tensor(stop_ids: Sequence[int], vocab_size: int, device: torch.device) -> Tensor | None:

@@ -14,7 +14,17 @@ from tempfile import NamedTemporaryFile
 
 import pytest
 
-from sparring.kernels import Capability, attention, head, nf4, norm, rope, swiglu
+from sparring.kernels import (
+    Capability,
+    attention,
+    decode_state,
+    head,
+    nf4,
+    norm,
+    rope,
+    sampling,
+    swiglu,
+)
 from sparring.kernels.attention_plan import tile_of
 
 triton = pytest.importorskip("triton")
@@ -150,3 +160,39 @@ def test_attention_sums_and_deltas():
         90,
         stack_limit=64,
     )
+
+
+DRAWING = {
+    **dict.fromkeys(("logits_ptr", "parts_ptr", "inverse_ptr", "logprobs_ptr"), "*fp32"),
+    **dict.fromkeys(("seed_ptr", "ids_ptr", "draws_ptr", "held_ptr", "min_draws_ptr"), "*i64"),
+    "tokens_ptr": "*i64",
+    "best_ptr": "*i32",
+}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_sampling(arch):
+    tiles = triton.cdiv(151936, sampling.BLOCK_V)
+    sizes = {"V": 151936, "TILES": tiles}
+    constants = {**sizes, "BLOCK_V": sampling.BLOCK_V, "SPAN": 8, "HELD": 2}
+    check(sampling._tiles_kernel, DRAWING, {**constants, "num_warps": sampling.NUM_WARPS}, arch)
+    constants = {**sizes, "BLOCK_T": triton.next_power_of_2(tiles), "num_warps": 1}
+    check(sampling._combine_kernel, DRAWING, constants, arch)
+
+
+LONG = """drawn_ptr tokens_ptr positions_ptr draws_ptr limits_ptr step_ptr stop_ptr out_tokens_ptr
+slots_ptr"""
+STEP = {
+    **dict.fromkeys(LONG.split(), "*i64"),
+    **dict.fromkeys(("logprobs_ptr", "out_logprobs_ptr"), "*fp32"),
+    **dict.fromkeys(("tables_ptr", "lengths_ptr"), "*i32"),
+    "is_done_ptr": "*i8",
+}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_decode_state(arch):
+    constants = {"STOPS": 4, "BLOCK_R": 256, "num_warps": 8}
+    check(decode_state._advance_kernel, STEP, constants, arch)
+    constants = {"COLUMNS": 64, "BLOCK_SIZE": 64, "BLOCK_R": 128, "num_warps": 4}
+    check(decode_state._place_kernel, STEP, constants, arch)

@@ -26,3 +26,20 @@ def test_kernels_in_the_interpreter():
     )
     assert outcome.returncode == 0, outcome.stdout[-4000:] + outcome.stderr[-1000:]
     assert " passed" in outcome.stdout
+
+
+def test_sampling_kernels_in_the_interpreter():
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    files = ("test_triton_sampling.py", "test_triton_decode_state.py")
+    outcome = subprocess.run(
+        [*command, *(f"tests/kernels/{name}" for name in files)],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+    )
+    assert outcome.returncode == 0, outcome.stdout[-4000:] + outcome.stderr[-1000:]
+    assert " passed" in outcome.stdout

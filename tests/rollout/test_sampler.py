@@ -9,15 +9,9 @@ import torch
 from torch import Tensor
 
 from sparring.errors import UserError
-from sparring.rollout import sampler
-from sparring.rollout.sampler import (
-    Sampling,
-    log_exponential,
-    noise_words,
-    philox4x32,
-    sample_id,
-    sample_tokens,
-)
+from sparring.kernels import sampling as draws
+from sparring.kernels.philox import log_exponential, noise_words, philox4x32
+from sparring.rollout.sampler import Sampling, sample_id, sample_tokens
 
 ONES = 0xFFFFFFFF
 # Known answers of Random123 (philox4x32, 10 rounds): counter, key, output.
@@ -55,15 +49,15 @@ def test_philox_gives_the_published_answers(
 
 @pytest.mark.parametrize("vocab_size", [1, 4, 7, 30])
 def test_noise_words_are_keyed_by_index_position_sample_and_seed(vocab_size: int) -> None:
-    seed = (7 << 32) | 0xFEDCBA98
+    key = (0xFEDCBA98, 7)
     ids = [sample_id(3, 1 << 40, 2), sample_id(3, 5, 0)]
     positions = [0, 511]
-    words = noise_words(seed, torch.tensor(ids), torch.tensor(positions), vocab_size)
+    words = noise_words(key, torch.tensor(ids), torch.tensor(positions), vocab_size)
     assert words.shape == (2, vocab_size)
     for row in range(2):
         for v in range(vocab_size):
             counter = (v // 4, positions[row], *ids[row])
-            assert int(words[row, v]) == philox4x32(counter, (0xFEDCBA98, 7))[v % 4]
+            assert int(words[row, v]) == philox4x32(counter, key)[v % 4]
 
 
 def test_sample_ids_differ_in_every_part() -> None:
@@ -103,7 +97,9 @@ def check_draws(num_draws: int, seed: int) -> None:
     expected = probs * num_draws
     assert float(((counts - expected) ** 2 / expected).sum()) < chi_square_limit(len(probs) - 1)
 
-    exponentials = log_exponential(noise_words(seed, ids, positions, 8)).double().exp().flatten()
+    exponentials = (
+        log_exponential(noise_words((seed, 0), ids, positions, 8)).double().exp().flatten()
+    )
     shares = torch.tensor([0.0, 1e-5, 1e-4, 1e-3, 0.1, 0.5, 0.9, 0.999, 1 - 1e-4, 1 - 1e-5, 1.0])
     shares = shares.double()
     edges = -torch.log1p(-shares[1:-1])
@@ -176,7 +172,7 @@ def test_end_tokens_wait_for_the_minimum_length() -> None:
 def test_rows_taken_in_parts_draw_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(50, 33, generator=torch.Generator().manual_seed(1))
     whole = sample_tokens(logits, sampling(seed=5), *keys(50))
-    monkeypatch.setattr(sampler, "_MAX_CHUNK_ENTRIES", 33 * 8)
+    monkeypatch.setattr(draws, "MAX_CHUNK_ENTRIES", 33 * 8)
     parts = sample_tokens(logits, sampling(seed=5), *keys(50))
     assert torch.equal(whole[0], parts[0])
     assert torch.equal(whole[1], parts[1])

@@ -1,0 +1,266 @@
+"""A token and its log-probability from each row of logits, in one pass over them.
+
+s = logits / temperature in float32 (a product with the rounded 1 / temperature, as in the output
+head). The token is argmax_v of s_v - log E_v with E_v exponential noise (philox.py), which draws
+from softmax(s): an exponential race. The log-probability is s_token - logsumexp(s) over the whole
+vocabulary, the same s_token above and below; greedy rows take argmax_v of the logits and the
+log-probability of temperature 1. What holds tokens back (a minimum length, cut.py's top-k, top-p
+and min-p) bends the draw and never the log-probability.
+
+The Triton form reads the logits once. Tiles of BLOCK_V entries give their maximum, their sum of
+exponentials, and their best entry of the race; a second launch combines the tiles of a row in one
+fixed order. The split of tiles over programs changes no bit, so neither does the number of rows.
+Bytes: 4 a logit.
+
+The race is run on quotients exp(s - maximum of the tile) / E: no logarithm an entry for the score,
+and no underflow that counts, since E lies between 2^-33 and 23, so that whatever is 27 below a
+tile's maximum cannot win in it. E >= u bounds a quotient from above without any logarithm; a tile
+in which no entry's bound reaches the best score so far is left after that test. Scores are right to
+a few units in the last place of float32 logits; the token equals the reference's wherever the two
+best scores differ by more (tests: 1e-5 and 4 units of the largest |s|).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparring.kernels import jit, tl, triton, uses_triton
+from sparring.kernels.cut import CutRules, cut_reference
+from sparring.kernels.philox import (
+    exponential,
+    log_exponential,
+    noise_words,
+    philox_words,
+    uniform,
+)
+
+__all__ = ["DrawRules", "draw_tokens", "draw_tokens_reference", "draw_tokens_triton"]
+
+BLOCK_V = 2048
+NUM_WARPS = 4
+BUSY_PROGRAMS = 1024
+"""Programs that keep a large card busy: with more tiles than that, a program takes several."""
+MAX_SPAN = 32
+MAX_CHUNK_ENTRIES = 1 << 22
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DrawRules:
+    """How each row R is drawn; every tensor is read at run time, so graphs may be replayed on it.
+
+    inverse_temperatures_R float32: 1 / temperature, rounded once; 0 is greedy. seed_words_2 int64:
+    the seed's lower and upper 32 bits. held_ids_H int64: tokens not drawn while a row's draw index
+    is below min_draws_R int64; negative entries are unused. cut: None where no row has any.
+    """
+
+    inverse_temperatures_R: Tensor
+    seed_words_2: Tensor
+    held_ids_H: Tensor
+    min_draws_R: Tensor
+    cut: CutRules | None = None
+
+    def of_rows(self, rows: slice) -> DrawRules:
+        """Those of some rows, as views."""
+        cut = self.cut
+        return DrawRules(
+            inverse_temperatures_R=self.inverse_temperatures_R[rows],
+            seed_words_2=self.seed_words_2,
+            held_ids_H=self.held_ids_H,
+            min_draws_R=self.min_draws_R[rows],
+            cut=cut
+            and CutRules(
+                top_k_R=cut.top_k_R[rows], top_p_R=cut.top_p_R[rows], min_p_R=cut.min_p_R[rows]
+            ),
+        )
+
+
+def _draw_chunk(
+    logits_RV: Tensor, sample_ids_R2: Tensor, draws_R: Tensor, rules: DrawRules
+) -> tuple[Tensor, Tensor]:
+    inverse_R = rules.inverse_temperatures_R
+    is_greedy_R = inverse_R == 0
+    scaled_RV = logits_RV.float() * torch.where(is_greedy_R, 1.0, inverse_R)[:, None]
+    logprobs_RV = torch.log_softmax(scaled_RV, dim=-1)
+    vocab_size = logits_RV.shape[1]
+    scores_RV = scaled_RV
+    held_H = rules.held_ids_H[(rules.held_ids_H >= 0) & (rules.held_ids_H < vocab_size)]
+    if len(held_H):
+        scores_RV = scaled_RV.clone()
+        is_early_R1 = (draws_R < rules.min_draws_R)[:, None]
+        scores_RV[:, held_H] = scores_RV[:, held_H].masked_fill(is_early_R1, -torch.inf)
+    if rules.cut is not None:
+        scores_RV = cut_reference(scores_RV, rules.cut)
+    key = (rules.seed_words_2[0], rules.seed_words_2[1])
+    noise_RV = log_exponential(noise_words(key, sample_ids_R2, draws_R, vocab_size))
+    tokens_R = (scores_RV - noise_RV.masked_fill_(is_greedy_R[:, None], 0.0)).argmax(dim=-1)
+    return tokens_R, logprobs_RV.gather(1, tokens_R[:, None])[:, 0]
+
+
+def draw_tokens_reference(
+    logits_RV: Tensor, sample_ids_R2: Tensor, draws_R: Tensor, rules: DrawRules
+) -> tuple[Tensor, Tensor]:
+    """Draws one token a row: (tokens [R] int64, logprobs [R] float32); noise in float64.
+
+    logits [R, V]. sample_ids_R2 [R, 2] int64 below 2^32 and draws_R [R] int64, the token's place in
+    its completion, key the noise. Equal scores give the lower index. Logits that are not finite
+    give a log-probability of NaN.
+    """
+    rows = max(1, MAX_CHUNK_ENTRIES // logits_RV.shape[1])
+    parts = []
+    for start in range(0, len(logits_RV), rows):
+        chunk = slice(start, start + rows)
+        of_chunk = rules.of_rows(chunk)
+        parts.append(_draw_chunk(logits_RV[chunk], sample_ids_R2[chunk], draws_R[chunk], of_chunk))
+    if len(parts) == 1:
+        return parts[0]
+    if not parts:
+        return draws_R.new_empty(0), logits_RV.new_empty(0, dtype=torch.float32)
+    return torch.cat([tokens for tokens, _ in parts]), torch.cat([lp for _, lp in parts])
+
+
+@jit
+def _tiles_kernel(
+    logits_ptr, parts_ptr, best_ptr, inverse_ptr, seed_ptr, ids_ptr, draws_ptr, held_ptr,
+    min_draws_ptr,
+    V: tl.constexpr, BLOCK_V: tl.constexpr, TILES: tl.constexpr, SPAN: tl.constexpr,
+    HELD: tl.constexpr,
+):  # fmt: skip
+    """SPAN tiles of one row: for each its maximum, sum, best score above the maximum and index."""
+    row = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * SPAN
+    inverse = tl.load(inverse_ptr + row)
+    is_greedy = inverse == 0.0
+    inverse = tl.where(is_greedy, 1.0, inverse)
+    draw = tl.load(draws_ptr + row)
+    is_early = draw < tl.load(min_draws_ptr + row)
+    position = draw.to(tl.uint64)
+    id0 = tl.load(ids_ptr + 2 * row).to(tl.uint64)
+    id1 = tl.load(ids_ptr + 2 * row + 1).to(tl.uint64)
+    key0 = tl.load(seed_ptr).to(tl.uint64)
+    key1 = tl.load(seed_ptr + 1).to(tl.uint64)
+    lane = tl.arange(0, BLOCK_V)
+    quads = tl.arange(0, BLOCK_V // 4)
+    logits_ptr += row * V
+    parts_ptr += row * TILES
+    best_ptr += row * TILES
+    plane = tl.num_programs(0).to(tl.int64) * TILES
+    lead = -float("inf")
+    for tile in range(first, min(first + SPAN, TILES)):
+        columns = tile * BLOCK_V + lane
+        z = tl.load(logits_ptr + columns, mask=columns < V, other=-float("inf"))
+        s = z.to(tl.float32) * inverse
+        top = tl.max(s, axis=0)
+        base = tl.where(top == -float("inf"), 0.0, top)
+        e = tl.exp(s - base)
+        total = tl.sum(e, axis=0)
+        if is_early:
+            for i in tl.static_range(HELD):
+                is_held = columns == tl.load(held_ptr + i)
+                e = tl.where(is_held, 0.0, e)
+                s = tl.where(is_held, -float("inf"), s)
+        gap = -float("inf")
+        best = tile * BLOCK_V
+        if is_greedy:
+            peak = tl.max(s, axis=0)
+            gap = peak - base
+            best = tl.min(tl.where(s == peak, columns, V - 1), axis=0)
+        else:
+            counters = tile * (BLOCK_V // 4) + quads
+            w0, w1, w2, w3 = philox_words(counters, position, id0, id1, key0, key1)
+            words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+            # the quotient that a later tile must reach; a little less, for what rounding may take
+            bar = tl.exp(lead - base) * 0.9999
+            if tl.max(e - uniform(words) * bar, axis=0) >= 0.0:
+                quotients = e / exponential(words)
+                peak = tl.max(quotients, axis=0)
+                gap = tl.log(peak)
+                best = tl.min(tl.where(quotients == peak, columns, V - 1), axis=0)
+                lead = tl.maximum(lead, base + gap)
+        tl.store(parts_ptr + tile, top)
+        tl.store(parts_ptr + plane + tile, total)
+        tl.store(parts_ptr + 2 * plane + tile, gap)
+        tl.store(best_ptr + tile, best)
+
+
+@jit
+def _combine_kernel(
+    logits_ptr, parts_ptr, best_ptr, inverse_ptr, tokens_ptr, logprobs_ptr,
+    V: tl.constexpr, TILES: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """One row a program: the best tile's entry, and its log-probability."""
+    row = tl.program_id(0).to(tl.int64)
+    plane = tl.num_programs(0).to(tl.int64) * TILES
+    tiles = tl.arange(0, BLOCK_T)
+    inside = tiles < TILES
+    parts_ptr += row * TILES
+    tops = tl.load(parts_ptr + tiles, mask=inside, other=-float("inf"))
+    totals = tl.load(parts_ptr + plane + tiles, mask=inside, other=0.0)
+    gaps = tl.load(parts_ptr + 2 * plane + tiles, mask=inside, other=-float("inf"))
+    top = tl.max(tops, axis=0)
+    base = tl.where(top == -float("inf"), 0.0, top)
+    above = tops - base
+    total = tl.sum(totals * tl.exp(above), axis=0)
+    # a tile without finite logits has the maximum -inf, which its gap counts from 0
+    scores = tl.where(tops == -float("inf"), -float("inf"), above + gaps)
+    peak = tl.max(scores, axis=0)
+    tile = tl.min(tl.where((scores == peak) & inside, tiles, TILES - 1), axis=0)
+    token = tl.load(best_ptr + row * TILES + tile)
+    inverse = tl.load(inverse_ptr + row)
+    inverse = tl.where(inverse == 0.0, 1.0, inverse)
+    s = tl.load(logits_ptr + row * V + token).to(tl.float32) * inverse
+    tl.store(tokens_ptr + row, token.to(tl.int64))
+    tl.store(logprobs_ptr + row, s - base - tl.log(total))
+
+
+def span_of(num_rows: int, num_tiles: int) -> int:
+    """Tiles of a row that one program takes, a power of two; it changes no result."""
+    span = 1
+    while span < MAX_SPAN and num_rows * num_tiles >= 2 * span * BUSY_PROGRAMS:
+        span *= 2
+    return span
+
+
+def draw_tokens_triton(
+    logits_RV: Tensor, sample_ids_R2: Tensor, draws_R: Tensor, rules: DrawRules
+) -> tuple[Tensor, Tensor]:
+    """`draw_tokens_reference` in two launches; sample_ids_R2 and draws_R are contiguous int64."""
+    logits_RV = logits_RV.contiguous()
+    num_rows, vocab_size = logits_RV.shape
+    device = logits_RV.device
+    tokens_R = torch.empty(num_rows, dtype=torch.int64, device=device)
+    logprobs_R = torch.empty(num_rows, dtype=torch.float32, device=device)
+    if num_rows == 0:
+        return tokens_R, logprobs_R
+    num_tiles = triton.cdiv(vocab_size, BLOCK_V)
+    span = span_of(num_rows, num_tiles)
+    parts = torch.empty(3, num_rows, num_tiles, dtype=torch.float32, device=device)
+    best = torch.empty(num_rows, num_tiles, dtype=torch.int32, device=device)
+    _tiles_kernel[(num_rows, triton.cdiv(num_tiles, span))](
+        logits_RV, parts, best, rules.inverse_temperatures_R, rules.seed_words_2,
+        sample_ids_R2.contiguous(), draws_R.contiguous(), rules.held_ids_H, rules.min_draws_R,
+        V=vocab_size, BLOCK_V=BLOCK_V, TILES=num_tiles, SPAN=span,
+        HELD=len(rules.held_ids_H), num_warps=NUM_WARPS, enable_fp_fusion=True,
+    )  # fmt: skip
+    _combine_kernel[(num_rows,)](
+        logits_RV, parts, best, rules.inverse_temperatures_R, tokens_R, logprobs_R,
+        V=vocab_size, TILES=num_tiles, BLOCK_T=triton.next_power_of_2(num_tiles), num_warps=1,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+    return tokens_R, logprobs_R
+
+
+def draw_tokens(
+    logits_RV: Tensor, sample_ids_R2: Tensor, draws_R: Tensor, rules: DrawRules
+) -> tuple[Tensor, Tensor]:
+    """Draws one token a row: (tokens [R] int64, logprobs [R] float32).
+
+    logits [R, V] float32. sample_ids_R2 [R, 2] int64 below 2^32 and draws_R [R] int64, the token's
+    place in its completion, key the noise. Logits that are not finite give a log-probability of
+    NaN. No host synchronisation and a fixed grid on a GPU.
+    """
+    is_fast = uses_triton(logits_RV) and rules.cut is None
+    chosen = draw_tokens_triton if is_fast else draw_tokens_reference
+    return chosen(logits_RV, sample_ids_R2, draws_R, rules)

@@ -1,0 +1,226 @@
+"""The sampling kernels against their references, on a GPU or in Triton's interpreter.
+
+In an ordinary process these tests are marked gpu; with TRITON_INTERPRET=1 they run on the CPU
+(tests/kernels/test_processes.py starts that process).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+import pytest
+import torch
+
+from sparring.kernels import jit, philox, sampling, tl
+from sparring.kernels.sampling import DrawRules, draw_tokens_reference, draw_tokens_triton
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+pytestmark = (
+    []
+    if INTERPRETED
+    else [
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU or the interpreter"),
+    ]
+)
+ONES = 0xFFFFFFFF
+philox_words, exponential = philox.philox_words, philox.exponential
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch):
+    """What kernels allocate starts as garbage, so that an element nobody wrote shows."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        out = empty(*args, **kwargs)
+        return out.fill_(float("nan") if out.is_floating_point() else -(1 << 30))
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+def rules(num_rows, *, temperatures=1.0, seed=(0, 0), held=(), min_draws=0):
+    """DrawRules from numbers or one number a row."""
+
+    def per_row(values, dtype):
+        values = values if isinstance(values, (list, tuple)) else [values] * num_rows
+        return torch.tensor(values, dtype=dtype, device=DEVICE)
+
+    temperatures = per_row(temperatures, torch.float64)
+    inverse = torch.where(temperatures > 0, 1.0 / temperatures, 0.0)
+    return DrawRules(
+        inverse_temperatures_R=inverse.float(),
+        seed_words_2=torch.tensor(seed, device=DEVICE),
+        held_ids_H=torch.tensor(held, dtype=torch.int64, device=DEVICE),
+        min_draws_R=per_row(min_draws, torch.int64),
+    )
+
+
+def keys(num_rows, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1 << 32, (num_rows, 2), generator=generator)
+    return ids.to(DEVICE), torch.arange(num_rows, device=DEVICE) * 7
+
+
+def normal(num_rows, vocabulary, scale=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(num_rows, vocabulary, generator=generator) * scale).to(DEVICE)
+
+
+def margins(logits, ids, draws, r):
+    """How far the best score lies above the second, in units of what rounding may take."""
+    inverse = torch.where(r.inverse_temperatures_R == 0, 1.0, r.inverse_temperatures_R)
+    s = logits.double() * inverse.double()[:, None]
+    words = philox.noise_words(tuple(r.seed_words_2), ids, draws, s.shape[1])
+    u = (words.double() + 0.5) * 2.0**-32
+    noise = torch.log(-torch.log1p(-u))
+    scores = s - torch.where((r.inverse_temperatures_R == 0)[:, None], 0.0, noise)
+    is_early = draws < r.min_draws_R
+    held = r.held_ids_H[r.held_ids_H >= 0]
+    scores[:, held] = scores[:, held].masked_fill(is_early[:, None], -math.inf)
+    best = scores.topk(min(2, s.shape[1]), dim=1).values
+    gap = best[:, 0] - best[:, -1] if s.shape[1] > 1 else torch.full_like(best[:, 0], math.inf)
+    largest = s.masked_fill(s.isinf(), 0.0).abs().amax(1)
+    return gap / (1e-5 + largest * 2.0**-21)
+
+
+def check_draws(logits, ids, draws, r):
+    """Tokens equal but at ties, log-probabilities close; returns the Triton pair."""
+    tokens, logprobs = draw_tokens_triton(logits, ids, draws, r)
+    expected, expected_logprobs = draw_tokens_reference(logits, ids, draws, r)
+    is_clear = margins(logits, ids, draws, r) > 1.0
+    assert torch.equal(tokens[is_clear], expected[is_clear])
+    same = tokens == expected
+    assert same.double().mean() > 0.98
+    torch.testing.assert_close(logprobs[same], expected_logprobs[same], rtol=2e-6, atol=2e-6)
+    return tokens, logprobs
+
+
+@jit
+def _words_kernel(words_ptr, scalars_ptr, BLOCK: tl.constexpr):
+    key0 = tl.load(scalars_ptr).to(tl.uint64)
+    key1 = tl.load(scalars_ptr + 1).to(tl.uint64)
+    position = tl.load(scalars_ptr + 2).to(tl.uint64)
+    id0 = tl.load(scalars_ptr + 3).to(tl.uint64)
+    id1 = tl.load(scalars_ptr + 4).to(tl.uint64)
+    w0, w1, w2, w3 = philox_words(tl.arange(0, BLOCK), position, id0, id1, key0, key1)
+    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    tl.store(words_ptr + tl.arange(0, 4 * BLOCK), words.to(tl.int64))
+
+
+@pytest.mark.parametrize(
+    ("key", "position", "ids"),
+    [((0, 0), 0, (0, 0)), ((ONES, ONES), ONES, (ONES, ONES)), ((5, 7), 511, (0xFEDCBA98, 3))],
+)
+def test_philox_gives_the_same_integers(key, position, ids):
+    words = torch.zeros(64, dtype=torch.int64, device=DEVICE)
+    scalars = torch.tensor([*key, position, *ids], device=DEVICE)
+    _words_kernel[(1,)](words, scalars, BLOCK=16)
+    expected = philox.noise_words(key, torch.tensor([ids]), torch.tensor([position]), 64)
+    assert words.tolist() == expected[0].tolist()
+
+
+@jit
+def _exponential_kernel(words_ptr, out_ptr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + at, exponential(tl.load(words_ptr + at).to(tl.uint32)))
+
+
+def test_exponential_keeps_both_tails():
+    half = 1 << 31
+    ends = torch.arange(1024)
+    words = torch.cat([ends, ONES - ends, half + ends - 512, torch.randint(1 << 32, (13312,))])
+    words = words.to(DEVICE)
+    got = torch.zeros(len(words), device=DEVICE)
+    _exponential_kernel[(4,)](words, got, BLOCK=len(words) // 4)
+    expected = -torch.log1p(-((words.double() + 0.5) * 2.0**-32))
+    assert float((got.double() / expected - 1).abs().max()) < 2.0**-20
+    assert len(set(got[:2048].tolist())) == 2048  # no two words of an end fall together
+
+
+@pytest.mark.parametrize("vocabulary", [1, 3, 61, 2048, 2049, 5003])
+@pytest.mark.parametrize("scale", [1.0, 12.0])
+def test_draws_are_those_of_the_reference(vocabulary, scale):
+    logits = normal(6, vocabulary, scale, seed=vocabulary)
+    ids, draws = keys(6, seed=vocabulary)
+    r = rules(6, temperatures=[1.0, 0.0, 0.7, 1.0, 1.7, 0.05], seed=(ONES, 3))
+    check_draws(logits, ids, draws, r)
+
+
+def test_many_rows_are_those_of_the_reference():
+    ids, draws = keys(96 if INTERPRETED else 4096)
+    check_draws(normal(len(ids), 300, 3.0), ids, draws, rules(len(ids), seed=(17, 0)))
+
+
+def test_held_tokens_wait_and_still_count_in_the_logprob():
+    logits = normal(6, 4100)
+    logits[:, 4099] = 30.0
+    logits[:, 5] = 29.0
+    ids, draws = keys(6)
+    draws = torch.arange(6, device=DEVICE)
+    r = rules(6, temperatures=[1.0, 0.0] * 3, held=(4099, -1, 5), min_draws=[3, 3, 3, 3, 0, 0])
+    tokens, logprobs = check_draws(logits, ids, draws, r)
+    assert not set(tokens[:3].tolist()) & {4099, 5}
+    assert set(tokens[3:].tolist()) <= {4099, 5}
+    assert logprobs[:3].max() < -20
+    whole = torch.log_softmax(logits, -1).gather(1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(logprobs, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_split_and_company_change_no_bit(monkeypatch):
+    rows = 5
+    logits = normal(rows, 9001, 2.0)
+    ids, draws = keys(rows)
+    r = rules(rows, temperatures=[1.0, 0.0, 0.6, 1.3, 1.0])
+    one = draw_tokens_triton(logits, ids, draws, r)
+    monkeypatch.setattr(sampling, "BUSY_PROGRAMS", 2)
+    assert sampling.span_of(rows, 5) > 1
+    several = draw_tokens_triton(logits, ids, draws, r)
+    order = torch.tensor([3, 1, 4, 0, 2], device=DEVICE)
+    shuffled = rules(rows, temperatures=[1.3, 0.0, 1.0, 1.0, 0.6])
+    moved = draw_tokens_triton(logits[order], ids[order], draws[order], shuffled)
+    alone = draw_tokens_triton(logits[2:3], ids[2:3], draws[2:3], rules(1, temperatures=0.6))
+    for i in range(2):
+        assert torch.equal(one[i], several[i])
+        assert torch.equal(one[i][order], moved[i])
+        assert torch.equal(one[i][2:3], alone[i])
+
+
+def test_greedy_takes_the_first_of_equals():
+    logits = torch.zeros(3, 5000, device=DEVICE)
+    logits[0, [77, 3000, 4999]] = 2.0
+    logits[1, [2048, 2047]] = 2.0
+    tokens, logprobs = draw_tokens_triton(logits, *keys(3), rules(3, temperatures=0.0))
+    assert tokens.tolist() == [77, 2047, 0]
+    whole = torch.log_softmax(logits.double(), -1).gather(1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(logprobs.double(), whole, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero")
+def test_tokens_without_probability_are_never_drawn():
+    logits = torch.full((64, 4500), -math.inf, device=DEVICE)
+    logits[:, 4400], logits[:, 9] = 0.0, 1.0
+    tokens, logprobs = draw_tokens_triton(logits, *keys(64), rules(64))
+    assert set(tokens.tolist()) == {9, 4400}
+    assert torch.isfinite(logprobs).all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value|divide by zero|All-NaN")
+def test_logits_that_are_not_finite_give_nan():
+    logits = normal(7, 4500)
+    logits[0, 100] = math.nan
+    logits[1, 4000] = math.inf
+    logits[2] = math.nan
+    logits[3] = -math.inf
+    logits[4, 3000:] = math.nan
+    logits[5, 2048:4096] = math.nan
+    ids, draws = keys(7)
+    for temperature in (1.0, 0.0):
+        tokens, logprobs = draw_tokens_triton(
+            logits, ids, draws, rules(7, temperatures=temperature)
+        )
+        assert logprobs.isnan().tolist() == [True] * 6 + [False]
+        assert 0 <= int(tokens.min()) <= int(tokens.max()) < 4500
