@@ -313,7 +313,7 @@ def _split_group(
     else:
         room = max_tokens
         sizes = [len(sample.ids) + repeated for sample in samples]
-    for chosen in _best_fit(sizes, max(room, 0)):
+    for chosen in best_fit(sizes, max(room, 0)):
         yield _Unit(
             context=context,
             samples=tuple(samples[index] for index in chosen),
@@ -324,11 +324,11 @@ def _split_group(
 def _fill(units: Sequence[_Unit], max_tokens: int) -> list[list[_Unit]]:
     if max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}; a micro-batch holds at least one token")
-    chosen = _best_fit([unit.num_rows for unit in units], max_tokens)
+    chosen = best_fit([unit.num_rows for unit in units], max_tokens)
     return [[units[index] for index in indices] for indices in chosen]
 
 
-def _best_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
+def best_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
     """Best-fit decreasing: indices into `sizes`, bin by bin, each bin in the order of the input.
 
     A size over `room` has a bin of its own. Bins are ordered by their first index; equal sizes are

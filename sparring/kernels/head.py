@@ -121,12 +121,13 @@ def linear_logprob_reference(
 
 @jit
 def _rows_kernel(
-    z_ptr, labels_ptr, grad_ptr, logprobs_ptr, entropy_ptr, dz_ptr, inverse_temperature,
+    z_ptr, labels_ptr, grad_ptr, logprobs_ptr, entropy_ptr, dz_ptr, stride_z, stride_dz,
+    inverse_temperature,
     V: tl.constexpr, BLOCK_V: tl.constexpr, NEEDS_GRADIENT: tl.constexpr, HAS_GRAD: tl.constexpr,
 ):  # fmt: skip
     """One row of logits a program: maximum, sums, label; then ([v = label] - p) / temperature."""
     row = tl.program_id(0)
-    z_ptr += row.to(tl.int64) * V
+    z_ptr += row.to(tl.int64) * stride_z
     label = tl.load(labels_ptr + row)
     top = -float("inf")
     total = 0.0
@@ -148,7 +149,7 @@ def _rows_kernel(
     tl.store(logprobs_ptr + row, z_label - top - log_total)
     tl.store(entropy_ptr + row, log_total - weighted / total)
     if NEEDS_GRADIENT:
-        dz_ptr += row.to(tl.int64) * V
+        dz_ptr += row.to(tl.int64) * stride_dz
         factor = inverse_temperature
         if HAS_GRAD:
             factor *= tl.load(grad_ptr + row)
@@ -223,11 +224,14 @@ class _LinearLogprobTriton(torch.autograd.Function):
 
 def _chunks(x_MD: Tensor, weight_VD: Tensor, chunk_rows: int, needs_gradient: bool):
     """(rows, float32 logits of them, room for their gradient) for each chunk of rows; one pair of
-    buffers serves all chunks.
+    buffers serves all chunks. Rows begin at multiples of 16 numbers, which products want.
     """
-    shape = (min(chunk_rows, len(x_MD)), len(weight_VD))
-    logits = torch.empty(shape, dtype=torch.float32, device=x_MD.device)
-    gradient = torch.empty(shape, dtype=x_MD.dtype, device=x_MD.device) if needs_gradient else None
+    size = len(weight_VD)
+    shape = (min(chunk_rows, len(x_MD)), -(-size // 16) * 16)
+    logits = torch.empty(shape, dtype=torch.float32, device=x_MD.device)[:, :size]
+    gradient = None
+    if needs_gradient:
+        gradient = torch.empty(shape, dtype=x_MD.dtype, device=x_MD.device)[:, :size]
     for start in range(0, len(x_MD), chunk_rows):
         x_RD = x_MD[start : start + chunk_rows]
         if x_RD.is_cuda and x_RD.dtype != torch.float32:
@@ -247,7 +251,8 @@ def _launch_rows(
 ) -> None:  # fmt: skip
     _rows_kernel[(len(logits_RV),)](
         logits_RV, labels_R, logprobs_R if grad_R is None else grad_R, logprobs_R, entropy_R,
-        logits_RV if dz_RV is None else dz_RV, 1.0 / temperature,
+        logits_RV if dz_RV is None else dz_RV, logits_RV.stride(0),
+        0 if dz_RV is None else dz_RV.stride(0), 1.0 / temperature,
         V=logits_RV.shape[1], BLOCK_V=BLOCK_V, NEEDS_GRADIENT=dz_RV is not None,
         HAS_GRAD=grad_R is not None, num_warps=NUM_WARPS, enable_fp_fusion=True,
     )  # fmt: skip

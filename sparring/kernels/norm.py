@@ -30,8 +30,11 @@ __all__ = [
     "add_rms_norm_triton",
 ]
 
-WEIGHT_PARTITION = 128
-"""Rows whose part of a weight's gradient one program sums."""
+WEIGHT_ROWS = 16
+"""Rows whose part of a weight's gradient one program sums, where rows are long; of short ones as
+many as have 16,384 numbers. So few that a launch of some thousand rows fills the largest cards, and
+the float32 parts are 8 % of the bytes.
+"""
 
 
 def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -180,7 +183,8 @@ def _backward_triton(
     x, rows = _rows_of(x)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     width, tile = x.shape[-1], tile_of(x.shape[-1])
-    tiles = max(1, WEIGHT_PARTITION // tile["ROWS"]) if needs_weight else 1
+    together = max(WEIGHT_ROWS, 16384 // tile["BLOCK_D"])
+    tiles = max(1, together // tile["ROWS"]) if needs_weight else 1
     num_programs = triton.cdiv(rows[0], tile["ROWS"] * tiles)
     partial = dx
     if needs_weight:

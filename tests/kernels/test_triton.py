@@ -172,6 +172,35 @@ def test_frozen_head(vocabulary, temperature, dtype):
     )
 
 
+@pytest.mark.parametrize("vocabulary", [17, 4097])
+def test_head_of_one_row_and_of_none(vocabulary):
+    weight = random(vocabulary, 64, dtype=torch.bfloat16, seed=1, scale=0.3)
+    labels = torch.tensor([vocabulary - 1], device=DEVICE)
+    check(
+        lambda x: head.linear_logprob_triton(x, weight, labels),
+        lambda x: head.linear_logprob_reference(x, weight.double(), labels),
+        {"x": random(1, 64, dtype=torch.bfloat16)},
+        LIMIT[torch.bfloat16],
+    )
+    none = random(0, 64, dtype=torch.bfloat16).requires_grad_()
+    logprobs, entropy = head.linear_logprob_triton(none, weight, labels[:0])
+    logprobs.sum().backward()
+    assert (logprobs.shape, entropy.shape, none.grad.shape) == ((0,), (0,), (0, 64))
+
+
+def test_a_weight_of_norms_is_summed_over_many_programs():
+    inputs = {
+        "x": random(150, 3, 64, dtype=torch.bfloat16),
+        "weight": random(64, dtype=torch.bfloat16, seed=1),
+    }
+    check(
+        lambda x, weight: norm.rms_norm_triton(x, weight, 1e-6),
+        lambda x, weight: norm.rms_norm_reference(x, weight, 1e-6),
+        inputs,
+        LIMIT[torch.bfloat16],
+    )
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 def test_trained_head(dtype):
     labels = torch.tensor([0, 3, 500, 3, 77], device=DEVICE)

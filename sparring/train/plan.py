@@ -1,0 +1,318 @@
+"""`sparring plan`: the memory of a run by part and the seconds of a step, before anything is loaded.
+
+Two phases share one budget. While completions are written the KV pool is there; while weights are
+updated it is not, and the pass lives in its bytes. Each phase is a tape of requests that mirrors
+the code (plan_training.py, plan_rollout.py), played by a model of PyTorch's allocator. Numbers in,
+numbers out: config.json and a recipe are read elsewhere, and no GPU is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sparring.data.packing import best_fit
+from sparring.errors import MemoryBudgetError
+from sparring.train.allocator import MIB, CachingAllocator, LimitReached
+from sparring.train.cards import Card
+from sparring.train.plan_job import (
+    ADAPTERS,
+    CONTEXT,
+    CONTEXT_BYTES,
+    CRITIC,
+    PARTS,
+    REFERENCE,
+    SLACK,
+    STREAMS,
+    WEIGHTS,
+    WORKSPACES,
+    Job,
+    Settings,
+    Work,
+    take_adapter,
+    take_masters,
+    take_moments,
+    take_weights,
+)
+from sparring.train.plan_rollout import BLOCK_TOKENS, kv_tokens, take_rollout
+from sparring.train.plan_seconds import Seconds, step_seconds
+from sparring.train.plan_training import STREAM_BYTES, MicroBatch, TrainingTape
+from sparring.train.tape import Peak, Tape, play
+
+MODES = ("none", "selective", "layers")
+"""Checkpointing, fastest first."""
+MICRO_BATCH_TOKENS = (32768, 16384, 8192, 4096, 2048, 1024)
+"""What a proposal chooses from."""
+KV_SHARE = 0.98
+"""Of what is left in the rollout phase: the rest is for requests of odd sizes."""
+STEPS_PLAYED = 2
+"""After the second step the allocator holds all that a run ever makes it reserve."""
+BATCHES_PLAYED = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """Bytes by part when most is there; total: what the card must have, context included."""
+
+    parts: Mapping[str, int]
+    allocated: int
+    reserved: int
+
+    @property
+    def total(self) -> int:
+        """Reserved memory and the context."""
+        return self.reserved + CONTEXT_BYTES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A job with its settings and what they take. budget: bytes in all, None for no limit."""
+
+    job: Job
+    settings: Settings
+    budget: int | None
+    rollout: Phase | None
+    training: Phase
+    seconds: Seconds | None
+    card: Card | None
+
+    @property
+    def total(self) -> int:
+        """Bytes of the larger phase."""
+        return max(phase.total for phase in (self.rollout, self.training) if phase is not None)
+
+    @property
+    def fits(self) -> bool:
+        """Whether both phases lie within the budget."""
+        return self.budget is None or self.total <= self.budget
+
+
+def workspace_bytes(arch: int) -> int:
+    """cuBLAS' workspaces: one for the thread that goes forward, one for backward's."""
+    return 2 * (32 * MIB if arch >= 90 else 8 * MIB + 128 * 1024)
+
+
+def micro_batches(work: Work, max_tokens: int, *, exact: bool = False) -> list[MicroBatch]:
+    """The micro-batches of a step, as data/packing.py fills them.
+
+    exact: all lengths are those of `work`; otherwise they are the most that may come, and a
+    micro-batch may be filled to the brim.
+    """
+    prompt, each = max(work.prompt_tokens - 1, 0), work.completion_tokens
+    if not exact:
+        rows = min(max(max_tokens, prompt + each), max(work.num_tokens, 1))
+        group = prompt + work.group_size * each
+        num_groups = max(1, -(-rows // group))
+        samples = max(1, min(work.num_completions, (rows - prompt) // each))
+        shared = (prompt, -(-samples // num_groups))
+        full = MicroBatch(
+            rows=rows,
+            loss_rows=max(1, min(rows - prompt, work.num_completions * each)),
+            groups=(shared,) * num_groups,
+        )
+        return [full] * -(-work.num_tokens // rows)
+    split = best_fit([each] * work.group_size, max(max_tokens - prompt, 0))
+    units = [len(chosen) for _ in range(work.prompts) for chosen in split]
+    sizes = [prompt + samples * each for samples in units]
+    found = []
+    for chosen in best_fit(sizes, max_tokens):
+        groups = tuple((prompt, units[i]) for i in chosen)
+        rows = sum(sizes[i] for i in chosen)
+        loss_rows = each * sum(samples for _, samples in groups)
+        found.append(MicroBatch(rows=rows, loss_rows=loss_rows, groups=groups))
+    return found
+
+
+def predict(
+    job: Job,
+    settings: Settings,
+    *,
+    budget: int | None = None,
+    card: Card | None = None,
+    exact: bool = False,
+) -> Plan:
+    """What these settings take; raises MemoryBudgetError where the allocator finds no room.
+
+    exact: see `micro_batches`. A KV pool of 0 bytes in `settings` becomes what is left for it.
+    """
+    arch = card.arch if card is not None else 90
+    batches = micro_batches(job.work, settings.micro_batch_tokens, exact=exact)
+    training = training_phase(job, settings, batches, budget=budget, arch=arch)
+    rollout = None
+    if job.samples:
+        if not settings.kv_bytes:
+            settings = replace(settings, kv_bytes=kv_room(job, settings, budget, arch=arch))
+        rollout = rollout_phase(job, settings, budget=budget, arch=arch)
+    seconds = None if card is None else step_seconds(job, settings, card, batches)
+    return Plan(
+        job=job, settings=settings, budget=budget, rollout=rollout, training=training,
+        seconds=seconds, card=card,
+    )  # fmt: skip
+
+
+def training_phase(
+    job: Job, settings: Settings, batches: Sequence[MicroBatch], *, budget: int | None, arch: int
+) -> Phase:
+    """Two steps' updates on top of all that stays."""
+    tape = _resident(job, arch)
+    start = len(tape.events)
+    largest = sorted(batches, key=lambda batch: -batch.rows)[:BATCHES_PLAYED]
+    streams = sum(batch.rows for batch in batches) * STREAM_BYTES
+    for step in range(STEPS_PLAYED):
+        with tape.during(STREAMS, streams):
+            for model, with_head in _trained(job):
+                passes = TrainingTape(tape, model, settings)
+                for number, batch in enumerate(largest):
+                    passes.micro_batch(
+                        replace(batch, has_gradients=number > 0), with_head=with_head
+                    )
+                if step == 0:
+                    take_moments(tape, model)
+                passes.forget_gradients()
+    return _played(tape, start, budget, "training")
+
+
+def rollout_phase(job: Job, settings: Settings, *, budget: int | None, arch: int) -> Phase:
+    """A rollout on top of all that stays, optimizer state included."""
+    tape = _resident(job, arch)
+    for model, _ in _trained(job):
+        take_moments(tape, model)
+    start = len(tape.events)
+    take_rollout(tape, job.policy, job.work, settings)
+    return _played(tape, start, budget, "rollout")
+
+
+def kv_room(job: Job, settings: Settings, budget: int | None, *, arch: int) -> int:
+    """Bytes for the KV pool: what all rows could use, at most what the rollout phase leaves.
+
+    Raises MemoryBudgetError where not even one completion of full length fits.
+    """
+    each = job.policy.kv_bytes_per_token
+    useful = kv_tokens(job.work, running=settings.max_running) * each
+    if budget is None:
+        return useful
+    least = kv_tokens(job.work, running=1) * each
+    bare = rollout_phase(job, replace(settings, kv_bytes=1), budget=None, arch=arch)
+    room = int((budget - bare.total) * KV_SHARE)
+    block = BLOCK_TOKENS * each
+    room = min(useful, room) // block * block
+    if room < least:
+        raise MemoryBudgetError(
+            f"{gib(budget)} leave {gib(max(0, room))} for keys and values, and one completion of"
+            f" {job.work.prompt_tokens} + {job.work.completion_tokens} tokens needs {gib(least)};"
+            f" everything else takes {gib(bare.total)} during a rollout"
+        )
+    return room
+
+
+def propose(
+    job: Job, wanted: Settings, *, budget: int, card: Card, exact: bool = False,
+    modes: Sequence[str] = MODES, tokens: Sequence[int] = MICRO_BATCH_TOKENS,
+) -> Plan:  # fmt: skip
+    """The fastest settings that fit the budget; `wanted` gives what is not chosen.
+
+    modes, tokens: what may be chosen from. Raises MemoryBudgetError with the numbers of the
+    smallest attempt where nothing fits.
+    """
+    best: Plan | None = None
+    refusal: MemoryBudgetError | None = None
+    for settings in _candidates(job, wanted, modes, tokens):
+        try:
+            plan = predict(job, settings, budget=budget, card=card, exact=exact)
+        except MemoryBudgetError as error:
+            refusal = error
+            continue
+        if plan.fits and (best is None or _speed(plan) < _speed(best)):
+            best = plan
+    if best is None:
+        raise MemoryBudgetError(_nothing_fits(job, wanted, budget, card, refusal))
+    return best
+
+
+def _candidates(
+    job: Job, wanted: Settings, modes: Sequence[str], tokens: Sequence[int]
+) -> Iterator[Settings]:
+    """Settings to try; more tokens than a step has are no other setting."""
+    longest = job.work.num_tokens
+    useful = [n for n in tokens if n < longest] + [n for n in sorted(tokens) if n >= longest][:1]
+    for mode in modes:
+        for number in sorted(set(useful), reverse=True):
+            for caches in (True, False) if job.policy.is_quantised and job.samples else (False,):
+                yield replace(
+                    wanted, checkpointing=mode, micro_batch_tokens=number, caches_weights=caches
+                )
+
+
+def _speed(plan: Plan) -> float:
+    return plan.seconds.total if plan.seconds is not None else 0.0
+
+
+def _nothing_fits(
+    job: Job, wanted: Settings, budget: int, card: Card, refusal: MemoryBudgetError | None
+) -> str:
+    least = replace(
+        wanted, checkpointing="layers", micro_batch_tokens=min(MICRO_BATCH_TOKENS), kv_bytes=0
+    )
+    plan = predict(job, least, card=card)
+    listed = ", ".join(
+        f"{part} {gib(plan.training.parts[part])}"
+        for part in PARTS
+        if plan.training.parts.get(part)
+    )
+    reason = f" ({refusal})" if refusal is not None else ""
+    return (
+        f"nothing fits into {gib(budget)}: the smallest training phase, checkpoints per layer and"
+        f" {least.micro_batch_tokens} tokens a micro-batch, takes {gib(plan.training.total)}:"
+        f' {listed}{reason}; give more memory, quantise (model.quantization = "nf4"), train an'
+        " adapter ([lora]), shorten completions or take a smaller model"
+    )
+
+
+def _resident(job: Job, arch: int) -> Tape:
+    """All that is there from the first step to the last."""
+    tape = Tape()
+    take_weights(tape, job.policy, WEIGHTS)
+    take_adapter(tape, job.policy, ADAPTERS)
+    if job.reference == "adapter":
+        take_adapter(tape, job.policy, REFERENCE)
+    if job.reference == "weights":
+        take_weights(tape, job.policy, REFERENCE)
+    take_masters(tape, job.policy)
+    if job.critic is not None:
+        if not job.shares_trunk:
+            take_weights(tape, job.critic, CRITIC)
+        take_adapter(tape, job.critic, CRITIC)
+        take_masters(tape, job.critic)
+        tape.take(CRITIC, (job.critic.config.width + 1) * 4)
+    for _ in range(2):
+        tape.take(WORKSPACES, workspace_bytes(arch) // 2)
+    return tape
+
+
+def _trained(job: Job) -> list[tuple[Any, bool]]:
+    found = [(job.policy, True)]
+    if job.critic is not None:
+        found.append((job.critic, False))
+    return found
+
+
+def _played(tape: Tape, start: int, budget: int | None, phase: str) -> Phase:
+    limit = None if budget is None else budget - CONTEXT_BYTES
+    try:
+        peak: Peak = play(tape.events, CachingAllocator(limit), start)
+    except LimitReached as refusal:
+        free = play(tape.events, CachingAllocator(), start)
+        raise MemoryBudgetError(
+            f"the {phase} phase needs {gib(free.allocated + CONTEXT_BYTES)} at once, of"
+            f" {gib(budget or 0)}"
+        ) from refusal
+    parts = dict(peak.parts)
+    parts[SLACK] = peak.reserved - peak.allocated
+    parts[CONTEXT] = CONTEXT_BYTES
+    return Phase(parts=parts, allocated=peak.allocated, reserved=peak.reserved)
+
+
+def gib(num_bytes: float) -> str:
+    """Bytes for people."""
+    return f"{num_bytes / 2**30:.2f} GiB"

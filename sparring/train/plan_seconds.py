@@ -1,0 +1,203 @@
+"""Seconds of a step from a card's bandwidth and tensor peak: rollout by bytes, training by FLOP.
+
+The shares of the peaks that are reached were measured on one H200 (docs/benchmarks) and are taken
+for every card; on others the result is an estimate. Host time is what a machine of 2025 needs to
+launch the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sparring.train.cards import Card
+from sparring.train.plan_job import Job, Settings, Trained, Work, trained_sizes
+from sparring.train.plan_training import MicroBatch
+
+MATMUL_SHARE, HEAD_SHARE = 0.92, 0.77
+ATTENTION_FORWARD_SHARE, ATTENTION_BACKWARD_SHARE = 0.42, 0.30
+"""Of the card's tensor peak (for the H200 the measured 801 TFLOP/s)."""
+BANDWIDTH_SHARE = 0.88
+LAYER_SECONDS = {"forward": 0.5e-3, "backward": 1.6e-3}
+"""What the host takes to launch a layer: below it the card waits."""
+STEP_SECONDS = 0.02
+"""A step's packing, clipping and reading of metrics."""
+DECODE_STEP_SECONDS, DECODE_ROW_SECONDS = 0.25e-3, 1.5e-6
+"""A decode step beyond its bytes and FLOP: kernels' starts, sampling, a share of the host's look."""
+NF4_BYTES = 0.5159
+NF4_WEIGHTS_PER_SECOND = 2.6e12
+"""How fast weights are decoded inside a fused product, by instructions (H200, kernels measured)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seconds:
+    """Of one step: prompts read, completions written, weights updated."""
+
+    prefill: float
+    decode: float
+    training: float
+
+    @property
+    def total(self) -> float:
+        """All three; rewards are not known here."""
+        return self.prefill + self.decode + self.training
+
+
+def step_seconds(
+    job: Job, settings: Settings, card: Card, batches: Sequence[MicroBatch]
+) -> Seconds:
+    """Seconds of a step whose completions have full length."""
+    prefill = decode = 0.0
+    if job.samples:
+        prefill = prefill_seconds(job.policy, job.work, card)
+        decode = decode_seconds(job.policy, job.work, settings, card)
+    return Seconds(
+        prefill=prefill, decode=decode, training=training_seconds(job, settings, card, batches)
+    )
+
+
+def training_seconds(
+    job: Job, settings: Settings, card: Card, batches: Sequence[MicroBatch]
+) -> float:
+    """Seconds of a step's updates."""
+    policy = job.policy
+    forward = sum(_pass_seconds(policy, card, batch) for batch in batches)
+    both = sum(_update_seconds(policy, settings, card, batch) for batch in batches)
+    total = STEP_SECONDS + both + _optimizer_seconds(policy, card)
+    if job.reference != "none":
+        total += forward
+    if job.critic is not None:
+        critic = job.critic
+        passes = job.passes
+        value = sum(_update_seconds(critic, settings, card, b, with_head=False) for b in batches)
+        total += forward  # log-probabilities before the first of several updates
+        total += sum(_pass_seconds(critic, card, batch, with_head=False) for batch in batches)
+        total += (passes - 1) * both + passes * value
+        total += (passes * job.mini_steps - 1) * _optimizer_seconds(policy, card)
+        total += passes * job.mini_steps * _optimizer_seconds(critic, card)
+    return total
+
+
+def _update_seconds(
+    model: Trained, settings: Settings, card: Card, batch: MicroBatch, *, with_head: bool = True
+) -> float:
+    """Forward and backward pass of a micro-batch."""
+    config, rows = model.config, batch.rows
+    recomputes = settings.checkpointing != "none"
+    down = config.num_layers * config.ffn_width * config.width
+    linear = model.num_linear * (3 if model.is_full else 2) + (
+        model.num_linear - (0 if model.is_full else down) if recomputes else 0
+    )
+    device = 2.0 * linear * rows / (card.flops * MATMUL_SHARE)
+    if model.is_quantised:
+        passes = 3 if recomputes else 2
+        device += passes * model.num_linear * (NF4_BYTES + 2) / _bandwidth(card)
+    attention = _attention_flops(model, batch)
+    forwards = 2 if settings.checkpointing == "layers" else 1
+    device += forwards * attention / (card.flops * ATTENTION_FORWARD_SHARE)
+    device += 2.5 * attention / (card.flops * ATTENTION_BACKWARD_SHARE)
+    device += rows * config.num_layers * _elementwise_bytes(model, recomputes) / _bandwidth(card)
+    if with_head:
+        times = 8 if model.is_full else 4
+        head = times * config.width * config.vocab_size * batch.loss_rows
+        device += head / (card.flops * HEAD_SHARE)
+    if model.is_full:
+        device += model.num_linear * (12 if model.item == 2 else 8) / _bandwidth(card)
+    launches = LAYER_SECONDS["forward"] * (2 if recomputes else 1) + LAYER_SECONDS["backward"]
+    return max(device, config.num_layers * launches)
+
+
+def _pass_seconds(
+    model: Trained, card: Card, batch: MicroBatch, *, with_head: bool = True
+) -> float:
+    """A forward pass without gradient."""
+    config = model.config
+    device = 2.0 * model.num_linear * batch.rows / (card.flops * MATMUL_SHARE)
+    if model.is_quantised:
+        device += model.num_linear * (NF4_BYTES + 2) / _bandwidth(card)
+    device += _attention_flops(model, batch) / (card.flops * ATTENTION_FORWARD_SHARE)
+    bytes_a_row = config.num_layers * _forward_bytes(model)
+    device += batch.rows * bytes_a_row / _bandwidth(card)
+    if with_head:
+        head = 2 * config.width * config.vocab_size * batch.loss_rows
+        device += head / (card.flops * HEAD_SHARE)
+    return max(device, config.num_layers * LAYER_SECONDS["forward"])
+
+
+def _optimizer_seconds(model: Trained, card: Card) -> float:
+    """Norm, clipping and AdamW: 38 bytes a number with a 16-bit copy."""
+    numbers = sum(size for size, _ in trained_sizes(model))
+    return numbers * 38 / _bandwidth(card)
+
+
+def _attention_flops(model: Trained, batch: MicroBatch) -> float:
+    """Of a forward pass: 4 H E for each query and key that meet."""
+    config, pairs = model.config, 0.0
+    completions = sum(samples for _, samples in batch.groups)
+    own = batch.loss_rows / max(1, completions)
+    for prompt, samples in batch.groups:
+        pairs += prompt * prompt / 2 + samples * (prompt * own + own * own / 2)
+    return 4.0 * config.num_heads * config.head_size * config.num_layers * pairs
+
+
+def _forward_bytes(model: Trained) -> float:
+    """Bytes that a token moves through memory between the products of a layer."""
+    config = model.config
+    heads = (config.num_heads + config.num_kv_heads) * config.head_size
+    moved = 18 * config.width + 4 * heads + 6 * config.ffn_width
+    if config.qk_norm:
+        moved += 4 * heads
+    for size in model.linears().values():
+        moved += 4 * sum(size.adapted)
+    return moved * model.item / 2
+
+
+def _elementwise_bytes(model: Trained, recomputes: bool) -> float:
+    config = model.config
+    heads = (config.num_heads + config.num_kv_heads) * config.head_size
+    moved = 30 * config.width + 12 * heads + 10 * config.ffn_width
+    for size in model.linears().values():
+        if size.adapted:
+            moved += 6 * size.inputs
+    return moved * model.item / 2 + _forward_bytes(model) * (2 if recomputes else 1)
+
+
+def prefill_seconds(model: Trained, work: Work, card: Card) -> float:
+    """Every prompt once."""
+    groups = ((work.prompt_tokens, 0),) * work.prompts
+    rows = work.prompts * work.prompt_tokens
+    batch = MicroBatch(rows=rows, loss_rows=work.prompts, groups=groups)
+    return _pass_seconds(model, card, batch)
+
+
+def decode_seconds(model: Trained, work: Work, settings: Settings, card: Card) -> float:
+    """Every completion at full length, in as few rounds as the KV pool allows."""
+    each = work.prompt_tokens / work.group_size + work.completion_tokens
+    fits = int(settings.kv_bytes / (model.kv_bytes_per_token * each)) if settings.kv_bytes else 0
+    running = min(settings.max_running, work.num_completions, fits or work.num_completions)
+    running = max(1, running)
+    rounds = work.num_completions / running
+    return rounds * work.completion_tokens * _decode_step(model, work, running, settings, card)
+
+
+def _decode_step(model: Trained, work: Work, rows: int, settings: Settings, card: Card) -> float:
+    """One token for each of the rows: the slower of bytes and FLOP, product by product."""
+    config, bandwidth = model.config, _bandwidth(card)
+    linear = model.num_linear
+    flops = 2.0 * linear * rows / (card.flops * MATMUL_SHARE)
+    if not model.is_quantised or settings.caches_weights:
+        products = max(linear * model.item / bandwidth, flops)
+    else:
+        by_instructions = linear / (NF4_WEIGHTS_PER_SECOND * card.flops / 801e12)
+        products = max(linear * NF4_BYTES / bandwidth, flops, by_instructions)
+    head = config.vocab_size * config.width
+    products += max(head * model.item / bandwidth, 2.0 * head * rows / (card.flops * MATMUL_SHARE))
+    context = work.prompt_tokens + work.completion_tokens / 2
+    attention = rows * context * model.kv_bytes_per_token / bandwidth
+    logits = 2.0 * rows * config.vocab_size * 4 / bandwidth
+    return products + attention + logits + DECODE_STEP_SECONDS + rows * DECODE_ROW_SECONDS
+
+
+def _bandwidth(card: Card) -> float:
+    """What kernels reach of it: a measured figure is a copy's already."""
+    return card.bandwidth * (1.0 if card.is_measured else BANDWIDTH_SHARE)

@@ -1,0 +1,451 @@
+"""The memory of a training pass as a tape: what the model's forward and backward ask for, in order.
+
+It mirrors models/transformer.py, models/checkpointing.py, models/lora.py and kernels/head.py as
+they run on a GPU in 16 bits; tests hold it to a trace of the real code. One change there is one
+change here. Shape letters as in types.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sparring.train.plan_job import (
+    DECODED,
+    GRADIENTS,
+    INPUTS,
+    LOGITS,
+    STREAMS,
+    WORKING,
+    LinearSize,
+    Settings,
+    Trained,
+)
+from sparring.train.tape import Tape
+
+MLP_TILE_TOKENS = 8192
+"""As in models/checkpointing.py."""
+
+STREAM_BYTES = 8 + 8 + 8 + 1 + 8 + 4 + 4
+"""Of a token of a batch: ids, labels, positions, mask, sequence, advantage, sampler's logprob."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """A packed batch: its rows, those that bear loss, and its shared prompts as (tokens, samples).
+
+    has_gradients: gradients are there already, of an earlier micro-batch of the step.
+    """
+
+    rows: int
+    loss_rows: int
+    groups: tuple[tuple[int, int], ...] = ()
+    has_gradients: bool = False
+
+
+@dataclass(slots=True)
+class _Kept:
+    """What a layer's forward left for its backward pass, by name."""
+
+    numbers: dict[str, int] = field(default_factory=dict)
+
+    def pop(self, *names: str) -> list[int | None]:
+        return [self.numbers.pop(name, None) for name in names]
+
+
+class TrainingTape:
+    """Writes micro-batches of one model onto a tape."""
+
+    def __init__(self, tape: Tape, model: Trained, settings: Settings) -> None:
+        self.tape, self.model, self.settings = tape, model, settings
+        self.config, self.item = model.config, model.item
+        self.linears = model.linears()
+        self.rows = 0
+        self.batch = MicroBatch(rows=0, loss_rows=0)
+        self.gradients: list[int] = []
+
+    def micro_batch(self, batch: MicroBatch, *, with_head: bool = True) -> None:
+        """Forward and backward pass; gradients stay until `forget_gradients`."""
+        tape, config = self.tape, self.config
+        self.batch, self.rows = batch, batch.rows
+        width = batch.rows * config.width * self.item
+        angles = batch.rows * (config.head_size // 2) * 4
+        with tape.during(WORKING, angles):
+            cos, sin = tape.take(WORKING, angles), tape.take(WORKING, angles)
+        x = tape.take(INPUTS, width)
+        inputs, kept = [x], []
+        for layer in range(config.num_layers):
+            found, x = self._forward(x, is_last=layer == config.num_layers - 1)
+            kept.append(found)
+            inputs.append(x)
+        normed = tape.take(WORKING, width)
+        head_gradient, g = self._head(normed, with_head)
+        dx = self._norm_backward()
+        tape.give(g, inputs.pop())
+        for layer in reversed(range(config.num_layers)):
+            dx = self._backward(inputs[layer], kept[layer], dx, layer)
+        if self.model.is_full:
+            self._embedding_backward(head_gradient)
+        tape.give(dx, cos, sin)
+
+    def forget_gradients(self) -> None:
+        """After the update."""
+        self.tape.give(*self.gradients)
+        self.gradients = []
+
+    # --- forward -------------------------------------------------------------------------------
+
+    def _forward(self, x: int, *, is_last: bool) -> tuple[_Kept, int]:
+        """A layer; what it keeps, and its output."""
+        mode, tape = self.settings.checkpointing, self.tape
+        keeps = mode == "none"
+        kept = _Kept()
+        self._heads(kept, keeps=keeps)
+        self._attend(kept)
+        if not keeps:
+            tape.give(*kept.pop("qkv", "rotated", "q_normed", "k_normed"))
+            if mode == "layers":
+                tape.give(*kept.pop("lse"))
+        self._after_attention(kept, keeps=keeps)
+        part = INPUTS if not keeps or is_last else WORKING
+        if keeps or self.rows <= MLP_TILE_TOKENS:
+            down = self._mlp(kept, self.rows, keeps=keeps)
+            out = tape.take(part, self._bytes(self.config.width))
+            tape.give(down)
+        else:
+            out = tape.take(part, self._bytes(self.config.width))
+            for rows in self._tiles():
+                tape.give(self._mlp(kept, rows, keeps=False))
+        if not keeps:
+            tape.give(*kept.pop("summed", "normed2"))
+            if mode == "layers":
+                tape.give(*kept.pop("attended"))
+        if self.settings.offload and not keeps and not is_last:
+            # it leaves over the host's bus while later layers run: two at a time are under way
+            pass
+        return kept, out
+
+    def _heads(self, kept: _Kept, *, keeps: bool) -> None:
+        """Norm, queries, keys and values, rotation."""
+        tape, config = self.tape, self.config
+        normed = tape.take(WORKING, self._bytes(config.width))
+        kept.numbers["qkv"] = self._linear("qkv", kept, self.rows, keeps=keeps)
+        queries = self._bytes(config.num_heads * config.head_size)
+        keys = self._bytes(config.num_kv_heads * config.head_size)
+        if config.qk_norm:
+            for name, size in (("q", queries), ("k", keys)):
+                with tape.during(WORKING, size):
+                    kept.numbers[f"{name}_normed"] = tape.take(WORKING, size)
+        else:
+            kept.numbers["rotated"] = tape.take(WORKING, queries + keys)
+        if keeps and self._saves_input("qkv"):
+            kept.numbers["normed"] = normed
+        else:
+            tape.give(normed)
+
+    def _attend(self, kept: _Kept) -> None:
+        config = self.config
+        kept.numbers["attended"] = self.tape.take(
+            INPUTS if self.settings.checkpointing == "selective" else WORKING,
+            self._bytes(config.num_heads * config.head_size),
+        )
+        kept.numbers["lse"] = self.tape.take(WORKING, self.rows * config.num_heads * 4)
+
+    def _after_attention(self, kept: _Kept, *, keeps: bool) -> None:
+        tape, width = self.tape, self._bytes(self.config.width)
+        added = self._linear("output", kept, self.rows, keeps=keeps)
+        kept.numbers["normed2"] = tape.take(WORKING, width)
+        kept.numbers["summed"] = tape.take(WORKING, width)
+        tape.give(added)
+
+    def _mlp(self, kept: _Kept, rows: int, *, keeps: bool, is_read: bool = True) -> int | None:
+        """Feed-forward of so many rows; its output's number, None where it is not computed."""
+        tape, ffn = self.tape, self.config.ffn_width
+        gate_up = self._linear("gate_up", kept, rows, keeps=keeps)
+        hidden = tape.take(WORKING, rows * ffn * self.item)
+        if not keeps:
+            tape.give(gate_up)
+        is_read = is_read or self._trains("down")
+        down = self._linear("down", kept, rows, keeps=keeps, is_read=is_read)
+        if not keeps:
+            tape.give(hidden)
+            return down
+        kept.numbers["gate_up"] = gate_up
+        if self._saves_input("down"):
+            kept.numbers["hidden"] = hidden
+        else:
+            tape.give(hidden)
+        if self.settings.checkpointing == "none" and not self._saves_input("gate_up"):
+            tape.give(*kept.pop("normed2"))
+        return down
+
+    def _linear(
+        self, name: str, kept: _Kept, rows: int, *, keeps: bool, is_read: bool = True
+    ) -> int | None:
+        size = self.linears[name]
+        y = None
+        if is_read:
+            with self.tape.during(DECODED, size.decoded(self.item)):
+                y = self.tape.take(WORKING, rows * size.outputs * self.item)
+        if size.adapted:
+            xa = self.tape.take(WORKING, self._rank_bytes(size, rows))
+            if keeps:
+                kept.numbers[f"{name}_xa"] = xa
+            else:
+                self.tape.give(xa)
+        return y
+
+    # --- head ----------------------------------------------------------------------------------
+
+    def _head(self, normed: int, with_head: bool) -> tuple[int | None, int]:
+        """Forward and backward of head and loss: the head's gradient if trained, and d normed."""
+        tape, config, item = self.tape, self.config, self.item
+        rows, loss_rows, width = self.rows, self.batch.loss_rows, config.width
+        chosen = tape.take(LOGITS, loss_rows * width * item)
+        if not with_head:
+            return self._value_head(normed, chosen)
+        scalars = tape.take(STREAMS, loss_rows * 28 + rows * 16)
+        chunk = min(self.settings.head_chunk_rows, loss_rows) * config.vocab_size
+        if self.model.is_full:
+            tape.brief(LOGITS, chunk * 4)
+        else:
+            gradient = tape.take(LOGITS, loss_rows * width * item)
+            with tape.during(LOGITS, chunk * 4):
+                tape.brief(LOGITS, chunk * 2)
+            tape.give(chosen)
+        tape.give(normed)
+        loss = tape.take(STREAMS, rows * 4 * 12)
+        tape.give(loss)
+        head = None
+        if self.model.is_full:
+            d_rows = tape.take(LOGITS, loss_rows * width * item)
+            head = self._trained_head(chunk, loss_rows)
+            tape.give(chosen)
+        else:
+            with tape.during(LOGITS, loss_rows * width * 4):
+                d_rows = tape.take(LOGITS, loss_rows * width * item)
+            tape.give(gradient)
+        with tape.during(LOGITS, rows * width * item):
+            g = tape.take(WORKING, rows * width * item)
+        tape.give(d_rows, scalars)
+        return head, g
+
+    def _trained_head(self, chunk: int, loss_rows: int) -> int:
+        """The head's weight gradient, added up in float32 chunk by chunk."""
+        tape, config = self.tape, self.config
+        size = config.vocab_size * config.width
+        total = tape.take(LOGITS, size * 4)
+        with tape.during(LOGITS, chunk * 4), tape.during(LOGITS, chunk * 2):
+            for _ in range(min(3, -(-loss_rows // self.settings.head_chunk_rows))):
+                before, total = total, tape.take(LOGITS, size * 4)
+                tape.give(before)
+            rounded = tape.take(LOGITS, size * self.item)
+            tape.give(total)
+        if config.tied_head:
+            return rounded  # waits for the embedding's part
+        self._weight_gradient(rounded, size)
+        return -1
+
+    def _value_head(self, normed: int, chosen: int) -> tuple[None, int]:
+        tape, width = self.tape, self.config.width
+        wide = tape.take(LOGITS, self.batch.loss_rows * width * 4)
+        tape.give(chosen, normed)
+        with tape.during(LOGITS, self.batch.loss_rows * width * 4):
+            d_rows = tape.take(LOGITS, self.batch.loss_rows * width * self.item)
+        tape.give(wide)
+        with tape.during(LOGITS, self._bytes(width)):
+            g = tape.take(WORKING, self._bytes(width))
+        tape.give(d_rows)
+        return None, g
+
+    # --- backward ------------------------------------------------------------------------------
+
+    def _backward(self, x: int | None, kept: _Kept, g: int, layer: int) -> int:
+        """A layer's backward pass: takes d output, gives back what was kept, returns d input."""
+        tape, config = self.tape, self.config
+        mode, width = self.settings.checkpointing, self._bytes(self.config.width)
+        needs_x = layer > 0 or self.model.is_full
+        if mode == "layers":
+            self._heads(kept, keeps=True)
+            self._attend(kept)
+        residual = self._finish_backward(kept, g, needs_x)
+        if mode == "selective":
+            self._heads(kept, keeps=True)
+        d_attended, d_summed = residual
+        with tape.during(WORKING, self.rows * config.num_heads * 4):  # delta
+            sizes = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+            dq, dk, dv = (tape.take(WORKING, self._bytes(n * config.head_size)) for n in sizes)
+            slots = sum(-(-tokens // 128) * (1 + samples) for tokens, samples in self.batch.groups)
+            if slots:
+                tile = 128 * max(16, 1 << (config.head_size - 1).bit_length())
+                tape.brief(WORKING, slots * config.num_kv_heads * 2 * tile * 4)
+        is_early = mode == "none"
+        early = kept.pop("qkv", "rotated", "q_normed", "k_normed", "attended", "lse")
+        if is_early:
+            tape.give(d_attended, *early)
+        d_heads = self._rotation_backward(dq, dk, dv, is_early=is_early)
+        (normed,) = kept.pop("normed")
+        d_normed = self._linear_backward(
+            "qkv", kept, normed, d_heads, self.rows, needs_input=needs_x
+        )
+        if not needs_x:
+            tape.give(d_normed)
+        else:
+            with tape.during(WORKING, width):  # d x of the norm
+                tape.give(d_normed)
+                if mode == "none":
+                    tape.give(x)
+                    total = tape.take(WORKING, width)
+                    tape.give(d_summed)
+                    d_summed, x = total, None
+        if mode != "none":
+            tape.give(*early, d_attended, dq, dk, dv, g)
+        tape.give(x)
+        if d_summed is None:
+            d_summed = tape.take(WORKING, width)
+        return d_summed
+
+    def _finish_backward(self, kept: _Kept, g: int, needs_x: bool) -> tuple[int | None, int | None]:
+        """From the layer's end back to attention's output: d attended, and d x of the residual."""
+        tape, width = self.tape, self._bytes(self.config.width)
+        checkpointed = self.settings.checkpointing != "none"
+        if checkpointed:
+            self._after_attention(kept, keeps=True)
+        if checkpointed and self.rows > MLP_TILE_TOKENS:
+            d_normed = tape.take(WORKING, width)
+            for rows in self._tiles():
+                self._mlp(kept, rows, keeps=True, is_read=False)
+                tape.give(self._mlp_backward(kept, rows, None))
+            (normed2,) = kept.pop("normed2")
+            tape.give(normed2)
+        else:
+            if checkpointed:
+                tape.give(self._mlp(kept, self.rows, keeps=True, is_read=False))
+            (normed2,) = kept.pop("normed2")
+            d_normed = self._mlp_backward(kept, self.rows, normed2)
+        d_sum = tape.take(WORKING, width)
+        tape.give(d_normed)
+        if not checkpointed:
+            tape.give(g, *kept.pop("summed"))
+        d_x = None
+        if checkpointed and needs_x:
+            d_x = tape.take(WORKING, width)  # the residual's share has a copy of its own
+        d_attended = self._linear_backward("output", kept, None, None, self.rows)
+        if checkpointed:
+            tape.give(d_sum, *kept.pop("summed"))
+            return d_attended, d_x
+        return d_attended, d_sum
+
+    def _mlp_backward(self, kept: _Kept, rows: int, normed: int | None) -> int:
+        """d normed; the gradient of gate and up lies where they lay."""
+        gate_up, hidden = kept.pop("gate_up", "hidden")
+        d_hidden = self._linear_backward("down", kept, hidden, None, rows)
+        self.tape.give(d_hidden)
+        return self._linear_backward("gate_up", kept, normed, gate_up, rows)
+
+    def _linear_backward(
+        self, name: str, kept: _Kept, x: int | None, dy: int | None, rows: int,
+        *, needs_input: bool = True,
+    ) -> int:  # fmt: skip
+        """d input; x, dy: numbers to give back once they are read."""
+        tape, size = self.tape, self.linears[name]
+        dx_bytes = rows * size.inputs * self.item
+        if self._trains(name):
+            d_weight = tape.take(WORKING, size.inputs * size.outputs * self.item)
+            self._weight_gradient(d_weight, size.inputs * size.outputs)
+            dx = tape.take(WORKING, dx_bytes)
+            tape.give(x, dy)
+            return dx
+        d_lora = None
+        if size.adapted:
+            d_lora = self._adapter_backward(size, rows, needs_input=needs_input)
+            tape.give(x, *kept.pop(f"{name}_xa"))
+            x = None
+        if not needs_input:
+            tape.give(x, dy)
+            return tape.take(WORKING, 1)
+        with tape.during(DECODED, size.decoded(self.item)):
+            dx = tape.take(WORKING, dx_bytes)
+        tape.give(x, dy)
+        if d_lora is None:
+            return dx
+        total = tape.take(WORKING, dx_bytes)
+        tape.give(d_lora, dx)
+        return total
+
+    def _adapter_backward(self, size: LinearSize, rows: int, *, needs_input: bool) -> int | None:
+        tape, rank = self.tape, self.model.rank
+        with tape.during(WORKING, self._rank_bytes(size, rows)):
+            db = tape.take(GRADIENTS, sum(size.adapted) * rank * 4)
+            for outputs in size.adapted:
+                tape.brief(WORKING, rows * rank * self.item)
+                tape.brief(WORKING, outputs * rank * 4)
+            dx = tape.take(WORKING, rows * size.inputs * self.item) if needs_input else None
+            da = tape.take(GRADIENTS, len(size.adapted) * rank * size.inputs * 4)
+        if self.batch.has_gradients:
+            tape.give(da, db)
+        else:
+            self.gradients += [da, db]
+        return dx
+
+    def _rotation_backward(self, dq: int, dk: int, dv: int, *, is_early: bool) -> int:
+        """d of the fused projection."""
+        tape, config = self.tape, self.config
+        both = self._bytes((config.num_heads + config.num_kv_heads) * config.head_size)
+        whole = self._bytes((config.num_heads + 2 * config.num_kv_heads) * config.head_size)
+        joined = tape.take(WORKING, both)
+        if is_early:
+            tape.give(dq, dk)
+        turned = tape.take(WORKING, both)
+        tape.give(joined)
+        d_heads = tape.take(WORKING, whole)
+        tape.give(turned)
+        if is_early:
+            tape.give(dv)
+        return d_heads
+
+    def _embedding_backward(self, head_gradient: int | None) -> None:
+        size = self.config.vocab_size * self.config.width
+        d_embed = self.tape.take(WORKING, size * self.item)
+        if self.config.tied_head and head_gradient is not None:
+            total = self.tape.take(WORKING, size * self.item)
+            self.tape.give(d_embed, head_gradient)
+            d_embed = total
+        self._weight_gradient(d_embed, size)
+
+    def _weight_gradient(self, arrived: int, numbers: int) -> None:
+        """A gradient in the compute dtype moves into its float32 sum."""
+        tape = self.tape
+        if self.item == 4:
+            if self.batch.has_gradients:
+                tape.give(arrived)
+            else:
+                self.gradients.append(arrived)
+            return
+        wide = tape.take(GRADIENTS, numbers * 4)
+        tape.give(arrived)
+        if self.batch.has_gradients:
+            tape.give(wide)
+        else:
+            self.gradients.append(wide)
+
+    def _norm_backward(self) -> int:
+        return self.tape.take(WORKING, self._bytes(self.config.width))
+
+    # --- sizes ---------------------------------------------------------------------------------
+
+    def _bytes(self, numbers: int) -> int:
+        return self.rows * numbers * self.item
+
+    def _rank_bytes(self, size: LinearSize, rows: int) -> int:
+        return rows * len(size.adapted) * self.model.rank * self.item
+
+    def _tiles(self) -> list[int]:
+        rest = self.rows % MLP_TILE_TOKENS
+        return [MLP_TILE_TOKENS] * (self.rows // MLP_TILE_TOKENS) + ([rest] if rest else [])
+
+    def _trains(self, name: str) -> bool:
+        """Whether a weight gradient of this layer is wanted."""
+        return self.model.is_full and name in self.linears
+
+    def _saves_input(self, name: str) -> bool:
+        return self._trains(name) or bool(self.linears[name].adapted)
