@@ -22,9 +22,9 @@ try:
 except ModuleNotFoundError:
     triton = tl = None
 
-    def jit(function):
+    def jit(function=None, **_options):
         """Stand-in where Triton is absent: the function is kept and never called."""
-        return function
+        return function if function is not None else lambda kept: kept
 
     INTERPRETED = None
 

@@ -3,7 +3,7 @@
 A plan is built once per batch from its layout (who attends to whom, as index tensors) and then
 serves every layer. The model's streams stay flat; inside a plan, segments of similar length are
 laid into dense scratch blocks of bounded size, because that is what matrix units are fast at.
-On a GPU in 16 bits packed batches go through the project's own kernel instead. There is no rotary
+On a GPU in 16 bits the project's own kernels serve both kinds of batch instead. There is no rotary
 embedding here and no projection.
 """
 
@@ -15,9 +15,10 @@ from sparring.kernels import INTERPRETER, Capability
 from sparring.layout import KVPool, Layout, PackedLayout
 from sparring.models.attention_packed import PackedPlan
 from sparring.models.attention_paged import PagedPlan
+from sparring.models.attention_paged_kernel import PagedKernelPlan
 from sparring.models.attention_shared import KernelPlan
 
-AttentionPlan = PackedPlan | PagedPlan | KernelPlan
+AttentionPlan = PackedPlan | PagedPlan | PagedKernelPlan | KernelPlan
 
 
 def plan_attention(
@@ -40,4 +41,6 @@ def plan_attention(
             return KernelPlan(layout, device, capability)
         return PackedPlan(layout, device)
     assert kv_pool is not None, "a paged layout needs the pool that holds its keys and values"
+    if head_size and PagedKernelPlan.serves(kv_pool, dtype, head_size):
+        return PagedKernelPlan.of_layout(layout, kv_pool)
     return PagedPlan(layout, kv_pool)

@@ -15,8 +15,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_kernels_in_the_interpreter():
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    names = ("triton", "triton_attention", "triton_paged")
     outcome = subprocess.run(
-        [*command, "tests/kernels/test_triton.py", "tests/kernels/test_triton_attention.py"],
+        [*command, *(f"tests/kernels/test_{name}.py" for name in names)],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,

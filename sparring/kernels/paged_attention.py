@@ -1,0 +1,206 @@
+"""Attention of one new token a row over keys and values in blocks, in fixed splits, in one launch.
+
+Shapes: q [R, H, E] over a pool [L, N, 2, K, B, E] -> out [R, H, E]; row r has lengths_R[r] keys, in
+the blocks of tables_RN[r]; a row of length 0 gives zeros. A program takes one split of one row and
+one key head, whose H / K query heads it holds together, so that every key is read once. The split
+size is fixed and splits start at position 0 (splits.py says why). A row of one split is done by its
+program; else each leaves (acc, peak, total) in float32 in a workspace, and the program that
+finishes last merges them in the order of the splits: out = sum acc_s f_s / sum total_s f_s. The
+grid is static; programs past a row's end or before its window leave at once. Nothing that changes
+from step to step is an argument: lengths, tables and the pool's address are read from the device.
+Bytes: 2 K E 16-bit values a key read; 2 H (E + 2) float32 a split through the L2 cache. No
+gradient. arXiv 2205.14135, 2309.06180.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sparring.kernels import Capability, jit, rounded, tl, triton
+from sparring.kernels.paged_plan import DecodeWorkspace, split_of
+from sparring.kernels.rotate_write import kv_dtype_of
+from sparring.kernels.splits import OPTIONS, merge_factors, paged_split
+from sparring.layout import KVPool
+
+__all__ = ["paged_decode_reference", "paged_decode_triton"]
+
+LOG2_E = math.log2(math.e)
+
+
+def paged_decode_reference(
+    q_RHE: Tensor,
+    kv_pool: KVPool,
+    layer: int,
+    tables_RN: Tensor,
+    lengths_R: Tensor,
+    *,
+    window: int = 0,
+) -> Tensor:
+    """Attention output [R, H, E] of one token a row, row by row; at least float32 inside.
+
+    tables_RN [R, N], lengths_R [R]: blocks and keys of each row, its own token included. window >
+    0: the last `window` of them.
+    """
+    wide = torch.float64 if q_RHE.dtype == torch.float64 else torch.float32
+    data = kv_pool.data[layer]
+    repeat = q_RHE.shape[1] // data.shape[2]
+    out_RHE = torch.zeros_like(q_RHE)
+    for row, length in enumerate(lengths_R.tolist()):
+        if not length:
+            continue
+        places = torch.arange(max(0, length - window) if window else 0, length, device=data.device)
+        blocks = tables_RN[row].long()[places // data.shape[3]]
+        keys = data[blocks, :, :, places % data.shape[3]].to(wide)
+        k, v = (keys[:, i].repeat_interleave(repeat, 1) for i in range(2))
+        scores = torch.einsum("he,jhe->hj", q_RHE[row].to(wide), k) / math.sqrt(data.shape[4])
+        out_RHE[row] = torch.einsum("hj,jhe->he", scores.softmax(-1), v).to(q_RHE.dtype)
+    return out_RHE
+
+
+@jit
+def _merge_row(
+    out_ptr, partial_ptr, states_ptr, low, high, GROUP: tl.constexpr, E: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Splits low..high of a row and key head, four loads under way at once, merged in order."""
+    members = tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_E)
+    inside = (members < GROUP)[:, None] & (columns < E)[None, :]
+    to = members[:, None] * E + columns[None, :]
+    acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
+    peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for first in range(low, high, 4):
+        for i in tl.static_range(4):
+            there = (members < GROUP) & (first + i < high)
+            state_at = states_ptr + (first + i) * (2 * GROUP) + members
+            peak_new = tl.load(state_at, there, other=-float("inf"), cache_modifier=".cg")
+            total_new = tl.load(state_at + GROUP, there, other=0.0, cache_modifier=".cg")
+            acc_new = tl.load(
+                partial_ptr + (first + i) * (GROUP * E) + to, inside & (first + i < high),
+                other=0.0, cache_modifier=".cg",
+            )  # fmt: skip
+            peak, keep, add = merge_factors(peak, peak_new)
+            total = tl.fma(total_new, add, total * keep)
+            acc = tl.fma(acc_new, add[:, None], acc * keep[:, None])
+    out = tl.div_rn(acc, tl.where(total == 0.0, 1.0, total)[:, None])
+    tl.store(out_ptr + to, rounded(out, out_ptr.dtype.element_ty), mask=inside)
+
+
+@jit(do_not_specialize=["layer", "num_blocks", "table_stride", "window"])
+def _decode_kernel(
+    q_ptr, address_ptr, tables_ptr, lengths_ptr, out_ptr, partial_ptr, states_ptr, tickets_ptr,
+    table_stride, layer, num_blocks, scale, window,
+    K: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr, B: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    KV_DTYPE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    length = tl.load(lengths_ptr + row)
+    members = tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_E)
+    inside = (columns < E)[:, None] & (members < GROUP)[None, :]
+    flat = (row * K + kv_head) * (GROUP * E)
+    to = members[None, :] * E + columns[:, None]
+    if length <= 0:
+        if split == 0:
+            zeros = tl.zeros([BLOCK_E, BLOCK_M], out_ptr.dtype.element_ty)
+            tl.store(out_ptr + flat + to, zeros, mask=inside)
+        return
+    first_key = tl.maximum(0, length - window) if HAS_WINDOW else 0
+    first_split = first_key // SPLIT
+    num_splits = (length + SPLIT - 1) // SPLIT
+    if (split < first_split) | (split >= num_splits):
+        return
+    pool_ptr = tl.multiple_of(tl.load(address_ptr).to(tl.pointer_type(KV_DTYPE)), 16)
+    k_ptr = pool_ptr + (layer.to(tl.int64) * num_blocks * (2 * K) + kv_head) * (B * E)
+    q = tl.load(q_ptr + flat + to, mask=inside, other=0.0)
+    low = tl.maximum(split * SPLIT, first_key // BLOCK_N * BLOCK_N)
+    high = tl.minimum(length, split * SPLIT + SPLIT)
+    acc, peak, total = paged_split(
+        q, tl.zeros([BLOCK_M], tl.int32) + (length - 1), k_ptr, k_ptr + K * B * E,
+        tables_ptr + row * table_stride, low, high, length, scale, window, 2 * K * B * E, B, E,
+        BLOCK_E, BLOCK_M, BLOCK_N, HAS_WINDOW,
+    )  # fmt: skip
+    if num_splits - first_split == 1:
+        out = tl.div_rn(acc, tl.where(total == 0.0, 1.0, total)[None, :])
+        tl.store(out_ptr + flat + to, rounded(out, out_ptr.dtype.element_ty), mask=inside)
+        return
+    place = (row * K + kv_head) * tl.num_programs(2)
+    partial_ptr += place * (GROUP * E)
+    states_ptr += place * (2 * GROUP)
+    tl.store(partial_ptr + split * (GROUP * E) + to, acc, mask=inside)
+    state_at = states_ptr + split * (2 * GROUP) + members
+    tl.store(state_at, peak, mask=members < GROUP)
+    tl.store(state_at + GROUP, total, mask=members < GROUP)
+    tl.debug_barrier()  # every thread has stored before one of them tells
+    ticket_at = tickets_ptr + row * K + kv_head
+    done = tl.atomic_add(ticket_at, 1, sem="acq_rel", scope="gpu")
+    if done == num_splits - first_split - 1:
+        _merge_row(
+            out_ptr + flat, partial_ptr, states_ptr, first_split, num_splits, GROUP, E, BLOCK_E,
+            BLOCK_M,
+        )  # fmt: skip
+        tl.store(ticket_at, 0)
+
+
+def paged_decode_triton(
+    q_RHE: Tensor,
+    kv_pool: KVPool,
+    layer: int,
+    tables_RN: Tensor,
+    lengths_R: Tensor,
+    *,
+    max_splits: int,
+    capability: Capability,
+    window: int = 0,
+    out: Tensor | None = None,
+    workspace: DecodeWorkspace | None = None,
+) -> Tensor:
+    """`paged_decode_reference` in one launch, fit for capture.
+
+    tables_RN, lengths_R: int32. max_splits: of the longest row that may come, (length + SPLIT - 1)
+    // SPLIT; more keys than that are never read. workspace: for at least R rows of exactly
+    max_splits splits; None makes one.
+    """
+    assert kv_pool.address is not None, "kernels find the pool through its address"
+    assert tables_RN.dtype == lengths_R.dtype == torch.int32, "tables and lengths are int32"
+    rows, num_heads, size = q_RHE.shape
+    num_kv_heads = kv_pool.data.shape[3]
+    sizes = split_of(capability, size)
+    if out is None:
+        out = torch.empty(q_RHE.shape, dtype=q_RHE.dtype, device=q_RHE.device)
+    if workspace is None:
+        workspace = DecodeWorkspace.new(
+            rows, num_heads, num_kv_heads, size, max_splits, q_RHE.device
+        )
+    assert workspace.partial.shape[0] >= rows, "the workspace has room for every row"
+    assert workspace.partial.shape[2] == max_splits, "the workspace is laid out for max_splits"
+    if rows:
+        _decode_kernel[(rows, num_kv_heads, max_splits)](
+            q_RHE.contiguous(), kv_pool.address, tables_RN, lengths_R, out, workspace.partial,
+            workspace.states, workspace.tickets, tables_RN.stride(0), layer, kv_pool.num_blocks,
+            LOG2_E / math.sqrt(size), window, **constants_of(kv_pool.data, num_heads), **sizes,
+            HAS_WINDOW=window > 0, **OPTIONS,
+        )  # fmt: skip
+    return out
+
+
+def constants_of(data: Tensor, num_heads: int) -> dict[str, object]:
+    """Compile-time sizes of the decode kernel for a pool and a number of query heads."""
+    num_kv_heads, block_size, size = data.shape[3:]
+    group = num_heads // num_kv_heads
+    return {
+        "K": num_kv_heads,
+        "GROUP": group,
+        "E": size,
+        "B": block_size,
+        "BLOCK_E": max(16, triton.next_power_of_2(size)),
+        "BLOCK_M": max(16, triton.next_power_of_2(group)),
+        "KV_DTYPE": kv_dtype_of(data),
+    }

@@ -1,0 +1,116 @@
+"""One split of attention, in one order of sums wherever it is computed.
+
+Keys lie on an absolute grid from position 0: splits of a fixed size, each cut into tiles of a fixed
+size. A split gives (acc, peak, total): acc [E, M] = sum of v p with p = 2^(s - peak) and total [M]
+= sum of p, from an online softmax over its tiles in order; splits are merged in order. Decoding,
+prefill and the training forward of bitwise mode all call these functions, and no bit depends on how
+many queries M a program holds: keys (and the values' head dimension) are the matrix product's
+rows and queries its columns, so one kind of matrix instruction serves every number of queries.
+Contraction to fused multiply-add is off in every kernel that calls them (`OPTIONS`); where one is
+meant, it is written. A tile that a query does not see changes none of its bits.
+"""
+
+from __future__ import annotations
+
+from sparring.kernels import INTERPRETED, jit, rounded, tl
+
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+"""Launch options that decide the order of sums: the same for every kernel of this family."""
+
+
+@jit
+def product(a, b, acc):
+    """acc + a b; the interpreter sums in float64, so that its library's order does not show."""
+    if INTERPRETED:
+        a, b = a.to(tl.float32).to(tl.float64), b.to(tl.float32).to(tl.float64)
+        return acc + tl.dot(a, b).to(tl.float32)
+    else:  # noqa: RET505 - Triton wants one type a branch
+        return tl.dot(a, b, acc)
+
+
+@jit
+def merge_factors(peak, peak_new):
+    """(peak of both, factor of the old, factor of the new), all [M]; -inf marks an empty side."""
+    above = tl.maximum(peak, peak_new)
+    level = tl.where(above == -float("inf"), 0.0, above)
+    return above, tl.exp2(peak - level), tl.exp2(peak_new - level)
+
+
+@jit
+def _softmax_step(
+    acc, peak, total, q, k, v, keys, positions, num_keys, scale, window,
+    HAS_WINDOW: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """One tile: q [E, M], k and v [N, E] -> acc [E, M], peak and total [M]."""
+    s = product(k, q, tl.zeros([k.shape[0], q.shape[1]], tl.float32))
+    seen = (keys[:, None] <= positions[None, :]) & (keys < num_keys)[:, None]
+    if HAS_WINDOW:
+        seen = seen & (keys[:, None] > positions[None, :] - window)
+    s = tl.where(seen, s, -float("inf"))
+    above = tl.maximum(peak, tl.max(s, axis=0) * scale)
+    level = tl.where(above == -float("inf"), 0.0, above)
+    p = tl.exp2(tl.fma(s, scale, -level[None, :]))
+    shrink = tl.exp2(peak - level)
+    total = tl.fma(total, shrink, tl.sum(p, axis=0))
+    acc = product(tl.trans(v), rounded(p, DTYPE), acc * shrink[None, :])
+    return acc, above, total
+
+
+@jit
+def paged_split(
+    q, positions, k_ptr, v_ptr, table_ptr, low, high, num_keys, scale, window,
+    STRIDE: tl.constexpr, B: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Keys low..high of one split out of a pool's blocks, low on a tile's border.
+
+    k_ptr, v_ptr: this head's part of the layer's block 0; STRIDE: elements from block to block.
+    q [BLOCK_E, BLOCK_M], positions [BLOCK_M]: a query sees keys up to its position.
+    """
+    columns = tl.arange(0, BLOCK_E)
+    acc = tl.zeros([BLOCK_E, BLOCK_M], tl.float32)
+    peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for start in range(low, high, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        inside = (keys < num_keys)[:, None] & (columns < E)[None, :]
+        if B % BLOCK_N == 0:  # a tile lies in one block
+            block = tl.load(table_ptr + start // B).to(tl.int64)
+            first = block * STRIDE + (start % B) * E
+            at = first + (tl.arange(0, BLOCK_N) * E)[:, None] + columns[None, :]
+        else:
+            blocks = tl.load(table_ptr + keys // B, mask=keys < num_keys, other=0).to(tl.int64)
+            at = (blocks * STRIDE + (keys % B) * E)[:, None] + columns[None, :]
+        k = tl.load(k_ptr + at, mask=inside, other=0.0)
+        v = tl.load(v_ptr + at, mask=inside, other=0.0)
+        acc, peak, total = _softmax_step(
+            acc, peak, total, q, k, v, keys, positions, num_keys, scale, window, HAS_WINDOW,
+            k_ptr.dtype.element_ty,
+        )  # fmt: skip
+    return acc, peak, total
+
+
+@jit
+def packed_split(
+    q, positions, k_ptr, v_ptr, stride_kt, stride_vt, parent_start, parent_length, start, low,
+    high, num_keys, scale, window, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
+    """`paged_split` over packed tensors: position j is token parent_start + j of the parent, and
+    from parent_length on token start + j - parent_length.
+    """
+    columns = tl.arange(0, BLOCK_E)
+    acc = tl.zeros([BLOCK_E, BLOCK_M], tl.float32)
+    peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for first in range(low, high, BLOCK_N):
+        keys = first + tl.arange(0, BLOCK_N)
+        inside = (keys < num_keys)[:, None] & (columns < E)[None, :]
+        tokens = keys + tl.where(keys < parent_length, parent_start, start - parent_length)
+        k = tl.load(k_ptr + tokens[:, None] * stride_kt + columns[None, :], mask=inside, other=0.0)
+        v = tl.load(v_ptr + tokens[:, None] * stride_vt + columns[None, :], mask=inside, other=0.0)
+        acc, peak, total = _softmax_step(
+            acc, peak, total, q, k, v, keys, positions, num_keys, scale, window, HAS_WINDOW,
+            k_ptr.dtype.element_ty,
+        )  # fmt: skip
+    return acc, peak, total

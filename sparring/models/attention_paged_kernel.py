@@ -1,0 +1,131 @@
+"""Attention over blocks by the project's own kernels: what a GPU uses in 16 bits.
+
+A plan serves every layer of a step. It is made from a PagedLayout, or, for a captured decode step,
+from tensors that stay in place while their contents change from step to step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparring.kernels import Capability, capability_of
+from sparring.kernels.paged_attention import paged_decode_triton
+from sparring.kernels.paged_plan import DecodeWorkspace, split_of
+from sparring.kernels.paged_prefill import PrefillTiles, paged_prefill_triton
+from sparring.kernels.rotate_write import rotate_write_triton
+from sparring.layout import KVPool, PagedLayout
+
+
+class PagedKernelPlan:
+    """One step over a KVPool: every row one new token (decode), or tiles of new tokens (prefill).
+
+    tables_RN [R, N] and lengths_R [R] int32, slots_T [T] int64 on the pool's device; max_splits: of
+    the longest row that may come (`max_splits_for`). workspace: where splits meet; None: made at
+    the first use. tiles: of a prefill step, None when every row has one new token.
+    """
+
+    def __init__(
+        self,
+        kv_pool: KVPool,
+        *,
+        tables_RN: Tensor,
+        lengths_R: Tensor,
+        slots_T: Tensor,
+        max_splits: int,
+        workspace: DecodeWorkspace | None = None,
+        tiles: PrefillTiles | None = None,
+    ) -> None:
+        assert not torch.is_grad_enabled(), "attention over blocks has no gradient"
+        assert kv_pool.address is not None, "kernels find the pool through its address"
+        self.pool = kv_pool
+        self.tables_RN, self.lengths_R, self.slots_T = tables_RN, lengths_R, slots_T
+        self.max_splits, self.workspace, self.tiles = max_splits, workspace, tiles
+        self.capability = capability_of(tables_RN.device)
+
+    @classmethod
+    def of_layout(cls, layout: PagedLayout, kv_pool: KVPool) -> PagedKernelPlan:
+        """The plan of one step of the eager engine."""
+        device = layout.slots_T.device
+        is_decode = len(layout.slots_T) == len(layout.kv_lengths)
+        capability, size = capability_of(device), int(kv_pool.data.shape[5])
+        tiles = PrefillTiles(layout.cu_seqlens, layout.kv_lengths, device)
+        return cls(
+            kv_pool,
+            tables_RN=layout.block_tables_RN.to(torch.int32).contiguous(),
+            lengths_R=layout.kv_lengths_R.to(torch.int32),
+            slots_T=layout.slots_T,
+            max_splits=max_splits_for(capability, size, max(layout.kv_lengths)),
+            tiles=None if is_decode else tiles,
+        )
+
+    @staticmethod
+    def serves(kv_pool: KVPool, dtype: torch.dtype, head_size: int) -> bool:
+        """Whether the kernels run for this pool and queries of this dtype and head size."""
+        is_half = dtype in (torch.bfloat16, torch.float16) and kv_pool.data.dtype == dtype
+        fits = head_size <= 256 and kv_pool.address is not None
+        return is_half and fits and capability_of(kv_pool.data.device).tensor_dots
+
+    def attend(
+        self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, layer: int, window: int
+    ) -> Tensor:
+        """Write k and v to their slots, then attend: [T, H, E]; `window` > 0 as in PackedPlan."""
+        data = self.pool.data[layer]
+        new = torch.stack((k_TKE, v_TKE), 1).to(data.dtype)
+        size = self.pool.block_size
+        data[self.slots_T // size, :, :, self.slots_T % size] = new
+        return self._attend_written(q_THE, layer, window)
+
+    def attend_rotated(
+        self,
+        qkv_TC: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+        layer: int,
+        window: int,
+    ) -> Tensor:
+        """Norm and rotate the projection qkv [T, (H + 2K) E], write and attend: [T, H, E]."""
+        q_THE = rotate_write_triton(
+            qkv_TC, cos, sin, q_norm, k_norm, eps, self.slots_T, self.pool, layer
+        )
+        return self._attend_written(q_THE, layer, window)
+
+    def _attend_written(self, q_THE: Tensor, layer: int, window: int) -> Tensor:
+        if self.tiles is not None:
+            return paged_prefill_triton(
+                q_THE,
+                self.pool,
+                layer,
+                self.tables_RN,
+                self.tiles,
+                capability=self.capability,
+                window=window,
+            )
+        if self.workspace is None:
+            self.workspace = DecodeWorkspace.new(
+                len(q_THE),
+                q_THE.shape[1],
+                int(self.pool.data.shape[3]),
+                q_THE.shape[2],
+                self.max_splits,
+                q_THE.device,
+            )
+        return paged_decode_triton(
+            q_THE,
+            self.pool,
+            layer,
+            self.tables_RN,
+            self.lengths_R,
+            max_splits=self.max_splits,
+            capability=self.capability,
+            window=window,
+            workspace=self.workspace,
+        )
+
+
+def max_splits_for(capability: Capability, head_size: int, max_tokens: int) -> int:
+    """Splits of a row of `max_tokens` keys: the third size of a decode workspace."""
+    return max(1, -(-max_tokens // split_of(capability, head_size)["SPLIT"]))

@@ -1,0 +1,57 @@
+"""Kernels of attention over blocks compiled for the cards that users own; see test_compile.py."""
+
+from __future__ import annotations
+
+import pytest
+import triton
+
+from sparring.kernels import Capability, paged_attention, paged_prefill, rotate_write
+from sparring.kernels.attention_plan import tile_of
+from sparring.kernels.paged_plan import split_of
+from sparring.kernels.splits import OPTIONS as SPLIT_OPTIONS
+from tests.kernels.test_compile import ARCHS, POINTERS, check
+
+POINTERS = {
+    **POINTERS,
+    **dict.fromkeys(("q_norm_ptr", "k_norm_ptr", "qkv_ptr"), "*bf16"),
+    **dict.fromkeys(("partial_ptr", "states_ptr"), "*fp32"),
+    **dict.fromkeys(("tables_ptr", "lengths_ptr", "tickets_ptr"), "*i32"),
+    **dict.fromkeys(("slots_ptr", "address_ptr"), "*i64"),
+}
+SIZES = [128, *(pytest.param(n, marks=pytest.mark.slow) for n in (64, 80, 256))]
+
+
+def paged_constants(size: int, block_size: int) -> dict[str, object]:
+    block = triton.next_power_of_2(size)
+    sizes = {"K": 4, "GROUP": 7, "E": size, "B": block_size, "BLOCK_E": block}
+    return {**sizes, "HAS_WINDOW": False, "KV_DTYPE": triton.language.bfloat16}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("block_size", [64, pytest.param(16, marks=pytest.mark.slow)])
+def test_paged_decode(block_size, size, arch):
+    constants = paged_constants(size, block_size) | {"BLOCK_M": 16} | SPLIT_OPTIONS
+    constants |= split_of(Capability(arch=arch, tensor_dots=True), size)
+    found, ptx = check(paged_attention._decode_kernel, POINTERS, constants, arch, products=True)
+    assert found == {90: {"wgmma.mma"}, 100: {"tcgen05.mma"}}.get(arch, {"mma.sync"})
+    assert "cp.async.cg.shared.global" in ptx, "keys are under way while others are used"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("size", SIZES)
+def test_paged_prefill(size, arch):
+    constants = paged_constants(size, 64)
+    constants |= tile_of(Capability(arch=arch, tensor_dots=True), size, "forward")
+    found, ptx = check(
+        paged_prefill._prefill_kernel, POINTERS, constants, arch, products=True, stack_limit=256
+    )
+    assert found == {90: {"wgmma.mma"}, 100: {"tcgen05.mma"}}.get(arch, {"mma.sync"})
+    assert "cp.async.cg.shared.global" in ptx
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_rotate_write(arch):
+    constants = {"H": 28, "K": 4, "E": 128, "B": 64, "HALF": 64, "HAS_NORM": True}
+    constants |= {"KV_DTYPE": triton.language.bfloat16, **rotate_write.tile_of(128)}
+    check(rotate_write._rotate_write_kernel, POINTERS, constants, arch)

@@ -1,0 +1,204 @@
+"""Attention over blocks by kernels against float64; see test_triton.py for how it is run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparring.kernels import capability_of
+from sparring.kernels.norm import rms_norm_triton
+from sparring.kernels.paged_attention import paged_decode_reference, paged_decode_triton
+from sparring.kernels.paged_plan import DecodeWorkspace, split_of
+from sparring.kernels.paged_prefill import (
+    PrefillTiles,
+    paged_prefill_reference,
+    paged_prefill_triton,
+)
+from sparring.kernels.rope import rope_triton
+from sparring.kernels.rotate_write import rotate_write_reference, rotate_write_triton
+from sparring.layout import KVPool
+from tests.kernels.test_triton import (
+    DEVICE,
+    HALVES,
+    INTERPRETED,
+    LIMIT,
+    _poisoned,
+    error,
+    pytestmark,
+    random,
+)
+
+__all__ = ["_poisoned", "pytestmark"]
+
+CAPABILITY = capability_of(DEVICE)
+SPLIT = split_of(CAPABILITY, 128)["SPLIT"]
+SLOW = pytest.mark.slow
+
+
+def paged(lengths, kv_heads, size, block_size, dtype, layers=2, spare=3):
+    """A pool whose unused slots are NaN, and int32 tables of rows of the given lengths."""
+    counts = [-(-length // block_size) for length in lengths]
+    num_blocks = 1 + sum(counts) + spare
+    shape = (layers, num_blocks, 2, kv_heads, block_size, size)
+    data = random(*shape, dtype=dtype, seed=5)
+    generator = torch.Generator().manual_seed(6)
+    free = iter((torch.randperm(num_blocks - 1, generator=generator) + 1).tolist())
+    tables = torch.zeros(len(lengths), max(1, *counts) + 1, dtype=torch.int32)
+    used = torch.zeros(num_blocks, block_size, dtype=torch.bool)
+    for row, length in enumerate(lengths):
+        for i in range(counts[row]):
+            tables[row, i] = block = next(free)
+            used[block, : min(block_size, length - i * block_size)] = True
+    unused = ~used[None, :, None, None, :, None].to(DEVICE)
+    data.masked_fill_(unused, float("nan"))
+    address = torch.tensor([data.data_ptr()], device=DEVICE)
+    return KVPool(data=data, address=address), tables.to(DEVICE)
+
+
+def wide(pool: KVPool) -> KVPool:
+    return KVPool(data=pool.data.double())
+
+
+LENGTHS = (1, 0, 15, 16, 17, SPLIT - 1, SPLIT, SPLIT + 1, 2 * SPLIT + 5, 5 * SPLIT + 1)
+
+
+def run_decode(heads, kv_heads, size, dtype, block_size=16, window=0, lengths=LENGTHS):
+    pool, tables = paged(lengths, kv_heads, size, block_size, dtype)
+    q = random(len(lengths), heads, size, dtype=dtype)
+    lengths_R = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    most = -(-max(lengths) // SPLIT) + 1
+    workspace = DecodeWorkspace.new(len(lengths), heads, kv_heads, size, most, DEVICE)
+
+    def decode(x, tables, lengths_R):
+        return paged_decode_triton(
+            x, pool, 1, tables, lengths_R, max_splits=most, capability=CAPABILITY, window=window,
+            workspace=workspace,
+        )  # fmt: skip
+
+    out = decode(q, tables, lengths_R)
+    want = paged_decode_reference(q.double(), wide(pool), 1, tables, lengths_R, window=window)
+    assert error(out, want) < LIMIT[dtype]
+    assert torch.equal(out[1], torch.zeros_like(out[1])), "a row of length 0 gives zeros"
+    assert torch.equal(decode(q, tables, lengths_R), out), "the same call, the same bits"
+    assert not workspace.tickets.any(), "every ticket is given back"
+    some = [9, 5, 8]
+    alone = decode(q[some], tables[some], lengths_R[some])
+    assert torch.equal(alone, out[some]), "a row's bits do not depend on its neighbours"
+
+
+@pytest.mark.parametrize("dtype", [HALVES[0], pytest.param(HALVES[1], marks=SLOW)])
+@pytest.mark.parametrize("size", [80, *(pytest.param(n, marks=SLOW) for n in (64, 128, 256))])
+def test_decode_head_sizes(size, dtype):
+    run_decode(2, 1, size, dtype)
+
+
+@pytest.mark.parametrize("group", [7, *(pytest.param(n, marks=SLOW) for n in (1, 6, 8))])
+def test_decode_query_heads_per_key_head(group):
+    run_decode(2 * group, 2, 64, torch.float16, lengths=(3, 0, 9, 20, 1, 70, 2, 64, 65, 140))
+
+
+@pytest.mark.parametrize("block_size", [64, *(pytest.param(n, marks=SLOW) for n in (24, 32, 128))])
+def test_decode_block_sizes(block_size):
+    run_decode(2, 1, 64, torch.bfloat16, block_size=block_size)
+
+
+@pytest.mark.parametrize("window", [33, *(pytest.param(n, marks=SLOW) for n in (1, 64, 65, 5000))])
+def test_decode_windows(window):
+    run_decode(2, 1, 64, torch.float16, window=window)
+
+
+def run_prefill(heads, kv_heads, size, dtype, block_size=16, window=0):
+    new, lengths = (5, 1, 40, 33, 0, 16, 64), (5, 30, 40, 70, 9, 81, 64)
+    pool, tables = paged(lengths, kv_heads, size, block_size, dtype)
+    bounds = torch.tensor([0, *new]).cumsum(0).tolist()
+    q = random(bounds[-1], heads, size, dtype=dtype)
+    tiles = PrefillTiles(bounds, lengths, DEVICE)
+    out = paged_prefill_triton(q, pool, 1, tables, tiles, capability=CAPABILITY, window=window)
+    clean = KVPool(data=pool.data.double().nan_to_num())
+    want = paged_prefill_reference(q.double(), clean, 1, tables, bounds, lengths, window=window)
+    assert error(out, want) < LIMIT[dtype]
+    again = paged_prefill_triton(q, pool, 1, tables, tiles, capability=CAPABILITY, window=window)
+    assert torch.equal(out, again)
+
+
+@pytest.mark.parametrize("dtype", [HALVES[0], pytest.param(HALVES[1], marks=SLOW)])
+@pytest.mark.parametrize("size", [80, *(pytest.param(n, marks=SLOW) for n in (64, 128, 256))])
+def test_prefill_head_sizes(size, dtype):
+    run_prefill(2, 1, size, dtype)
+
+
+@pytest.mark.parametrize("block_size", [64, pytest.param(24, marks=SLOW)])
+@pytest.mark.parametrize("window", [0, 20, pytest.param(1, marks=SLOW)])
+def test_prefill_windows_and_blocks(window, block_size):
+    run_prefill(7, 1, 64, torch.float16, window=window, block_size=block_size)
+
+
+@pytest.mark.parametrize("has_norm", [True, False])
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(7, 1, 128), (4, 2, 64), (2, 1, 80)])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_rotate_write_equals_norm_and_rotation_to_the_bit(dtype, heads, kv_heads, size, has_norm):
+    num_tokens, block_size = 5, 16
+    fused = random(num_tokens, (heads + 2 * kv_heads) * size + 16, dtype=dtype)
+    qkv = fused[:, : (heads + 2 * kv_heads) * size]  # rows with a stride
+    angles = random(num_tokens, size // 2, dtype=torch.float32, seed=1)
+    cos, sin = angles.cos(), angles.sin()
+    q_norm, k_norm = (random(size, dtype=dtype, seed=s) if has_norm else None for s in (2, 3))
+    slots = torch.tensor([17, 0, 95, 48, 33], device=DEVICE)
+    pools = []
+    for _ in range(2):
+        data = torch.full((2, 6, 2, kv_heads, block_size, size), 7.0, dtype=dtype, device=DEVICE)
+        pools.append(KVPool(data=data, address=torch.tensor([data.data_ptr()], device=DEVICE)))
+    q = rotate_write_triton(qkv, cos, sin, q_norm, k_norm, 1e-6, slots, pools[0], 1)
+    with torch.no_grad():
+        wanted_q, k, v = qkv.view(num_tokens, -1, size).split([heads, kv_heads, kv_heads], 1)
+        if has_norm:
+            wanted_q, k = rms_norm_triton(wanted_q, q_norm, 1e-6), rms_norm_triton(k, k_norm, 1e-6)
+        wanted_q, k = rope_triton(wanted_q, cos, sin), rope_triton(k, cos, sin)
+    at = (slots // block_size, slots % block_size)
+    pools[1].data[1][at[0], :, :, at[1]] = torch.stack((k, v), 1)
+    assert torch.equal(q, wanted_q)
+    assert torch.equal(pools[0].data, pools[1].data), "slots of these tokens and nothing else"
+    reference = rotate_write_reference(
+        qkv.double(), cos, sin, *(w if w is None else w.double() for w in (q_norm, k_norm)), 1e-6,
+        slots, KVPool(data=pools[1].data.double()), 1,
+    )  # fmt: skip
+    assert error(q, reference) < LIMIT[dtype]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="a graph needs a card")
+def test_a_captured_graph_follows_a_pool_that_moved():
+    lengths = (70, 0, 300, 513)
+    pool, tables = paged(lengths, 2, 128, 64, torch.bfloat16)
+    lengths_R = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    q = random(4, 14, 128, dtype=torch.bfloat16)
+    qkv = random(4, 18 * 128, dtype=torch.bfloat16, seed=4)
+    angles = random(4, 64, dtype=torch.float32, seed=1)
+    slots = torch.tensor([length - 1 if length else 0 for length in lengths], device=DEVICE)
+    slots = tables.gather(1, slots[:, None] // 64).long()[:, 0] * 64 + slots % 64
+    workspace = DecodeWorkspace.new(4, 14, 2, 128, 3, DEVICE)
+
+    def step():
+        rotated = rotate_write_triton(
+            qkv, angles.cos(), angles.sin(), None, None, 1e-6, slots, pool, 1
+        )
+        return rotated, paged_decode_triton(
+            q, pool, 1, tables, lengths_R, max_splits=3, capability=CAPABILITY,
+            workspace=workspace,
+        )  # fmt: skip
+
+    first = [x.clone() for x in step()]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = step()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(outputs, first, strict=True))
+    old, before = pool.data, pool.data.data_ptr()
+    moved = (old.float() * 0.5).to(old.dtype)
+    old.fill_(float("nan"))
+    pool.address.fill_(moved.data_ptr())
+    assert moved.data_ptr() != before
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.isnan(old).all(), "nothing is written to the old place"
+    want = paged_decode_reference(q.double(), KVPool(data=moved.double()), 1, tables, lengths_R)
+    assert error(outputs[1], want) < LIMIT[torch.bfloat16]
