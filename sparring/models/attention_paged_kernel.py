@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparring.kernels import Capability, capability_of
+from sparring.kernels import Capability
 from sparring.kernels.paged_attention import paged_decode_triton
 from sparring.kernels.paged_plan import DecodeWorkspace, split_of
 from sparring.kernels.paged_prefill import PrefillTiles, paged_prefill_triton
 from sparring.kernels.rotate_write import rotate_write_triton
-from sparring.layout import KVPool, PagedLayout
+from sparring.layout import DecodeLayout, KVPool, PagedLayout
 
 
 class PagedKernelPlan:
@@ -33,6 +33,7 @@ class PagedKernelPlan:
         lengths_R: Tensor,
         slots_T: Tensor,
         max_splits: int,
+        capability: Capability,
         workspace: DecodeWorkspace | None = None,
         tiles: PrefillTiles | None = None,
     ) -> None:
@@ -41,30 +42,46 @@ class PagedKernelPlan:
         self.pool = kv_pool
         self.tables_RN, self.lengths_R, self.slots_T = tables_RN, lengths_R, slots_T
         self.max_splits, self.workspace, self.tiles = max_splits, workspace, tiles
-        self.capability = capability_of(tables_RN.device)
+        self.capability = capability
 
     @classmethod
-    def of_layout(cls, layout: PagedLayout, kv_pool: KVPool) -> PagedKernelPlan:
-        """The plan of one step of the eager engine."""
-        device = layout.slots_T.device
-        is_decode = len(layout.slots_T) == len(layout.kv_lengths)
-        capability, size = capability_of(device), int(kv_pool.data.shape[5])
-        tiles = PrefillTiles(layout.cu_seqlens, layout.kv_lengths, device)
+    def of_layout(
+        cls,
+        layout: PagedLayout | DecodeLayout,
+        kv_pool: KVPool,
+        capability: Capability,
+        workspace: DecodeWorkspace | None = None,
+    ) -> PagedKernelPlan:
+        """The plan of one step; of a DecodeLayout it may be captured."""
+        size = int(kv_pool.data.shape[5])
+        if isinstance(layout, DecodeLayout):
+            return cls(
+                kv_pool,
+                tables_RN=layout.block_tables_RN,
+                lengths_R=layout.kv_lengths_R,
+                slots_T=layout.slots_R,
+                max_splits=max_splits_for(capability, size, layout.max_kv_length),
+                capability=capability,
+                workspace=workspace,
+            )
+        is_decode = layout.cu_seqlens == tuple(range(len(layout.kv_lengths) + 1))
+        tiles = PrefillTiles(layout.cu_seqlens, layout.kv_lengths, layout.slots_T.device)
         return cls(
             kv_pool,
             tables_RN=layout.block_tables_RN.to(torch.int32).contiguous(),
             lengths_R=layout.kv_lengths_R.to(torch.int32),
             slots_T=layout.slots_T,
             max_splits=max_splits_for(capability, size, max(layout.kv_lengths)),
+            capability=capability,
             tiles=None if is_decode else tiles,
         )
 
     @staticmethod
-    def serves(kv_pool: KVPool, dtype: torch.dtype, head_size: int) -> bool:
+    def serves(kv_pool: KVPool, dtype: torch.dtype, head_size: int, capability: Capability) -> bool:
         """Whether the kernels run for this pool and queries of this dtype and head size."""
         is_half = dtype in (torch.bfloat16, torch.float16) and kv_pool.data.dtype == dtype
         fits = head_size <= 256 and kv_pool.address is not None
-        return is_half and fits and capability_of(kv_pool.data.device).tensor_dots
+        return is_half and fits and kv_pool.data.is_cuda and capability.tensor_dots
 
     def attend(
         self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, layer: int, window: int

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from sparring.models.attention import AttentionPlan
 from sparring.models.attention_paged import PagedPlan
+from sparring.models.attention_paged_kernel import PagedKernelPlan
 from sparring.models.host_memory import HostMemory, Trip
 
 MODES = ("none", "layers", "selective")
@@ -130,7 +131,9 @@ class _Call:
         adapter: str | None,
         within: ForwardPass,
     ) -> None:
-        assert not isinstance(plan, PagedPlan), "generation keeps nothing for a backward pass"
+        assert not isinstance(plan, PagedPlan | PagedKernelPlan), (
+            "generation keeps nothing for a backward pass"
+        )
         self.layer: Layer = layer
         self.cos, self.sin, self.plan, self.adapter = cos, sin, plan, adapter
         self.trip = within.trip
