@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import triton
 
 from sparring.kernels import Capability, paged_attention, paged_prefill, rotate_write
 from sparring.kernels.attention_plan import tile_of
 from sparring.kernels.paged_plan import split_of
 from sparring.kernels.splits import OPTIONS as SPLIT_OPTIONS
-from tests.kernels.test_compile import ARCHS, POINTERS, check
+from tests.kernels.test_compile import ARCHS, POINTERS, check, triton
 
 POINTERS = {
     **POINTERS,
