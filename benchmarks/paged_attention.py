@@ -1,0 +1,298 @@
+"""Attention over blocks on a GPU: right first (float64, bits), then time, as JSON.
+
+    python benchmarks/paged_attention.py OUTPUT.json [--vary]
+
+Decode: bytes of keys and values / time, as a share of a copy's bandwidth in the same run, at the
+shapes of four models; the calls of one CUDA graph go through layers that together exceed the L2
+cache. Prefill: TFLOP/s of 32 prompts of 2,048 tokens. --vary: other splits, tiles and warps too.
+Random data; medians of replays.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import triton
+
+from sparring.kernels import capability_of, paged_attention, paged_prefill, splits
+from sparring.kernels.attention import shared_attention_triton
+from sparring.kernels.attention_plan import SharedPlan, tile_of
+from sparring.kernels.norm import rms_norm_triton
+from sparring.kernels.paged_plan import DecodeWorkspace, split_of
+from sparring.kernels.rope import rope_triton
+from sparring.kernels.rotate_write import rotate_write_triton
+from sparring.layout import KVPool
+
+CUDA = torch.device("cuda")
+SHAPES = {
+    "7B": (28, 4, 128),
+    "1.5B": (12, 2, 128),
+    "Qwen3-0.6B": (16, 8, 128),
+    "0.5B": (14, 2, 64),
+}
+ROWS, CONTEXTS, BLOCK = (8, 32, 128, 256), (512, 1024, 2048, 4096), 64
+VARIANTS = [
+    (256, 64, 1, 4), (256, 64, 2, 4), (256, 64, 3, 4), (256, 128, 1, 4), (256, 128, 2, 4),
+    (256, 128, 2, 8), (128, 64, 1, 4), (128, 64, 2, 4), (128, 128, 1, 4), (512, 64, 2, 4),
+    (512, 128, 2, 4),
+]  # fmt: skip
+Sizes = tuple[int, int, int, int]
+
+
+def choose(sizes: Sizes) -> None:
+    """Make the decode kernel use (split, key tile, stages, warps)."""
+    split, tile, stages, warps = sizes
+    chosen = {"SPLIT": split, "BLOCK_N": tile, "num_stages": stages}
+    paged_attention.split_of = lambda *_: chosen  # type: ignore[assignment]
+    splits.OPTIONS["num_warps"] = warps
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(*shape, device=CUDA, dtype=torch.float32).to(dtype)
+
+
+def pool_of(lengths: list[int], shape: tuple[int, int, int], layers: int) -> tuple:
+    """A pool, int32 tables in random order and lengths; slots that hold no token are NaN."""
+    _, kv_heads, size = shape
+    counts = [-(-n // BLOCK) for n in lengths]
+    total = sum(counts)
+    data = torch.empty(
+        layers, total + 1, 2, kv_heads, BLOCK, size, device=CUDA, dtype=torch.bfloat16
+    )
+    for layer in data:
+        layer.normal_()
+    order = (torch.randperm(total) + 1).tolist()
+    tables = torch.zeros(len(lengths), max(counts), dtype=torch.int32)
+    at = 0
+    for row, count in enumerate(counts):
+        tables[row, :count] = torch.tensor(order[at : at + count], dtype=torch.int32)
+        at += count
+        if lengths[row] % BLOCK:
+            data[:, order[at - 1], :, :, lengths[row] % BLOCK :] = float("nan")
+    data[:, 0] = float("nan")
+    pool = KVPool(data=data, address=torch.tensor([data.data_ptr()], device=CUDA))
+    lengths_R = torch.tensor(lengths, dtype=torch.int32, device=CUDA)
+    return pool, tables.to(CUDA), lengths_R
+
+
+def replayed(calls: list[Callable[[], object]], num_replays: int = 7) -> float:
+    """Median microseconds of one call, from replays of a graph of all calls."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(num_replays + 2):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop) / len(calls) * 1e3)
+    return statistics.median(times[2:])
+
+
+def copy_bandwidth() -> float:
+    """GB/s read and written by a copy of 2 GiB."""
+    source = torch.empty(1 << 30, dtype=torch.bfloat16, device=CUDA).normal_()
+    target = torch.empty_like(source)
+    micros = replayed([lambda: target.copy_(source)] * 2)
+    return 4 * source.numel() / micros / 1e3
+
+
+def decode_row(name: str, rows: int, context: int, sizes: Sizes, copy_gbs: float) -> dict:
+    shape = SHAPES[name]
+    heads, kv_heads, size = shape
+    num_bytes = rows * context * 2 * kv_heads * size * 2
+    layers = max(2, min(24, int(400e6 / num_bytes) + 1))
+    pool, tables, lengths = pool_of([context] * rows, shape, layers)
+    q, out = normal(rows, heads, size), torch.empty(rows, heads, size, device=CUDA).bfloat16()
+    most = -(-context // sizes[0])
+    workspace = DecodeWorkspace.new(rows, heads, kv_heads, size, most, CUDA)
+
+    def call(layer: int) -> Callable[[], object]:
+        return lambda: paged_attention.paged_decode_triton(
+            q, pool, layer, tables, lengths, max_splits=most, capability=capability_of(CUDA),
+            out=out, workspace=workspace,
+        )  # fmt: skip
+
+    micros = replayed([call(layer) for layer in range(layers)] * max(1, 8 // layers))
+    rate = num_bytes / micros / 1e3
+    return {
+        "shape": name, "rows": rows, "context": context, "sizes": sizes, "us": round(micros, 2),
+        "GB/s": round(rate), "share of copy": round(rate / copy_gbs, 3),
+    }  # fmt: skip
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
+
+
+def check_decode(sizes: Sizes) -> dict[str, object]:
+    """Errors against float64, and bits: twice, in company or alone, in wider tiles of queries."""
+    lengths = [1, 0, 63, 64, 65, 255, 256, 257, 700, 1029]
+    out: dict[str, object] = {}
+    for name, shape in SHAPES.items():
+        heads, _, size = shape
+        pool, tables, lengths_R = pool_of([max(1, n) for n in lengths], shape, 2)
+        lengths_R[1] = 0
+        q = normal(len(lengths), heads, size)
+        most = -(-max(lengths) // sizes[0])
+
+        def decode(
+            q: torch.Tensor, tables: torch.Tensor, lengths_R: torch.Tensor, window: int = 0,
+            pool: KVPool = pool, most: int = most,
+        ) -> torch.Tensor:  # fmt: skip
+            return paged_attention.paged_decode_triton(
+                q, pool, 1, tables, lengths_R, max_splits=most, capability=capability_of(CUDA),
+                window=window,
+            )  # fmt: skip
+
+        got = decode(q, tables, lengths_R)
+        wide = KVPool(data=pool.data.double())
+        for window in (0, 100):
+            want = paged_attention.paged_decode_reference(
+                q.double(), wide, 1, tables, lengths_R, window=window
+            )
+            out[f"{name} window {window}"] = relative(decode(q, tables, lengths_R, window), want)
+        assert torch.equal(decode(q, tables, lengths_R), got), "bits of two calls"
+        some = [9, 4, 6]
+        alone = decode(q[some], tables[some], lengths_R[some])
+        out[f"{name} alone = in company"] = torch.equal(alone, got[some])
+        original = paged_attention.constants_of
+        for columns in (32, 64, 128):
+            paged_attention.constants_of = (  # type: ignore[assignment]
+                lambda *a, n=columns, o=original: o(*a) | {"BLOCK_M": n}
+            )
+            out[f"{name} {columns} columns = 16"] = torch.equal(decode(q, tables, lengths_R), got)
+        paged_attention.constants_of = original
+    return out
+
+
+def check_rotate_write() -> dict[str, object]:
+    """Bits against norm and rotation one after the other."""
+    out: dict[str, object] = {}
+    for name, (heads, kv_heads, size) in SHAPES.items():
+        for has_norm in (True, False):
+            pool, tables, _ = pool_of([64] * 33, (heads, kv_heads, size), 2)
+            qkv = normal(33, (heads + 2 * kv_heads) * size)
+            angles = normal(33, size // 2, dtype=torch.float32)
+            cos, sin = angles.cos(), angles.sin()
+            norms = [normal(size) if has_norm else None for _ in range(2)]
+            slots = tables[:, 0].long() * BLOCK + torch.arange(33, device=CUDA)
+            q = rotate_write_triton(qkv, cos, sin, *norms, 1e-6, slots, pool, 1)
+            with torch.no_grad():
+                want_q, k, v = qkv.view(33, -1, size).split([heads, kv_heads, kv_heads], 1)
+                if has_norm:
+                    want_q, k = (
+                        rms_norm_triton(x, w, 1e-6) for x, w in zip((want_q, k), norms, strict=True)
+                    )
+                want_q, k = rope_triton(want_q, cos, sin), rope_triton(k, cos, sin)
+            written = pool.data[1, slots // BLOCK, :, :, slots % BLOCK]
+            same = torch.equal(q, want_q) and torch.equal(written[:, 0], k)
+            out[f"{name} norm {has_norm}"] = same and torch.equal(written[:, 1], v)
+    return out
+
+
+def prefill() -> list[dict[str, object]]:
+    """32 prompts of 2,048 tokens from the pool, beside the packed kernel on the same tokens."""
+    rows = []
+    for name, (heads, kv_heads, size) in SHAPES.items():
+        pool, tables, _ = pool_of([2048] * 32, (heads, kv_heads, size), 2)
+        q = normal(32 * 2048, heads, size)
+        bounds = list(range(0, 32 * 2048 + 1, 2048))
+        tiles = paged_prefill.PrefillTiles(bounds, [2048] * 32, CUDA)
+        flop = 32 * 4 * heads * size * 2048 * 2049 / 2
+
+        def call(
+            tables: torch.Tensor = tables,
+            q: torch.Tensor = q,
+            pool: KVPool = pool,
+            tiles: paged_prefill.PrefillTiles = tiles,
+        ) -> torch.Tensor:
+            return paged_prefill.paged_prefill_triton(
+                q, pool, 1, tables, tiles, capability=capability_of(CUDA)
+            )
+
+        micros = replayed([call] * 3, 5)
+        k, v = (
+            pool.data[1, tables.long(), i].transpose(2, 3).reshape(-1, kv_heads, size)
+            for i in range(2)
+        )
+        plan = SharedPlan(bounds, [-1] * 32, device=CUDA, capability=capability_of(CUDA))
+        with torch.no_grad():
+            error = relative(call(), shared_attention_triton(q, k, v, plan))
+            packed = replayed([lambda: shared_attention_triton(q, k, v, plan)] * 3, 5)  # noqa: B023
+        rows.append(
+            {"shape": name, "us": round(micros), "TFLOP/s": round(flop / micros / 1e6),
+             "packed kernel TFLOP/s": round(flop / packed / 1e6), "against it": error}
+        )  # fmt: skip
+    return rows
+
+
+def warm(task: tuple[str, Sizes]) -> None:
+    name, sizes = task
+    choose(sizes)
+    decode_row(name, 8, 64, sizes, 1.0)
+
+
+def main() -> None:
+    output, vary = Path(sys.argv[1]), "--vary" in sys.argv
+    started = time.time()
+    variants = VARIANTS if vary else []
+    if variants:  # compile in processes of their own; the results are found on disk
+        tasks = [(name, sizes) for name in SHAPES for sizes in variants]
+        with multiprocessing.get_context("spawn").Pool(12) as workers:
+            workers.map(warm, tasks, chunksize=1)
+        print(f"compiled {len(tasks)} in {time.time() - started:.0f} s", flush=True)
+    capability = capability_of(CUDA)
+    chosen = {name: split_of(capability, shape[2]) for name, shape in SHAPES.items()}
+    warps = splits.OPTIONS["num_warps"]
+    mine = {name: (s["SPLIT"], s["BLOCK_N"], s["num_stages"], warps) for name, s in chosen.items()}
+    results: dict[str, object] = {
+        "date": time.strftime("%Y-%m-%d"), "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__, "triton": triton.__version__, "block size": BLOCK,
+        "prefill tile": tile_of(capability, 128, "forward"),
+    }  # fmt: skip
+    copy_gbs = copy_bandwidth()
+    results["copy GB/s"] = round(copy_gbs)
+    choose(mine["7B"])
+    results["decode checks"] = check_decode(mine["7B"])
+    results["rotate_write checks"] = check_rotate_write()
+    print(json.dumps(results, indent=1), flush=True)
+    results["prefill"] = prefill()
+    print(json.dumps(results["prefill"]), flush=True)
+    decode = results["decode"] = []
+    for name, sizes in mine.items():
+        choose(sizes)
+        decode += [decode_row(name, r, c, sizes, copy_gbs) for r in ROWS for c in CONTEXTS]
+    output.write_text(json.dumps(results, indent=1) + "\n")
+    varied = results["decode, varied"] = []
+    for sizes in variants:
+        choose(sizes)
+        for name in SHAPES:
+            cases = ((8, 1024), (32, 1024), (32, 512), (256, 1024), (32, 4096))
+            try:
+                varied += [decode_row(name, r, c, sizes, copy_gbs) for r, c in cases]
+            except Exception as problem:  # noqa: BLE001 - one failure must not lose the other rows
+                varied.append({"shape": name, "sizes": sizes, "failed": repr(problem)[:200]})
+    output.write_text(json.dumps(results, indent=1) + "\n")
+    for row in [*decode, *varied]:
+        print(" ".join(str(value) for value in row.values()))
+    print(f"{time.time() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
