@@ -172,7 +172,8 @@ def memory_bound(copy_gbs: float) -> list[dict[str, object]]:
 
     def swiglu_backward(x: torch.Tensor, dh: torch.Tensor, dx: torch.Tensor) -> None:
         swiglu._backward_kernel[(len(x), triton.cdiv(FFN, swiglu.BLOCK_F))](
-            x, dh, dx, x.stride(0), F=FFN, BLOCK_F=swiglu.BLOCK_F, num_warps=swiglu.NUM_WARPS,
+            x, dh, dx, x.stride(0), F=FFN, BLOCK_F=swiglu.BLOCK_F, KEEPS_H=False,
+            num_warps=swiglu.NUM_WARPS,
             enable_fp_fusion=True,
         )  # fmt: skip
 

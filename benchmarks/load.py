@@ -5,8 +5,9 @@
 A checkpoint with random bfloat16 weights is written first (another process does it, so that its
 memory is not counted), and read back while its pages are still cached: quantised on load, as it is,
 and from NF4 files that were written back. Host growth is anonymous memory (pages of the mapped
-files apart), sampled every 5 ms. Device peak is what the allocator reserved at most; "over" is that minus
-what the loaded model holds. Without a GPU the same runs on the CPU, without the device's columns.
+files apart), sampled every 5 ms. Device peak is what the allocator reserved at most; "over" is that
+minus what the loaded model holds. Without a GPU the same runs on the CPU, without the device's
+columns.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ Shapes: gate_up [T, 2F], gate first -> [T, F]. Arithmetic in float32 (float64 fo
 one rounding at the end. Backward with s = sigmoid(gate): d up = dh gate s, d gate = dh up s (1 +
 gate (1 - s)). Bytes per token of 16-bit values: forward 4F read and 2F written, backward 6F read
 and 4F written; the Triton form can write the gradient over gate_up, which then takes no memory.
+`swiglu_gradients` is the backward pass by itself, in place, and gives h back too (2F more written).
 arXiv 2002.05202.
 """
 
@@ -17,7 +18,14 @@ from torch.nn import functional as F
 
 from sparring.kernels import jit, rounded, tl, triton, uses_triton
 
-__all__ = ["swiglu", "swiglu_reference", "swiglu_triton"]
+__all__ = [
+    "swiglu",
+    "swiglu_gradients",
+    "swiglu_gradients_reference",
+    "swiglu_gradients_triton",
+    "swiglu_reference",
+    "swiglu_triton",
+]
 
 BLOCK_F = 1024
 NUM_WARPS = 4
@@ -73,7 +81,11 @@ def _forward_kernel(x_ptr, h_ptr, stride_xt, F: tl.constexpr, BLOCK_F: tl.conste
 
 
 @jit
-def _backward_kernel(x_ptr, dh_ptr, dx_ptr, stride_xt, F: tl.constexpr, BLOCK_F: tl.constexpr):
+def _backward_kernel(
+    x_ptr, dh_ptr, dx_ptr, stride_xt,
+    F: tl.constexpr, BLOCK_F: tl.constexpr, KEEPS_H: tl.constexpr,
+):  # fmt: skip
+    """Gradients of both halves; KEEPS_H: h is written over dh."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     inside = columns < F
@@ -88,6 +100,9 @@ def _backward_kernel(x_ptr, dh_ptr, dx_ptr, stride_xt, F: tl.constexpr, BLOCK_F:
     to = dx_ptr + token * stride_xt + columns
     tl.store(to, rounded(d_gate, dtype), mask=inside)
     tl.store(to + F, rounded(dh * silu, dtype), mask=inside)
+    if KEEPS_H:
+        h = gate / (1.0 + tl.exp(-gate)) * up  # the forward pass's bits
+        tl.store(dh_ptr + token * F + columns, rounded(h, dtype), mask=inside)
 
 
 def _forward_triton(gate_up: Tensor) -> Tensor:
@@ -117,7 +132,7 @@ class _SwigluTriton(torch.autograd.Function):
         if len(x):
             _backward_kernel[(len(x), triton.cdiv(half, BLOCK_F))](
                 x, grads[0].contiguous(), dx, x.stride(0),
-                F=half, BLOCK_F=BLOCK_F, num_warps=NUM_WARPS, enable_fp_fusion=True,
+                F=half, BLOCK_F=BLOCK_F, KEEPS_H=False, num_warps=NUM_WARPS, enable_fp_fusion=True,
             )  # fmt: skip
         return dx.view(gate_up.shape), None
 
@@ -142,3 +157,35 @@ def swiglu(gate_up: Tensor, *, overwrite: bool = False) -> Tensor:
     if uses_triton(gate_up):
         return swiglu_triton(gate_up, overwrite=overwrite)
     return swiglu_reference(gate_up)
+
+
+def swiglu_gradients_reference(gate_up: Tensor, dh: Tensor) -> Tensor:
+    """Writes the gradient by gate_up [T, 2F] over it and h [T, F] over dh, which is returned."""
+    gate, up = _halves(gate_up)
+    grad, hidden = dh.to(gate.dtype), F.silu(gate) * up
+    d_up = F.silu(gate) * grad
+    d_gate = torch.ops.aten.silu_backward(grad * up, gate)
+    gate_up.copy_(torch.cat([d_gate, d_up], dim=-1))
+    return dh.copy_(hidden)
+
+
+def swiglu_gradients_triton(gate_up: Tensor, dh: Tensor) -> Tensor:
+    """`swiglu_gradients_reference` in one launch; both tensors [T, ...] are contiguous."""
+    assert gate_up.is_contiguous(), "it is written in place, as it lies"
+    assert dh.is_contiguous(), "it is written in place, as it lies"
+    half = dh.shape[1]
+    if len(dh):
+        _backward_kernel[(len(dh), triton.cdiv(half, BLOCK_F))](
+            gate_up, dh, gate_up, gate_up.stride(0),
+            F=half, BLOCK_F=BLOCK_F, KEEPS_H=True, num_warps=NUM_WARPS, enable_fp_fusion=True,
+        )  # fmt: skip
+    return dh
+
+
+def swiglu_gradients(gate_up: Tensor, dh: Tensor) -> Tensor:
+    """The backward pass of swiglu in place: the gradient by gate_up [T, 2F] goes over it, and h
+    [T, F] over dh, which is returned.
+    """
+    if uses_triton(gate_up):
+        return swiglu_gradients_triton(gate_up, dh)
+    return swiglu_gradients_reference(gate_up, dh)

@@ -9,15 +9,18 @@ were fused into it, and any adapters. No file format and no model shape is known
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparring.kernels import Capability
+from sparring.models.blocks import Frozen, lora_linear
 from sparring.models.lora import LoraAdapter, LoraConfig
 from sparring.models.quantised import Quantised
+
+DECODE_ROWS = 512
+"""Rows up to which a GPU takes the forms for decoding where nothing is trained."""
 
 
 class Dense(nn.Module):
@@ -56,6 +59,14 @@ class Dense(nn.Module):
     def matmul_transposed(self, dy_TO: Tensor) -> Tensor:
         """dy W: [T, O] -> [T, I], the gradient of `matmul` by its input."""
         return dy_TO @ self.weight
+
+    def add_matmul(self, y_TO: Tensor, x_TI: Tensor) -> Tensor:
+        """y += x W^T in place, rounded once; no gradient."""
+        return y_TO.addmm_(x_TI, self.weight.detach().T)
+
+    def add_matmul_transposed(self, dx_TI: Tensor, dy_TO: Tensor) -> Tensor:
+        """dx += dy W in place, rounded once; no gradient."""
+        return dx_TI.addmm_(dy_TO, self.weight.detach())
 
     def dense(self, rows: slice = slice(None)) -> Tensor:
         """The weight's rows (all by default) as an ordinary tensor: a view, not a copy."""
@@ -116,44 +127,38 @@ class Linear(nn.Module):
                 config,
                 parts,
                 self.base.shape[1],
+                self.base.shape[0],
                 generator=generator,
                 device=self.base.device,
                 dtype=self.base.dtype,
             )
 
-    def forward(self, x_TI: Tensor, adapter: str | None = None, *, is_read: bool = True) -> Tensor:
-        """x W^T + bias, plus the named adapter's part where it has one: [T, I] -> [T, O].
-
-        is_read=False: nobody reads the numbers of the result, only its gradient is wanted; a frozen
-        product is then not computed.
-        """
-        is_read = is_read or self._is_trained()
-        y_TO = self.base.matmul(x_TI, self.bias) if is_read else _unread(x_TI, self.base)
-        if adapter is not None and adapter in self.adapters:
-            lora = self.adapters[adapter]
-            assert isinstance(lora, LoraAdapter), "adapters hold LoraAdapter only"
-            y_TO = lora(y_TO, x_TI, is_read=is_read)
-        return y_TO
-
-    def _is_trained(self) -> bool:
-        """Whether the base itself learns, so that its gradient is more than a product by it."""
-        has_bias = self.bias is not None and self.bias.requires_grad
-        return has_bias or (isinstance(self.base, Dense) and self.base.weight.requires_grad)
-
-
-class _Unread(torch.autograd.Function):
-    """A product's place in the graph: its backward pass without its forward pass."""
+    def forward(self, x_TI: Tensor, adapter: str | None = None) -> Tensor:
+        """x W^T + bias, plus the named adapter's part where it has one: [T, I] -> [T, O]."""
+        if self.is_frozen and not self._decodes(x_TI):
+            return lora_linear(x_TI, self.frozen(adapter))
+        lora = self.adapter(adapter)
+        y_TO = self.base.matmul(x_TI, self.bias)
+        return y_TO if lora is None else lora(y_TO, x_TI)
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, base: Dense | Quantised) -> Tensor:
-        ctx.base = base
-        return x.new_empty(()).expand(len(x), base.shape[0])
+    def _decodes(x_TI: Tensor) -> bool:
+        return x_TI.is_cuda and len(x_TI) <= DECODE_ROWS and not torch.is_grad_enabled()
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
-        return ctx.base.matmul_transposed(grads[0]) if ctx.needs_input_grad[0] else None, None
+    @property
+    def is_frozen(self) -> bool:
+        """Whether neither base nor bias takes a gradient."""
+        parameters = (*self.base.parameters(), *(() if self.bias is None else (self.bias,)))
+        return not any(parameter.requires_grad for parameter in parameters)
 
+    def adapter(self, name: str | None) -> LoraAdapter | None:
+        """The adapter of that name on this layer, if there is one."""
+        if name is None or name not in self.adapters:
+            return None
+        lora = self.adapters[name]
+        assert isinstance(lora, LoraAdapter), "adapters hold LoraAdapter only"
+        return lora
 
-def _unread(x_TI: Tensor, base: Dense | Quantised) -> Tensor:
-    y_TO: Tensor = _Unread.apply(x_TI, base)  # type: ignore[no-untyped-call]
-    return y_TO
+    def frozen(self, adapter: str | None) -> Frozen:
+        """The layer as the blocks take it, where its base is frozen."""
+        return Frozen(self.base, self.bias, self.adapter(adapter))

@@ -96,8 +96,8 @@ class _Part:
 class LoraAdapter(nn.Module):
     """The adapter of one (fused) linear layer.
 
-    a [P r, I] stacks the A matrices of the P adapted parts, b [sum of their outputs, r] the B
-    matrices.
+    parts: rows of the layer's output that each adapted part takes, ascending. a [P r, I] stacks the
+    A matrices of the P adapted parts, b [sum of their outputs, r] the B matrices.
     """
 
     a_shadow: Tensor | None
@@ -108,6 +108,7 @@ class LoraAdapter(nn.Module):
         config: LoraConfig,
         parts: Mapping[str, slice],
         num_inputs: int,
+        num_layer_outputs: int,
         *,
         generator: torch.Generator,
         device: torch.device,
@@ -117,6 +118,7 @@ class LoraAdapter(nn.Module):
         self.scale = config.scale
         self.rank = config.rank
         self.parts: dict[str, _Part] = {}
+        self.num_outputs = num_layer_outputs
         num_outputs = 0
         for index, (name, rows) in enumerate(parts.items()):
             size = rows.stop - rows.start
@@ -141,6 +143,53 @@ class LoraAdapter(nn.Module):
             persistent=False,
         )
 
+    def matrices_used(self) -> tuple[Tensor, Tensor]:
+        """A and B as products read them: the shadows where there are any."""
+        if self.a_shadow is not None and self.b_shadow is not None:
+            return self.a_shadow, self.b_shadow
+        return self.a.detach(), self.b.detach()
+
+    def expand(self, xa_TR: Tensor, b: Tensor, bias_O: Tensor | None) -> Tensor:
+        """bias + scale (x A^T) B^T as a new tensor [T, O]; elsewhere than at adapted parts the bias
+        alone.
+        """
+        y = xa_TR.new_empty(len(xa_TR), self.num_outputs)
+        end = 0
+        for part in (*self.parts.values(), None):
+            start = self.num_outputs if part is None else part.output_rows.start
+            if start > end:
+                y[:, end:start] = 0.0 if bias_O is None else bias_O[end:start]
+            if part is None:
+                break
+            rows, end = part.output_rows, part.output_rows.stop
+            out = y[:, rows]
+            torch.addmm(
+                out if bias_O is None else bias_O[rows],
+                xa_TR[:, part.ranks],
+                b[part.b_rows].T,
+                beta=0.0 if bias_O is None else 1.0,
+                alpha=self.scale,
+                out=out,
+            )
+        return y
+
+    def shrink_gradient(self, dy_TO: Tensor, b: Tensor) -> Tensor:
+        """t = scale dy B [T, R], the gradient by x A^T."""
+        t = dy_TO.new_empty(len(dy_TO), self.a.shape[0])
+        for part in self.parts.values():
+            out = t[:, part.ranks]
+            dy_part = dy_TO[:, part.output_rows]
+            torch.addmm(out, dy_part, b[part.b_rows], beta=0.0, alpha=self.scale, out=out)
+        return t
+
+    def b_gradient(self, dy_TO: Tensor, xa_TR: Tensor) -> Tensor:
+        """scale dy^T (x A^T), the gradient by B, in float32."""
+        db = torch.empty(self.b.shape, dtype=self.b.dtype, device=dy_TO.device)
+        for part in self.parts.values():
+            product = wide_product(dy_TO[:, part.output_rows].T, xa_TR[:, part.ranks])
+            torch.mul(product, self.scale, out=db[part.b_rows])
+        return db
+
     def matrices(self, part: str) -> tuple[Tensor, Tensor]:
         """The float32 A [r, I] and B [O, r] of one adapted matrix, as views."""
         where = self.parts[part]
@@ -160,17 +209,13 @@ class LoraAdapter(nn.Module):
             self.a_shadow.copy_(self.a)
             self.b_shadow.copy_(self.b)
 
-    def forward(self, y_TO: Tensor, x_TI: Tensor, *, is_read: bool = True) -> Tensor:
-        """Add scale (x A^T) B^T to y [T, O] in place; differentiable in y, x, A and B.
-
-        is_read=False: nobody reads the numbers of the result, only its gradient is wanted.
-        """
-        a = self.a if self.a_shadow is None else self.a_shadow
-        b = self.b if self.b_shadow is None else self.b_shadow
+    def forward(self, y_TO: Tensor, x_TI: Tensor) -> Tensor:
+        """Add scale (x A^T) B^T to y [T, O] in place; differentiable in y, x, A and B."""
+        a, b = self.matrices_used()
         if not torch.is_grad_enabled():
             _add_in_place(y_TO, x_TI, a, b, self)
             return y_TO
-        out: Tensor = _AddLora.apply(y_TO, x_TI, self.a, self.b, a, b, self, is_read)  # type: ignore[no-untyped-call]
+        out: Tensor = _AddLora.apply(y_TO, x_TI, self.a, self.b, a, b, self)  # type: ignore[no-untyped-call]
         return out
 
 
@@ -193,13 +238,9 @@ class _AddLora(torch.autograd.Function):
         a_used: Tensor,
         b_used: Tensor,
         adapter: LoraAdapter,
-        is_read: bool,
     ) -> Tensor:
-        if is_read:
-            xa = _add_in_place(y, x, a_used, b_used, adapter)
-            ctx.mark_dirty(y)
-        else:
-            xa, y = x @ a_used.T, y.new_empty(()).expand(y.shape)
+        xa = _add_in_place(y, x, a_used, b_used, adapter)
+        ctx.mark_dirty(y)
         ctx.adapter = adapter
         ctx.save_for_backward(x, xa, a_used, b_used)
         return y
@@ -208,18 +249,16 @@ class _AddLora(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, xa, a, b = ctx.saved_tensors
         dy, adapter = grads[0], ctx.adapter
-        t = torch.empty_like(xa)
-        db = torch.empty(adapter.b.shape, dtype=adapter.b.dtype, device=dy.device)
-        for part in adapter.parts.values():
-            dy_part = dy[:, part.output_rows]
-            torch.mul(dy_part @ b[part.b_rows], adapter.scale, out=t[:, part.ranks])
-            if ctx.needs_input_grad[3]:
-                db[part.b_rows] = _product(dy_part.T, xa[:, part.ranks], db.dtype).mul_(
-                    adapter.scale
-                )
+        t = adapter.shrink_gradient(dy, b)
         dx = t @ a if ctx.needs_input_grad[1] else None
-        da = _product(t.T, x, adapter.a.dtype) if ctx.needs_input_grad[2] else None
-        return dy, dx, da, db if ctx.needs_input_grad[3] else None, None, None, None, None
+        da = wide_product(t.T, x) if ctx.needs_input_grad[2] else None
+        db = adapter.b_gradient(dy, xa) if ctx.needs_input_grad[3] else None
+        return dy, dx, da, db, None, None, None
+
+
+def wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right, accumulated and kept in float32 (float64 for float64)."""
+    return _product(left, right, torch.promote_types(left.dtype, torch.float32))
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

@@ -105,6 +105,14 @@ class Quantised(nn.Module):
         """dy W: [T, O] -> [T, I], the gradient of `matmul` by its input."""
         return dy_TO @ self.dense()
 
+    def add_matmul(self, y_TO: Tensor, x_TI: Tensor) -> Tensor:
+        """y += x W^T in place, rounded once; no gradient."""
+        return y_TO.addmm_(x_TI, self.dense().T)
+
+    def add_matmul_transposed(self, dx_TI: Tensor, dy_TO: Tensor) -> Tensor:
+        """dx += dy W in place, rounded once; no gradient."""
+        return dx_TI.addmm_(dy_TO, self.dense())
+
     def dense(self, rows: slice = slice(None)) -> Tensor:
         """The decoded rows (all by default) in the compute dtype, newly made."""
         if self._whole is not None:

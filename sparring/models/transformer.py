@@ -22,6 +22,7 @@ from sparring.kernels.rope import rope
 from sparring.kernels.swiglu import swiglu
 from sparring.layout import KVPool, Layout
 from sparring.models.attention import AttentionPlan, plan_attention
+from sparring.models.blocks import lora_mlp
 from sparring.models.checkpointing import MLP_TILE_TOKENS, Checkpointing
 from sparring.models.linear import Dense, Linear
 from sparring.models.lora import LoraAdapter, LoraConfig
@@ -164,11 +165,15 @@ class DecoderLayer(nn.Module):
     def mlp(self, normed_TD: Tensor, adapter: str | None, *, is_read: bool = True) -> Tensor:
         """What the feed-forward adds to the residual stream, from its normed state.
 
-        is_read=False: only the gradient is wanted; the result's numbers are not computed.
+        is_read=False: only the gradient is wanted; a frozen layer's result is not computed.
         """
+        layers = self.gate_up, self.down
+        if torch.is_grad_enabled() and all(layer.is_frozen for layer in layers):
+            gate_up, down = (layer.frozen(adapter) for layer in layers)
+            return lora_mlp(normed_TD, gate_up, down, is_read=is_read)
         # nothing else reads the projection, so its gradient may lie where it lay
         hidden = swiglu(self.gate_up(normed_TD, adapter), overwrite=True)
-        out: Tensor = self.down(hidden, adapter, is_read=is_read)
+        out: Tensor = self.down(hidden, adapter)
         return out
 
     def _project(

@@ -132,9 +132,7 @@ class Generation:
             tokens_R, logprobs_R = sample_tokens(
                 logits_RV, self.sampling, ids_R2, draws_R, self.end_ids
             )
-            self._record(
-                drawing, tokens_R[None].cpu(), logprobs_R[None].cpu(), is_cached=False
-            )
+            self._record(drawing, tokens_R[None].cpu(), logprobs_R[None].cpu(), is_cached=False)
         self.num_prefill_tokens += len(tokens)
         self.prefill_seconds += time.perf_counter() - started
 

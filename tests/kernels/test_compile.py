@@ -111,7 +111,8 @@ def test_rope(arch):
 def test_swiglu(arch):
     constants = {"F": 18944, "BLOCK_F": swiglu.BLOCK_F, "num_warps": swiglu.NUM_WARPS}
     check(swiglu._forward_kernel, POINTERS, constants, arch)
-    check(swiglu._backward_kernel, POINTERS, constants, arch)
+    for keeps_h in (True, False):
+        check(swiglu._backward_kernel, POINTERS, {**constants, "KEEPS_H": keeps_h}, arch)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

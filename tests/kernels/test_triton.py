@@ -157,6 +157,22 @@ def test_swiglu_writes_its_gradient_over_the_input():
     assert torch.equal(over.detach(), apart.grad)
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("width", [24, 1500])
+def test_swiglu_gradients_in_place(width, dtype):
+    x, grad = random(5, 2 * width, dtype=dtype), random(5, width, dtype=dtype, seed=5)
+    leaf = x.clone().requires_grad_()
+    hidden = swiglu.swiglu_triton(leaf)
+    hidden.backward(grad)
+    over, place = x.clone(), grad.clone()
+    assert torch.equal(swiglu.swiglu_gradients_triton(over, place), hidden)
+    assert torch.equal(place, hidden)
+    assert torch.equal(over, leaf.grad)
+    over, place = x.double(), grad.double()
+    assert error(hidden, swiglu.swiglu_gradients_reference(over, place)) < LIMIT[dtype]
+    assert error(leaf.grad, over) < LIMIT[dtype]
+
+
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
 @pytest.mark.parametrize("vocabulary", [37, 4096, 5003])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

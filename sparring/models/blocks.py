@@ -1,0 +1,177 @@
+"""Linear layers and the feed-forward over a frozen base, with gradients written by hand.
+
+    y = x W^T + bias + s (x A^T) B^T          t = s dy B
+    dx = dy W + t A      dA = t^T x      dB = s dy^T (x A^T)          (LoRA, arXiv 2106.09685)
+
+The base takes no gradient. Kept for backward are x (once, however many matrices read it) and x A^T;
+a decoded weight never is. The adapter's part is written first and the base's product added to it
+inside the library's product, so a sum is rounded once and needs no pass of its own, forward and
+backward. The feed-forward keeps gate and up but not what down reads: backward makes that again, in
+the place of its own gradient, and writes the gradients of gate and up over them, so that three
+rows of F numbers are all that a token takes at once.
+
+A weight is whatever offers `Weight`; which product it chooses is its own affair.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sparring.kernels.swiglu import swiglu, swiglu_gradients
+from sparring.models.lora import LoraAdapter, wide_product
+
+
+class Weight(Protocol):
+    """A weight [O, I] as the blocks use it."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs."""
+
+    def matmul(self, x_TI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+        """x W^T + bias."""
+
+    def matmul_transposed(self, dy_TO: Tensor) -> Tensor:
+        """dy W."""
+
+    def add_matmul(self, y_TO: Tensor, x_TI: Tensor) -> Tensor:
+        """y += x W^T, in place and without gradient."""
+
+    def add_matmul_transposed(self, dx_TI: Tensor, dy_TO: Tensor) -> Tensor:
+        """dx += dy W, in place and without gradient."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """A linear layer whose base is frozen: weight, bias [O] and the adapter on it, if any."""
+
+    weight: Weight
+    bias: Tensor | None
+    lora: LoraAdapter | None
+
+
+def lora_linear(x_TI: Tensor, layer: Frozen) -> Tensor:
+    """The layer's output [T, O]; differentiable in x and the adapter's A and B."""
+    if not torch.is_grad_enabled():
+        return _forward(x_TI, layer)[0]
+    y: Tensor = _LoraLinear.apply(x_TI, *_leaves(layer), layer)  # type: ignore[no-untyped-call]
+    return y
+
+
+def lora_mlp(x_TD: Tensor, gate_up: Frozen, down: Frozen, *, is_read: bool = True) -> Tensor:
+    """down(silu(gate x) * up x): [T, D] -> [T, D]; differentiable in x and the adapters.
+
+    With gradient its backward pass can run once only, because it works in what was kept.
+    is_read=False: nobody reads the numbers of the result, only its gradient is wanted; they are not
+    computed.
+    """
+    if not torch.is_grad_enabled():
+        return lora_linear(swiglu(lora_linear(x_TD, gate_up)), down)
+    leaves = (*_leaves(gate_up), *_leaves(down))
+    y: Tensor = _LoraMlp.apply(x_TD, *leaves, gate_up, down, is_read)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _leaves(layer: Frozen) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if layer.lora is None else (layer.lora.a, layer.lora.b)
+
+
+def _forward(x: Tensor, layer: Frozen) -> tuple[Tensor, Tensor | None]:
+    """(y, x A^T)."""
+    lora = layer.lora
+    if lora is None:
+        return layer.weight.matmul(x, layer.bias), None
+    a, b = lora.matrices_used()
+    xa = x @ a.T
+    y = lora.expand(xa, b, layer.bias)
+    return layer.weight.add_matmul(y, x), xa
+
+
+def _backward(
+    dy: Tensor, layer: Frozen, xa: Tensor | None, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, t, dB); needs: of x, A and B. dA is t^T x."""
+    needs_x, needs_a, needs_b = needs
+    lora = layer.lora
+    if lora is None:
+        return (layer.weight.matmul_transposed(dy) if needs_x else None), None, None
+    a, b = lora.matrices_used()
+    t = lora.shrink_gradient(dy, b) if needs_x or needs_a else None
+    db = lora.b_gradient(dy, xa) if needs_b and xa is not None else None
+    dx = layer.weight.add_matmul_transposed(t @ a, dy) if needs_x and t is not None else None
+    return dx, t, db
+
+
+def _matrices(*layers: Frozen) -> list[Tensor]:
+    """The adapters' matrices: saved, so that changing them before backward is an error."""
+    return [m for one in layers if one.lora is not None for m in one.lora.matrices_used()]
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, _a: Tensor | None, _b: Tensor | None, layer: Frozen) -> Tensor:
+        y, xa = _forward(x, layer)
+        _, needs_a, needs_b, _ = ctx.needs_input_grad
+        ctx.layer = layer
+        kept = (x if needs_a else None, xa if needs_b else None)
+        ctx.save_for_backward(*kept, *_matrices(layer))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, xa, *_ = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        dx, t, db = _backward(grads[0], ctx.layer, xa, needs[:3])
+        da = wide_product(t.T, x) if needs[1] and t is not None else None
+        return dx, da, db, None
+
+
+class _LoraMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        _gate_up_a: Tensor | None,
+        _gate_up_b: Tensor | None,
+        _down_a: Tensor | None,
+        _down_b: Tensor | None,
+        gate_up: Frozen,
+        down: Frozen,
+        is_read: bool,
+    ) -> Tensor:
+        _, needs_a, needs_b, _, needs_down_b, *_ = ctx.needs_input_grad
+        projected, xa = _forward(x, gate_up)
+        ha = None
+        if is_read:
+            y, ha = _forward(swiglu(projected), down)
+        else:
+            y = x.new_empty(()).expand(len(x), down.weight.shape[0])
+            if down.lora is not None and needs_down_b:
+                ha = swiglu(projected) @ down.lora.matrices_used()[0].T
+        ctx.layers, ctx.has_run = (gate_up, down), False
+        kept = (x if needs_a else None, projected, xa if needs_b else None)
+        ctx.save_for_backward(*kept, ha if needs_down_b else None, *_matrices(gate_up, down))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.has_run:
+            raise RuntimeError("the feed-forward's backward pass has run: it works in place, once")
+        ctx.has_run = True
+        x, projected, xa, ha, *_ = ctx.saved_tensors
+        (gate_up, down), needs, dy = ctx.layers, ctx.needs_input_grad, grads[0]
+        needs_inner = any(needs[:3])
+        dh, t, down_db = _backward(dy, down, ha, (needs_inner or needs[3], needs[3], needs[4]))
+        down_da = dx = gate_up_da = gate_up_db = None
+        if dh is not None:
+            hidden = swiglu_gradients(projected, dh)  # in the place of dh, gradients in projected's
+            down_da = wide_product(t.T, hidden) if needs[3] and t is not None else None
+            del dh, hidden
+        if needs_inner:
+            dx, t, gate_up_db = _backward(projected, gate_up, xa, needs[:3])
+            gate_up_da = wide_product(t.T, x) if needs[1] and t is not None else None
+        return dx, gate_up_da, gate_up_db, down_da, down_db, None, None, None
