@@ -76,7 +76,7 @@ def advance_reference(state: DecodeState, drawn_R: Tensor, logprobs_R: Tensor) -
 @jit
 def _advance_kernel(
     drawn_ptr, logprobs_ptr, tokens_ptr, positions_ptr, draws_ptr, limits_ptr, is_done_ptr,
-    step_ptr, stop_ptr, out_tokens_ptr, out_logprobs_ptr, num_rows,
+    step_ptr, stop_ptr, out_tokens_ptr, out_logprobs_ptr, num_rows, stride_tokens, stride_logprobs,
     STOPS: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """All rows in one program, which alone counts the step."""
@@ -86,9 +86,10 @@ def _advance_kernel(
     was_done = tl.load(is_done_ptr + rows, mask=inside, other=1) != 0
     drawn = tl.load(drawn_ptr + rows, mask=inside, other=0)
     logprobs = tl.load(logprobs_ptr + rows, mask=inside, other=0.0)
-    to = step * num_rows + rows
-    tl.store(out_tokens_ptr + to, tl.where(was_done, -1, drawn), mask=inside)
-    tl.store(out_logprobs_ptr + to, tl.where(was_done, 0.0, logprobs), mask=inside)
+    out_tokens_ptr += step * stride_tokens
+    out_logprobs_ptr += step * stride_logprobs
+    tl.store(out_tokens_ptr + rows, tl.where(was_done, -1, drawn), mask=inside)
+    tl.store(out_logprobs_ptr + rows, tl.where(was_done, 0.0, logprobs), mask=inside)
     draws = tl.load(draws_ptr + rows, mask=inside, other=0) + 1
     is_done = draws >= tl.load(limits_ptr + rows, mask=inside, other=0)
     for i in tl.static_range(STOPS):
@@ -109,7 +110,8 @@ def advance_triton(state: DecodeState, drawn_R: Tensor, logprobs_R: Tensor) -> N
     _advance_kernel[(1,)](
         drawn_R, logprobs_R, state.tokens_R, state.positions_R, state.draws_R, state.limits_R,
         state.is_done_R.view(torch.int8), state.step_1, state.stop_ids_E, state.out_tokens_KR,
-        state.out_logprobs_KR, num_rows, STOPS=len(state.stop_ids_E), BLOCK_R=block,
+        state.out_logprobs_KR, num_rows, state.out_tokens_KR.stride(0),
+        state.out_logprobs_KR.stride(0), STOPS=len(state.stop_ids_E), BLOCK_R=block,
         num_warps=min(8, block // 32),
     )  # fmt: skip
 

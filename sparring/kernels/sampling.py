@@ -124,7 +124,7 @@ def draw_tokens_reference(
 @jit
 def _tiles_kernel(
     logits_ptr, parts_ptr, best_ptr, inverse_ptr, seed_ptr, ids_ptr, draws_ptr, held_ptr,
-    min_draws_ptr,
+    min_draws_ptr, stride_r,
     V: tl.constexpr, BLOCK_V: tl.constexpr, TILES: tl.constexpr, SPAN: tl.constexpr,
     HELD: tl.constexpr,
 ):  # fmt: skip
@@ -143,7 +143,7 @@ def _tiles_kernel(
     key1 = tl.load(seed_ptr + 1).to(tl.uint64)
     lane = tl.arange(0, BLOCK_V)
     quads = tl.arange(0, BLOCK_V // 4)
-    logits_ptr += row * V
+    logits_ptr += row * stride_r
     parts_ptr += row * TILES
     best_ptr += row * TILES
     plane = tl.num_programs(0).to(tl.int64) * TILES
@@ -187,8 +187,8 @@ def _tiles_kernel(
 
 @jit
 def _combine_kernel(
-    logits_ptr, parts_ptr, best_ptr, inverse_ptr, tokens_ptr, logprobs_ptr,
-    V: tl.constexpr, TILES: tl.constexpr, BLOCK_T: tl.constexpr,
+    logits_ptr, parts_ptr, best_ptr, inverse_ptr, tokens_ptr, logprobs_ptr, stride_r,
+    TILES: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """One row a program: the best tile's entry, and its log-probability."""
     row = tl.program_id(0).to(tl.int64)
@@ -210,7 +210,7 @@ def _combine_kernel(
     token = tl.load(best_ptr + row * TILES + tile)
     inverse = tl.load(inverse_ptr + row)
     inverse = tl.where(inverse == 0.0, 1.0, inverse)
-    s = tl.load(logits_ptr + row * V + token).to(tl.float32) * inverse
+    s = tl.load(logits_ptr + row * stride_r + token).to(tl.float32) * inverse
     tl.store(tokens_ptr + row, token.to(tl.int64))
     tl.store(logprobs_ptr + row, s - base - tl.log(total))
 
@@ -227,7 +227,8 @@ def draw_tokens_triton(
     logits_RV: Tensor, sample_ids_R2: Tensor, draws_R: Tensor, rules: DrawRules
 ) -> tuple[Tensor, Tensor]:
     """`draw_tokens_reference` in two launches; sample_ids_R2 and draws_R are contiguous int64."""
-    logits_RV = logits_RV.contiguous()
+    if logits_RV.stride(1) != 1:
+        logits_RV = logits_RV.contiguous()
     num_rows, vocab_size = logits_RV.shape
     device = logits_RV.device
     tokens_R = torch.empty(num_rows, dtype=torch.int64, device=device)
@@ -241,13 +242,13 @@ def draw_tokens_triton(
     _tiles_kernel[(num_rows, triton.cdiv(num_tiles, span))](
         logits_RV, parts, best, rules.inverse_temperatures_R, rules.seed_words_2,
         sample_ids_R2.contiguous(), draws_R.contiguous(), rules.held_ids_H, rules.min_draws_R,
-        V=vocab_size, BLOCK_V=BLOCK_V, TILES=num_tiles, SPAN=span,
+        logits_RV.stride(0), V=vocab_size, BLOCK_V=BLOCK_V, TILES=num_tiles, SPAN=span,
         HELD=len(rules.held_ids_H), num_warps=NUM_WARPS, enable_fp_fusion=True,
     )  # fmt: skip
     _combine_kernel[(num_rows,)](
         logits_RV, parts, best, rules.inverse_temperatures_R, tokens_R, logprobs_R,
-        V=vocab_size, TILES=num_tiles, BLOCK_T=triton.next_power_of_2(num_tiles), num_warps=1,
-        enable_fp_fusion=True,
+        logits_RV.stride(0), TILES=num_tiles, BLOCK_T=triton.next_power_of_2(num_tiles),
+        num_warps=1, enable_fp_fusion=True,
     )  # fmt: skip
     return tokens_R, logprobs_R
 
@@ -257,9 +258,9 @@ def draw_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Draws one token a row: (tokens [R] int64, logprobs [R] float32).
 
-    logits [R, V] float32. sample_ids_R2 [R, 2] int64 below 2^32 and draws_R [R] int64, the token's
-    place in its completion, key the noise. Logits that are not finite give a log-probability of
-    NaN. No host synchronisation and a fixed grid on a GPU.
+    logits [R, V] float32, rows at any stride. sample_ids_R2 [R, 2] int64 below 2^32 and draws_R [R]
+    int64, the token's place in its completion, key the noise. Logits that are not finite give a
+    log-probability of NaN. No host synchronisation and a fixed grid on a GPU.
     """
     is_fast = uses_triton(logits_RV) and rules.cut is None
     chosen = draw_tokens_triton if is_fast else draw_tokens_reference

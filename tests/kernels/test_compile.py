@@ -174,10 +174,9 @@ DRAWING = {
 @pytest.mark.parametrize("arch", ARCHS)
 def test_sampling(arch):
     tiles = triton.cdiv(151936, sampling.BLOCK_V)
-    sizes = {"V": 151936, "TILES": tiles}
-    constants = {**sizes, "BLOCK_V": sampling.BLOCK_V, "SPAN": 8, "HELD": 2}
+    constants = {"V": 151936, "TILES": tiles, "BLOCK_V": sampling.BLOCK_V, "SPAN": 8, "HELD": 2}
     check(sampling._tiles_kernel, DRAWING, {**constants, "num_warps": sampling.NUM_WARPS}, arch)
-    constants = {**sizes, "BLOCK_T": triton.next_power_of_2(tiles), "num_warps": 1}
+    constants = {"TILES": tiles, "BLOCK_T": triton.next_power_of_2(tiles), "num_warps": 1}
     check(sampling._combine_kernel, DRAWING, constants, arch)
 
 

@@ -40,8 +40,9 @@ def state_of(num_rows, num_steps, seed, stops=(3, -1, 7)):
         is_done_R=integers(0, 4) == 0,
         step_1=torch.zeros(1, dtype=torch.int64, device=DEVICE),
         stop_ids_E=torch.tensor(stops, dtype=torch.int64, device=DEVICE),
-        out_tokens_KR=torch.full((num_steps, num_rows), -9, device=DEVICE),
-        out_logprobs_KR=torch.full((num_steps, num_rows), math.nan, device=DEVICE),
+        # views of wider buffers, as a bucket's are
+        out_tokens_KR=torch.full((num_steps, num_rows + 3), -9, device=DEVICE)[:, :num_rows],
+        out_logprobs_KR=torch.full((num_steps, num_rows + 1), -9.0, device=DEVICE)[:, :num_rows],
     )
 
 

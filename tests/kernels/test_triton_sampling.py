@@ -182,9 +182,12 @@ def test_split_and_company_change_no_bit(monkeypatch):
     order = torch.tensor([3, 1, 4, 0, 2], device=DEVICE)
     shuffled = rules(rows, temperatures=[1.3, 0.0, 1.0, 1.0, 0.6])
     moved = draw_tokens_triton(logits[order], ids[order], draws[order], shuffled)
+    wider = torch.cat([logits, logits], 1)[:, : logits.shape[1]]
+    strided = draw_tokens_triton(wider, ids, draws, r)
     alone = draw_tokens_triton(logits[2:3], ids[2:3], draws[2:3], rules(1, temperatures=0.6))
     for i in range(2):
         assert torch.equal(one[i], several[i])
+        assert torch.equal(one[i], strided[i])
         assert torch.equal(one[i][order], moved[i])
         assert torch.equal(one[i][2:3], alone[i])
 
@@ -224,3 +227,40 @@ def test_logits_that_are_not_finite_give_nan():
         )
         assert logprobs.isnan().tolist() == [True] * 6 + [False]
         assert 0 <= int(tokens.min()) <= int(tokens.max()) < 4500
+
+
+def chi_square_limit(degrees):
+    """The value exceeded once in 10,000 (Wilson and Hilferty's approximation)."""
+    spread = 2 / (9 * degrees)
+    return degrees * (1 - spread + 3.719 * math.sqrt(spread)) ** 3
+
+
+@pytest.mark.skipif(INTERPRETED, reason="a million draws take the interpreter hours")
+@pytest.mark.parametrize("what", ["seeds", "positions", "samples", "all"])
+def test_a_million_draws_follow_the_distribution(what):
+    """Tail bins down to 1e-5 (ten draws), in a vocabulary of several tiles."""
+    num_draws = 1 << 20
+    places = torch.tensor([4999, 0, 2047, 2048, 4096, 1023, 7, 3001, 4500, 2050], device=DEVICE)
+    probs = [0.4, 0.25, 0.2, 0.1, 0.04, 0.008, 0.0015, 0.0004, 0.00009, 0.00001]
+    probs = torch.tensor(probs, dtype=torch.float64, device=DEVICE)
+    logits = torch.full((1, 5000), -math.inf, device=DEVICE)
+    logits[0, places] = (probs.log() + 3).float()
+    counts = torch.zeros(5000, dtype=torch.float64, device=DEVICE)
+    generator = torch.Generator().manual_seed(1)
+    size = 1 << 14
+    for part in range(num_draws // size):
+        each = torch.arange(size, device=DEVICE) + part * size
+        ids = torch.tensor([[3, 5]], device=DEVICE).repeat(size, 1)
+        draws, seed = torch.zeros_like(each), (9, 0)
+        if what in ("samples", "all"):
+            ids[:, part % 2] = each
+        if what in ("positions", "all"):
+            draws = each
+        if what in ("seeds", "all"):
+            seed = tuple(torch.randint(1 << 32, (2,), generator=generator).tolist())
+            ids[:, 1] = each % size
+        tokens, _ = draw_tokens_triton(logits.expand(size, -1), ids, draws, rules(size, seed=seed))
+        counts += torch.bincount(tokens, minlength=5000)
+    assert int(counts.sum()) == int(counts[places].sum()) == num_draws
+    expected = probs / probs.sum() * num_draws
+    assert float(((counts[places] - expected) ** 2 / expected).sum()) < chi_square_limit(9)
