@@ -126,6 +126,21 @@ class Quantised(nn.Module):
         return dequantize_nf4(part, rows=rows, capability=self.capability).to(self.dtype)
 
 
+def cache_weights(model: nn.Module) -> None:
+    """Decode every NF4 weight of a model into a 16-bit copy that its products use."""
+    raise NotImplementedError("products do not use copies of decoded weights yet")
+
+
+def uncache_weights(model: nn.Module) -> None:
+    """Drop the copies that `cache_weights` made."""
+    raise NotImplementedError("products do not use copies of decoded weights yet")
+
+
+def cached_addresses(model: nn.Module) -> tuple[int, ...]:
+    """Where the copies lie; captured graphs that read them are valid as long as this is equal."""
+    return ()
+
+
 def _slice(whole: NF4Matrix, first: int, rows: int) -> NF4Matrix:
     """Rows of a fused matrix that were one matrix before: its scale groups are whole."""
     columns = whole.shape[1]
