@@ -17,8 +17,9 @@ Decoding reads that and writes 2 (16-bit) or 4 (float32).
 
 On a GPU four packed bytes are decoded at a time: the 16 rounded products of the code and a block's
 scale are made in registers (they are the only values its weights can have), their low and high
-bytes form two tables of 16 entries, and byte permutations look eight weights up in them. This is
-the rule above to the bit. Elsewhere the same products are chosen by arithmetic.
+bytes form two tables of 16 entries, and byte permutations look eight weights up in them, three
+instructions a weight. This is the rule above to the bit. Elsewhere the same products are chosen by
+arithmetic.
 
 Not here: matrix products on packed weights, and file formats (models/checkpoint.py).
 """
@@ -94,7 +95,7 @@ def dynamic_map(device: torch.device | None = None) -> Tensor:
 
 
 @cache
-def _dynamic_map_on(device: torch.device) -> Tensor:
+def dynamic_map_on(device: torch.device) -> Tensor:
     """The map as a constant of a device."""
     return dynamic_map(device)
 
@@ -208,14 +209,14 @@ def fuse_nf4(parts: list[NF4Matrix]) -> NF4Matrix:
     )  # fmt: skip
 
 
-def _lookup_asm(half_type: str) -> str:
-    """PTX: four packed bytes $4 and their scales $5-$8 (all equal) to two registers of high and two
-    of low nibbles' weights ($0, $1: first weights of the bytes; $2, $3: second ones).
+def lookup_asm(half_type: str) -> str:
+    """PTX: a word of four packed bytes $4 and its scale $5 to four registers of two weights each.
 
-    Low three bits of four codes are a permutation's selector over eight bytes, the fourth bit,
-    spread over a byte, chooses between the two halves of the table.
+    The word's nibbles without their top bits are, four at a time, a permutation's selector over
+    eight bytes; the top bits select a mask that chooses between the two halves of the table. A
+    word lists its weights as 1, 0, 3, 2 ..., which the last permutation puts in order.
     """
-    lines = [".reg .b32 e,o,s,a,b,c,d,m,t<8>,l<4>,h<4>;", ".reg .f32 x<16>;"]
+    lines = [".reg .b32 s,m,n,a,b,c,d,t<8>,l<4>,h<4>;", ".reg .f32 x<16>;"]
     for i, value in enumerate(CODE):
         bits = torch.tensor(value, dtype=torch.float32).view(torch.int32).item() & 0xFFFFFFFF
         lines.append(f"mul.rn.f32 x{i},$5,0f{bits:08X};")
@@ -224,21 +225,22 @@ def _lookup_asm(half_type: str) -> str:
     for i in range(4):
         lines.append(f"prmt.b32 l{i},t{2 * i},t{2 * i + 1},0x6420;")
         lines.append(f"prmt.b32 h{i},t{2 * i},t{2 * i + 1},0x7531;")
-    lines += ["and.b32 o,$4,0x0f0f0f0f;", "shr.u32 e,$4,4;", "and.b32 e,e,0x0f0f0f0f;"]
-    for codes, first, second in (("e", "$0", "$1"), ("o", "$2", "$3")):
+    lines += ["and.b32 s,$4,0x77777777;", "shr.u32 m,$4,1;", "and.b32 m,m,0x44444444;"]
+    for first, second in (("$0", "$1"), ("$2", "$3")):
+        if first == "$2":
+            lines += ["shr.u32 s,s,16;", "shr.u32 m,m,16;"]
         lines += [
-            f"shr.u32 s,{codes},4;", f"or.b32 s,{codes},s;", "prmt.b32 s,s,0,0x4420;",
-            "and.b32 s,s,0x7777;", "prmt.b32 a,h0,h1,s;", "prmt.b32 b,h2,h3,s;",
-            "prmt.b32 c,l0,l1,s;", "prmt.b32 d,l2,l3,s;", f"shl.b32 m,{codes},4;",
-            "prmt.b32 m,m,0,0xba98;", "lop3.b32 a,b,a,m,0xe4;", "lop3.b32 c,d,c,m,0xe4;",
-            f"prmt.b32 {first},c,a,0x5140;", f"prmt.b32 {second},c,a,0x7362;",
+            "prmt.b32 n,0,0xffffffff,m;", "prmt.b32 a,h0,h1,s;", "prmt.b32 b,h2,h3,s;",
+            "prmt.b32 c,l0,l1,s;", "prmt.b32 d,l2,l3,s;", "lop3.b32 a,b,a,n,0xe4;",
+            "lop3.b32 c,d,c,n,0xe4;", f"prmt.b32 {first},c,a,0x4051;",
+            f"prmt.b32 {second},c,a,0x6273;",
         ]  # fmt: skip
     return "{" + " ".join(lines) + "}"
 
 
 if triton is not None:
-    ASM_BF16 = tl.constexpr(_lookup_asm("bf16"))
-    ASM_FP16 = tl.constexpr(_lookup_asm("f16"))
+    ASM_BF16 = tl.constexpr(lookup_asm("bf16"))
+    ASM_FP16 = tl.constexpr(lookup_asm("f16"))
 
 
 @jit
@@ -261,47 +263,78 @@ def _code(index):
 
 
 @jit
-def decode_nf4(packed, scale, dtype: tl.constexpr, FAST: tl.constexpr):
-    """Packed bytes [N, K / 2] and their scales, broadcast to the same shape -> weights [N, K]."""
-    if FAST:
-        if dtype == tl.bfloat16:
-            first, second = tl.inline_asm_elementwise(
-                ASM_BF16, "=&r,=&r,=&r,=&r,r,r,r,r,r", [packed, scale],
-                dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
-            )  # fmt: skip
-        else:
-            first, second = tl.inline_asm_elementwise(
-                ASM_FP16, "=&r,=&r,=&r,=&r,r,r,r,r,r", [packed, scale],
-                dtype=(tl.float16, tl.float16), is_pure=True, pack=4,
-            )  # fmt: skip
-    else:
-        first = rounded(_code(packed >> 4) * scale, dtype)
-        second = rounded(_code(packed & 15) * scale, dtype)
+def _pairs(words, scale, dtype: tl.constexpr, BYTE: tl.constexpr):
+    """The two weights of one byte of each word, in the order of the row."""
+    first = rounded(_code((words >> (8 * BYTE + 4)) & 15) * scale, dtype)
+    second = rounded(_code((words >> (8 * BYTE)) & 15) * scale, dtype)
     return tl.interleave(first, second)
 
 
 @jit
+def decode_nf4(words, scale, dtype: tl.constexpr, FAST: tl.constexpr):
+    """int32 words of four packed bytes [N, K / 8] and their scales, broadcast to the same shape ->
+    weights [N, K].
+    """
+    if FAST:
+        kind: tl.constexpr = (tl.uint32, tl.uint32, tl.uint32, tl.uint32)
+        if dtype == tl.bfloat16:
+            a, b, c, d = tl.inline_asm_elementwise(
+                ASM_BF16, "=&r,=&r,=&r,=&r,r,r", [words, scale],
+                dtype=kind, is_pure=True, pack=1,
+            )  # fmt: skip
+        else:
+            a, b, c, d = tl.inline_asm_elementwise(
+                ASM_FP16, "=&r,=&r,=&r,=&r,r,r", [words, scale],
+                dtype=kind, is_pure=True, pack=1,
+            )  # fmt: skip
+        pairs = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
+        first = pairs.to(tl.uint16).to(dtype, bitcast=True)
+        second = (pairs >> 16).to(tl.uint16).to(dtype, bitcast=True)
+        return tl.interleave(first, second)
+    else:  # noqa: RET505 - Triton wants one type a branch
+        N: tl.constexpr = words.shape[0]
+        K: tl.constexpr = words.shape[1] * 8
+        a = _pairs(words, scale, dtype, 0).reshape(N, K // 8, 2)
+        b = _pairs(words, scale, dtype, 1).reshape(N, K // 8, 2)
+        c = _pairs(words, scale, dtype, 2).reshape(N, K // 8, 2)
+        d = _pairs(words, scale, dtype, 3).reshape(N, K // 8, 2)
+        all4 = tl.join(tl.join(a, c), tl.join(b, d))  # [N, K / 8, 2 weights, upper pair, odd byte]
+        return tl.permute(all4, (0, 1, 3, 4, 2)).reshape(N, K)
+
+
+@jit
+def block_scales(index, block, inside, absmax2_ptr, offset_ptr, map_ptr, DOUBLE: tl.constexpr):
+    """Scales of quant blocks from what absmax holds for them (`index`); 0 outside."""
+    if DOUBLE:
+        group = block // 256
+        scale = tl.load(map_ptr + index.to(tl.int32))
+        scale = scale * tl.load(absmax2_ptr + group, mask=inside, other=0.0)
+        return scale + tl.load(offset_ptr + group, mask=inside, other=0.0)
+    else:  # noqa: RET505
+        return index
+
+
+@jit
 def _dequantize_kernel(
-    packed_ptr, absmax_ptr, absmax2_ptr, offset_ptr, map_ptr, out_ptr, first_block, num_blocks,
+    words_ptr, absmax_ptr, absmax2_ptr, offset_ptr, map_ptr, out_ptr, first_block, num_blocks,
     BLOCKS: tl.constexpr, DOUBLE: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     inside = blocks < num_blocks
     source = blocks + first_block
-    if DOUBLE:
-        index = tl.load(absmax_ptr + source, mask=inside, other=0).to(tl.int32)
-        group = source // 256
-        scale = tl.load(map_ptr + index) * tl.load(absmax2_ptr + group, mask=inside, other=0.0)
-        scale = scale + tl.load(offset_ptr + group, mask=inside, other=0.0)
-    else:
-        scale = tl.load(absmax_ptr + source, mask=inside, other=0.0)
-    byte = tl.arange(0, 32)
-    at = packed_ptr + source[:, None] * 32 + byte[None, :]
-    packed = tl.load(at, mask=inside[:, None], other=0)
-    scale = tl.broadcast_to(scale[:, None], (BLOCKS, 32))
-    weights = decode_nf4(packed, scale, out_ptr.dtype.element_ty, FAST)
+    index = tl.load(absmax_ptr + source, mask=inside, other=0)
+    scale = block_scales(index, source, inside, absmax2_ptr, offset_ptr, map_ptr, DOUBLE)
+    at = words_ptr + source[:, None] * 8 + tl.arange(0, 8)[None, :]
+    words = tl.load(at, mask=inside[:, None], other=0)
+    scale = tl.broadcast_to(scale[:, None], (BLOCKS, 8))
+    weights = decode_nf4(words, scale, out_ptr.dtype.element_ty, FAST)
     to = out_ptr + blocks[:, None] * 64 + tl.arange(0, 64)[None, :]
     tl.store(to, weights, mask=inside[:, None])
+
+
+def words_of(matrix: NF4Matrix) -> Tensor:
+    """The packed bytes as int32 words, a view: what kernels read."""
+    return matrix.packed.view(torch.int32)
 
 
 DEQUANTIZE_TILE = {"BLOCKS": 128, "num_warps": 4}
@@ -330,8 +363,8 @@ def dequantize_nf4_triton(
     tile = DEQUANTIZE_TILE
     if num_blocks:
         _dequantize_kernel[(triton.cdiv(num_blocks, tile["BLOCKS"]),)](
-            matrix.packed, matrix.absmax, matrix.absmax2 if double else matrix.absmax,
-            matrix.offset if double else matrix.absmax, _dynamic_map_on(out.device), out,
+            words_of(matrix), matrix.absmax, matrix.absmax2 if double else matrix.absmax,
+            matrix.offset if double else matrix.absmax, dynamic_map_on(out.device), out,
             first * (columns // BLOCK), num_blocks, DOUBLE=double,
             FAST=capability.tensor_dots and out.dtype != torch.float32,
             enable_fp_fusion=False, **tile,

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparring.kernels import Capability
+from sparring.kernels import Capability, capability_of
+from sparring.kernels.lora import lora_expand
+from sparring.kernels.matmul import LowRank
 from sparring.models.blocks import Frozen, lora_linear
 from sparring.models.lora import LoraAdapter, LoraConfig
 from sparring.models.quantised import Quantised
@@ -56,6 +58,11 @@ class Dense(nn.Module):
         """x W^T + bias: [T, I] -> [T, O]; differentiable in x, the weight and the bias."""
         return F.linear(x_TI, self.weight, bias_O)
 
+    def product(self, x_TI: Tensor, bias_O: Tensor | None, low_rank: LowRank | None) -> Tensor:
+        """x W^T + bias + an adapter's part, without gradient."""
+        y_TO = F.linear(x_TI, self.weight, bias_O)
+        return y_TO if low_rank is None else lora_expand(y_TO, low_rank)
+
     def matmul_transposed(self, dy_TO: Tensor) -> Tensor:
         """dy W: [T, O] -> [T, I], the gradient of `matmul` by its input."""
         return dy_TO @ self.weight
@@ -92,6 +99,7 @@ class Linear(nn.Module):
         capability: Capability | None = None,
     ) -> None:
         super().__init__()
+        self.capability = capability or capability_of(device)
         self.parts: dict[str, slice] = {}
         num_outputs = 0
         for name, size in parts.items():
@@ -138,6 +146,10 @@ class Linear(nn.Module):
         if self.is_frozen and not self._decodes(x_TI):
             return lora_linear(x_TI, self.frozen(adapter))
         lora = self.adapter(adapter)
+        if lora is not None and not torch.is_grad_enabled():
+            low_rank = lora.low_rank(x_TI, self.capability)
+            if low_rank is not None:
+                return self.base.product(x_TI, self.bias, low_rank)
         y_TO = self.base.matmul(x_TI, self.bias)
         return y_TO if lora is None else lora(y_TO, x_TI)
 

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from sparring.errors import CheckpointError
+from sparring.kernels import Capability
+from sparring.kernels.lora import lora_shrink
+from sparring.kernels.matmul import LowRank
 
 PROJECTIONS = (
     "q_proj",
@@ -27,6 +30,9 @@ PROJECTIONS = (
     "down_proj",
 )
 """The matrices of a layer that an adapter can sit on; "all-linear" means all of them."""
+
+MAX_LOW_RANK_ROWS = 512
+"""More rows are for library products: the small ones are then no matter of launches."""
 
 _EMBEDDINGS = ("embed_tokens", "lm_head", "embedding", "embeddings", "wte")
 
@@ -102,6 +108,7 @@ class LoraAdapter(nn.Module):
 
     a_shadow: Tensor | None
     b_shadow: Tensor | None
+    part_table: Tensor
 
     def __init__(
         self,
@@ -141,6 +148,14 @@ class LoraAdapter(nn.Module):
             "b_shadow",
             self.b.detach().to(dtype) if needs_shadow else None,
             persistent=False,
+        )
+
+        table = [
+            [p.output_rows.start, p.output_rows.stop, p.b_rows.start, p.ranks.start]
+            for p in self.parts.values()
+        ]
+        self.register_buffer(
+            "part_table", torch.tensor(table, dtype=torch.int32).to(device), persistent=False
         )
 
     def matrices_used(self) -> tuple[Tensor, Tensor]:
@@ -208,6 +223,19 @@ class LoraAdapter(nn.Module):
         if self.a_shadow is not None and self.b_shadow is not None:
             self.a_shadow.copy_(self.a)
             self.b_shadow.copy_(self.b)
+
+    def low_rank(self, x_TI: Tensor, capability: Capability) -> LowRank | None:
+        """round(x A^T) and what a product's kernel needs to add the rest; without gradient.
+
+        None where those kernels do not run: on a CPU, in 32 bits, for odd widths or many rows.
+        """
+        a, b = self.a_shadow, self.b_shadow
+        if a is None or b is None or not 0 < len(x_TI) <= MAX_LOW_RANK_ROWS:
+            return None
+        if not x_TI.is_cuda or not capability.tensor_dots or x_TI.shape[1] % 64:
+            return None
+        xa = lora_shrink(x_TI, a, capability)
+        return LowRank(xa=xa, b=b, parts=self.part_table, scale=self.scale)
 
     def forward(self, y_TO: Tensor, x_TI: Tensor) -> Tensor:
         """Add scale (x A^T) B^T to y [T, O] in place; differentiable in y, x, A and B."""

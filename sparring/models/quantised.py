@@ -1,8 +1,13 @@
 """NF4 behind the interface of a weight object: four-bit storage, products on decoded values.
 
 `Quantised` offers what `Dense` offers (matmul, matmul_transposed, dense). It is frozen: it has no
-parameter and no weight gradient, and nothing decoded outlives a product. The format is in
-kernels/nf4.py, files in nf4_files.py.
+parameter and no weight gradient, and nothing decoded outlives a product, but for the copy that
+`cache` makes for the time of a rollout. The format is in kernels/nf4.py, files in nf4_files.py.
+
+Without gradient `matmul` takes one of three forms, by what the card is and how many rows there are,
+so that a captured graph and an eager call agree: the fused kernel (kernels/nf4_matmul.py) up to
+FUSED_ROWS rows, above that slices decoded to scratch of at most SLICE_BYTES and a library product;
+and the library product alone while there is a copy.
 """
 
 from __future__ import annotations
@@ -14,11 +19,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparring.kernels import Capability
+from sparring.kernels import Capability, capability_of
+from sparring.kernels.lora import lora_expand
+from sparring.kernels.matmul import LowRank
 from sparring.kernels.nf4 import BLOCK, NF4Matrix, dequantize_nf4, fuse_nf4, quantize_nf4
+from sparring.kernels.nf4_matmul import nf4_matmul, takes
 
 Part = NF4Matrix | Tensor
 """One original matrix: packed, or left in the compute dtype."""
+
+
+FUSED_ROWS = {80: 64, 86: 128, 89: 256, 90: 64, 100: 64, 120: 256}
+"""Rows up to which the fused kernel is taken, by architecture."""
+
+SLICE_BYTES = 64 * 2**20
+"""Most bytes of decoded weights at a time where a product decodes to memory."""
 
 
 class Quantised(nn.Module):
@@ -39,17 +54,23 @@ class Quantised(nn.Module):
         capability: Capability | None = None,
     ) -> None:
         super().__init__()
-        self.capability = capability
+        self.capability = capability or capability_of(device)
         self.part_rows = tuple(part_rows)
         self.num_inputs = num_inputs
         self.device, self.dtype = device, dtype
         self._parts: list[Part | None] = [None] * len(self.part_rows)
         self._whole: NF4Matrix | None = None
+        self._cached: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         """Outputs and inputs."""
         return sum(self.part_rows), self.num_inputs
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether all matrices are there, in NF4, stacked into one."""
+        return self._whole is not None
 
     @property
     def num_bytes(self) -> int:
@@ -98,8 +119,54 @@ class Quantised(nn.Module):
 
     def matmul(self, x_TI: Tensor, bias_O: Tensor | None = None) -> Tensor:
         """x W^T + bias: [T, I] -> [T, O]; differentiable in x and the bias."""
+        if not torch.is_grad_enabled():
+            return self.product(x_TI, bias_O, None)
         y_TO: Tensor = _Matmul.apply(x_TI, bias_O, self)  # type: ignore[no-untyped-call]
         return y_TO
+
+    def product(self, x_TI: Tensor, bias_O: Tensor | None, low_rank: LowRank | None) -> Tensor:
+        """x W^T + bias + an adapter's part, without gradient."""
+        whole = self._whole
+        if self._cached is not None or whole is None or not x_TI.is_cuda:
+            y_TO = F.linear(x_TI, self.dense(), bias_O)
+        elif takes(x_TI, whole, self.capability) and 0 < len(x_TI) <= self._fused_rows():
+            return nf4_matmul(x_TI, whole, bias_O, low_rank, self.capability)
+        else:
+            y_TO = self._decode_and_multiply(x_TI, bias_O)
+        return y_TO if low_rank is None else lora_expand(y_TO, low_rank)
+
+    def _fused_rows(self) -> int:
+        return FUSED_ROWS.get(self.capability.arch, 64)
+
+    def _decode_and_multiply(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+        """x W^T + bias through slices of decoded rows in one scratch buffer."""
+        whole, (num_outputs, num_inputs) = self._whole, self.shape
+        assert whole is not None, "called for fused weights"
+        step = max(BLOCK, SLICE_BYTES // (num_inputs * x_TI.element_size()) // BLOCK * BLOCK)
+        step = min(step, num_outputs)
+        y_TO = torch.empty(len(x_TI), num_outputs, dtype=x_TI.dtype, device=x_TI.device)
+        scratch = torch.empty(step, num_inputs, dtype=x_TI.dtype, device=x_TI.device)
+        for first in range(0, num_outputs, step):
+            rows = slice(first, min(first + step, num_outputs))
+            part = scratch[: rows.stop - first]
+            if whole.dtype == part.dtype:
+                dequantize_nf4(whole, rows=rows, out=part, capability=self.capability)
+            else:
+                part.copy_(self._decode(whole, rows))
+            if bias_O is None:
+                torch.mm(x_TI, part.T, out=y_TO[:, rows])
+            else:
+                torch.addmm(bias_O[rows], x_TI, part.T, out=y_TO[:, rows])
+        return y_TO
+
+    def cache(self) -> None:
+        """Keep the decoded weight, the same numbers in 16 bits, until `uncache`."""
+        if self._cached is None and self._whole is not None:
+            self._cached = self.dense()
+
+    def uncache(self) -> None:
+        """Give the decoded weight's memory back."""
+        self._cached = None
 
     def matmul_transposed(self, dy_TO: Tensor) -> Tensor:
         """dy W: [T, O] -> [T, I], the gradient of `matmul` by its input."""
@@ -114,7 +181,9 @@ class Quantised(nn.Module):
         return dx_TI.addmm_(dy_TO, self.dense())
 
     def dense(self, rows: slice = slice(None)) -> Tensor:
-        """The decoded rows (all by default) in the compute dtype, newly made."""
+        """The decoded rows (all by default) in the compute dtype, newly made or of the copy."""
+        if self._cached is not None:
+            return self._cached[rows]
         if self._whole is not None:
             return self._decode(self._whole, rows)
         decoded = [
@@ -128,17 +197,25 @@ class Quantised(nn.Module):
 
 def cache_weights(model: nn.Module) -> None:
     """Decode every NF4 weight of a model into a 16-bit copy that its products use."""
-    raise NotImplementedError("products do not use copies of decoded weights yet")
+    for module in model.modules():
+        if isinstance(module, Quantised):
+            module.cache()
 
 
 def uncache_weights(model: nn.Module) -> None:
     """Drop the copies that `cache_weights` made."""
-    raise NotImplementedError("products do not use copies of decoded weights yet")
+    for module in model.modules():
+        if isinstance(module, Quantised):
+            module.uncache()
 
 
-def cached_addresses(model: nn.Module) -> tuple[int, ...]:
-    """Where the copies lie; captured graphs that read them are valid as long as this is equal."""
-    return ()
+def cache_bytes(model: nn.Module) -> int:
+    """Bytes that `cache_weights` would take."""
+    return sum(
+        module.shape[0] * module.shape[1] * module.dtype.itemsize
+        for module in model.modules()
+        if isinstance(module, Quantised) and module.is_fused
+    )
 
 
 def _slice(whole: NF4Matrix, first: int, rows: int) -> NF4Matrix:

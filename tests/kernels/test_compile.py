@@ -84,7 +84,7 @@ POINTERS = {
     **dict.fromkeys(SINGLE.split(), "*fp32"),
     **dict.fromkeys(("tiles_ptr", "units_ptr", "sums_ptr"), "*i32"),
     "labels_ptr": "*i64",
-    "packed_ptr": "*u8",
+    "words_ptr": "*i32",
     "absmax_ptr": "*u8",
 }
 

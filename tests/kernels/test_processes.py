@@ -29,10 +29,10 @@ def test_kernels_in_the_interpreter():
     assert " passed" in outcome.stdout
 
 
-def test_sampling_kernels_in_the_interpreter():
+def test_decode_kernels_in_the_interpreter():
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    files = ("test_triton_sampling.py", "test_triton_decode_state.py")
+    files = ("test_triton_sampling.py", "test_triton_decode_state.py", "test_triton_matmul.py")
     outcome = subprocess.run(
         [*command, *(f"tests/kernels/{name}" for name in files)],
         cwd=ROOT,

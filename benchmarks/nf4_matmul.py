@@ -1,0 +1,270 @@
+"""Products of 1 to 256 rows with a 7B model's NF4 matrices on a GPU, as JSON.
+
+    python benchmarks/nf4_matmul.py OUTPUT.json [--sweep]
+
+The four matrices of a layer: qkv 4608 x 3584, o 3584 x 3584, gate_up 37888 x 3584, down 3584 x
+18944. Columns: the fused kernel, the library's bf16 product with a weight decoded before, decoding
+plus that product, bitsandbytes' where it can be imported, and what a rank 16 adapter (q, k, v; o)
+adds to the fused kernel. First bits and errors are checked. --sweep: tiles, warps and pipeline
+depths instead, what the tables in kernels/matmul.py were filled from.
+
+A time is that of one call in a CUDA graph that goes through copies of the weight larger than the L2
+cache together; medians of replays. Floors: bytes at the copy bandwidth of the same run.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+
+import torch
+import triton
+
+from sparring.kernels import capability_of, lora, matmul, nf4
+from sparring.kernels.matmul import LowRank, Tile
+
+MATRICES = {"qkv": (4608, 3584), "o": (3584, 3584), "gate_up": (37888, 3584), "down": (3584, 18944)}
+PARTS = {
+    "qkv": [[0, 3584, 0, 0], [3584, 4096, 3584, 16], [4096, 4608, 4096, 32]],
+    "o": [[0, 3584, 0, 0]],
+}
+ROWS = (1, 4, 8, 16, 32, 64, 128, 256)
+CUDA = torch.device("cuda")
+BF16 = torch.bfloat16
+SWEEP = {
+    16: [(64, 4, 3), (64, 4, 4), (64, 4, 6), (128, 4, 3), (128, 8, 3), (128, 8, 4)],
+    32: [(64, 4, 3), (64, 4, 4), (64, 4, 6), (128, 4, 3), (128, 8, 3), (128, 8, 4)],
+    64: [(64, 4, 2), (64, 4, 3), (64, 4, 4), (128, 4, 3), (128, 8, 2), (128, 8, 3)],
+    128: [(64, 4, 2), (64, 4, 3), (128, 8, 2), (128, 8, 3)],
+    256: [(64, 8, 3), (128, 8, 2)],
+}
+SEGMENTS = {"qkv": (4, 7, 14), "o": (4, 7, 14), "gate_up": (1,), "down": (4, 7, 14)}
+
+
+def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(*shape, device=CUDA) * scale).to(BF16)
+
+
+def timed(calls: list[Callable[[], object]]) -> float:
+    """Median microseconds of one call, the list captured in one graph."""
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for repeat in range(8):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        stop.record()
+        torch.cuda.synchronize()
+        if repeat:
+            times.append(start.elapsed_time(stop) * 1000 / len(calls))
+    return statistics.median(times)
+
+
+def copies(num_bytes: int) -> int:
+    return max(2, -(-160_000_000 // num_bytes))
+
+
+def weights_of(name: str) -> list[nf4.NF4Matrix]:
+    shape = MATRICES[name]
+    first = nf4.quantize_nf4(normal(*shape, scale=0.02))
+    many = [first]
+    for _ in range(copies(first.num_bytes) - 1):
+        roll = torch.roll(first.packed, 4096 * len(many))
+        many.append(
+            nf4.NF4Matrix(
+                packed=roll,
+                absmax=first.absmax.clone(),
+                absmax2=first.absmax2.clone(),
+                offset=first.offset.clone(),
+                shape=shape,
+                dtype=BF16,
+            )
+        )
+    return many
+
+
+def adapter(name: str, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> LowRank:
+    table = TABLES[name]
+    return LowRank(xa=lora.lora_shrink(x, a), b=b, parts=table, scale=1.0)
+
+
+TABLES: dict[str, torch.Tensor] = {}
+
+
+def check() -> dict[str, float]:
+    """Relative errors against float64, and bits that must agree."""
+    out = {}
+    for name, (num_outputs, num_inputs) in MATRICES.items():
+        weight = nf4.quantize_nf4(normal(num_outputs, num_inputs, scale=0.02))
+        dense = nf4.dequantize_nf4(weight)
+        reference = nf4.dequantize_nf4_reference(weight)
+        assert torch.equal(dense, reference), "decoded bits"
+        x = normal(256, num_inputs)
+        whole = matmul.launch(x, weight, None, None)
+        for num_rows in (1, 7, 16, 33, 64, 100, 256):
+            part = matmul.launch(x[:num_rows], weight, None, None)
+            out[f"{name} {num_rows} rows: rows that differ"] = int(
+                (part != whole[:num_rows]).any(dim=1).sum()
+            )
+        out[f"{name} decoded before: rows that differ"] = int(
+            (matmul.launch(x, dense, None, None) != whole).any(dim=1).sum()
+        )
+        want = x.double() @ dense.double().T
+        out[f"{name} error"] = ((whole.double() - want).norm() / want.norm()).item()
+        out[f"{name} error of the library"] = ((x @ dense.T).double() - want).norm().item() / (
+            want.norm().item()
+        )
+    return out
+
+
+def table() -> list[dict[str, object]]:
+    try:
+        import bitsandbytes.functional as bnb
+    except ImportError:
+        bnb = None
+    rows = []
+    for name, num_rows in product(MATRICES, ROWS):
+        if num_rows == ROWS[0]:
+            weights = weights_of(name)
+            num_outputs, num_inputs = MATRICES[name]
+            decoded = [
+                nf4.dequantize_nf4(w) for w in weights[: copies(num_outputs * num_inputs * 2)]
+            ]
+        rows.append(one_row(name, num_rows, weights, decoded, bnb))
+        print(rows[-1], flush=True)
+    return rows
+
+
+def one_row(name: str, num_rows: int, weights: list, decoded: list, bnb: object) -> dict:
+    num_outputs, num_inputs = MATRICES[name]
+    x = normal(num_rows, num_inputs)
+    row: dict[str, object] = {"matrix": name, "rows": num_rows}
+    row["fused us"] = timed([partial(matmul.launch, x, w, None, None) for w in weights])
+    row["library us"] = timed([partial(torch.mm, x, w.T) for w in decoded])
+    row["16-bit fixed order us"] = timed(
+        [partial(matmul.launch, x, w, None, None) for w in decoded]
+    )
+    scratch = torch.empty_like(decoded[0])
+
+    def decode_and_multiply(w: nf4.NF4Matrix) -> torch.Tensor:
+        return x @ nf4.dequantize_nf4(w, out=scratch).T
+
+    row["decode + library us"] = timed([partial(decode_and_multiply, w) for w in weights])
+    if name in PARTS:
+        a = normal(16 * len(PARTS[name]), num_inputs, scale=0.02)
+        b = normal(num_outputs, 16, scale=0.02)
+
+        def with_adapter(w: nf4.NF4Matrix) -> torch.Tensor:
+            return matmul.launch(x, w, None, adapter(name, x, a, b))
+
+        row["fused + adapter us"] = timed([partial(with_adapter, w) for w in weights])
+    if bnb is not None:
+        row["bitsandbytes us"] = bitsandbytes_time(bnb, weights, x)
+    return row
+
+
+def bitsandbytes_time(bnb: object, weights: list[nf4.NF4Matrix], x: torch.Tensor) -> float:
+    """Its own product of the same numbers of rows and the same shape (its own quantisation)."""
+    import bitsandbytes
+
+    shape = weights[0].shape
+    pairs = []
+    for _ in weights:
+        pairs.append(
+            bnb.quantize_4bit(
+                normal(*shape, scale=0.02), quant_type="nf4", compress_statistics=True
+            )
+        )
+    return timed([lambda p=p: bitsandbytes.matmul_4bit(x, p[0].t(), p[1]) for p in pairs])
+
+
+def candidates() -> list[tuple[str, int, int, Tile, bool]]:
+    out = []
+    for num_rows, tiles in SWEEP.items():
+        for (bn, warps, stages), name in product(tiles, MATRICES):
+            for segments in SEGMENTS[name]:
+                tile = Tile(bn, num_rows, warps, stages)
+                out.append((name, num_rows, segments, tile, segments == 1))
+    return out
+
+
+def compile_some(which: int, of: int) -> None:
+    """Fill Triton's cache: every of-th kernel of the sweep, once."""
+    seen = sorted({(t, r, s) for _, r, s, t, _ in candidates()}, key=str)
+    weight = nf4.quantize_nf4(normal(4608, 3584, scale=0.02))
+    for tile, num_rows, segments in seen[which::of]:
+        try:
+            matmul.launch(
+                normal(num_rows, 3584), weight, None, None, tile=tile, segments=segments,
+                fused=segments == 1,
+            )  # fmt: skip
+        except Exception as problem:  # noqa: BLE001 - reported again by the sweep
+            print(tile, repr(problem)[:100])
+
+
+def sweep() -> list[dict[str, object]]:
+    with multiprocessing.get_context("spawn").Pool(12) as pool:
+        pool.starmap(compile_some, [(i, 12) for i in range(12)])
+    rows = []
+    for name in MATRICES:
+        weights = weights_of(name)
+        for _, num_rows, segments, tile, fused in (c for c in candidates() if c[0] == name):
+            x = normal(num_rows, MATRICES[name][1])
+            row = {"matrix": name, "rows": num_rows, "tile": str(tile), "segments": segments}
+            call = partial(matmul.launch, x, tile=tile, segments=segments, fused=fused)
+            try:
+                row["us"] = timed([partial(call, w, None, None) for w in weights])
+            except Exception as problem:  # noqa: BLE001 - one tile must not lose the others
+                row["failed"] = repr(problem)[:200]
+            rows.append(row)
+    for num_rows, name in product(SWEEP, MATRICES):
+        mine = [r for r in rows if r["matrix"] == name and r["rows"] == num_rows and "us" in r]
+        print(name, num_rows, [
+            (round(r["us"], 1), r["tile"].replace("block_", ""), r["segments"])
+            for r in sorted(mine, key=lambda r: r["us"])[:4]
+        ])  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    for name, parts in PARTS.items():
+        TABLES[name] = torch.tensor(parts, dtype=torch.int32, device=CUDA)
+    result: dict[str, object] = {
+        "date": time.strftime("%Y-%m-%d"), "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__, "triton": triton.__version__,
+        "arch": capability_of(CUDA).arch,
+    }  # fmt: skip
+    source, target = normal(1 << 30), torch.empty(1 << 30, device=CUDA, dtype=BF16)
+    result["copy GB/s"] = 4 * source.numel() / timed([partial(target.copy_, source)] * 4) / 1e3
+    source = target = None
+    if "--sweep" in sys.argv:
+        result["sweep"] = sweep()
+    else:
+        result["checks"] = check()
+        print(json.dumps(result["checks"], indent=0), flush=True)
+        result["table"] = table()
+        for num_rows in ROWS:
+            mine = [r for r in result["table"] if r["rows"] == num_rows]
+            keys = [k for k in mine[0] if k.endswith("us") and k != "fused + adapter us"]
+            print(num_rows, "rows, 28 layers, ms:", {
+                k: round(sum(r[k] for r in mine) * 28 / 1e3, 3) for k in keys if k in mine[-1]
+            })  # fmt: skip
+    with open(sys.argv[1], "w") as file:
+        json.dump(result, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

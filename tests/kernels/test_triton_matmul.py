@@ -1,0 +1,155 @@
+"""Products of few rows, NF4 and 16-bit, with adapters: on a GPU or in Triton's interpreter.
+
+The interpreter's process is started by tests/kernels/test_processes.py.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from sparring.kernels import lora, matmul, nf4, nf4_matmul
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+pytestmark = [] if INTERPRETED else GPU
+HALVES = [torch.bfloat16, torch.float16]
+LIMIT = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch):
+    """What kernels allocate starts as NaN, so that an element nobody wrote shows."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        out = empty(*args, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+def random(*shape, dtype, seed=0, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator) * scale).to(dtype).to(DEVICE)
+
+
+def error(got, want):
+    got, want = got.double(), want.double()
+    return ((got - want).norm() / want.norm()).item()
+
+
+def low_rank_of(x, num_outputs, rank, dtype):
+    """An adapter on the first and the last part of three, B not zero."""
+    first, last = num_outputs // 3, num_outputs - num_outputs // 4
+    parts = [[0, first, 0, 0], [last, num_outputs, first, rank]]
+    b = random(first + num_outputs - last, rank, dtype=dtype, seed=3, scale=0.3)
+    a = random(2 * rank, x.shape[1], dtype=dtype, seed=4, scale=0.1)
+    xa = lora.lora_shrink_triton(x, a)
+    assert error(xa, lora.lora_shrink_reference(x, a)) < LIMIT[dtype]
+    table = torch.tensor(parts, dtype=torch.int32, device=DEVICE)
+    return matmul.LowRank(xa=xa, b=b, parts=table, scale=0.75)
+
+
+CASES = [
+    (1, 48, 64, True, torch.bfloat16),
+    (3, 70, 192, False, torch.float16),
+    (33, 40, 320, False, torch.bfloat16),
+    (70, 24, 256, True, torch.float16),
+]
+
+
+@pytest.mark.parametrize(("num_rows", "num_outputs", "num_inputs", "double", "dtype"), CASES)
+def test_nf4_product_with_adapter_and_bias(num_rows, num_outputs, num_inputs, double, dtype):
+    weight = nf4.quantize_nf4(
+        random(num_outputs, num_inputs, dtype=dtype, scale=0.1), double=double
+    )
+    x = random(num_rows, num_inputs, dtype=dtype, seed=1)
+    bias = random(num_outputs, dtype=dtype, seed=2)
+    low_rank = low_rank_of(x, num_outputs, 8 if double else 5, dtype)
+    for given in ((bias, None), (None, low_rank), (bias, low_rank)):
+        want = nf4_matmul.nf4_matmul_reference(x, weight, *given)
+        got = nf4_matmul.nf4_matmul_triton(x, weight, *given)
+        assert error(got, want) < LIMIT[dtype]
+        assert torch.equal(got, nf4_matmul.nf4_matmul_triton(x, weight, *given)), "the same twice"
+        dense = matmul.matmul_triton(x, nf4.dequantize_nf4_reference(weight), *given)
+        assert torch.equal(got, dense), "decoded before or inside: the same bits"
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_segments_are_summed_in_order_by_either_form(dtype):
+    weight = random(40, 704, dtype=dtype, scale=0.1)
+    weight = weight if INTERPRETED else nf4.quantize_nf4(weight)  # less to wait for
+    reference = matmul.matmul_reference if INTERPRETED else nf4_matmul.nf4_matmul_reference
+    x, bias = random(35, 704, dtype=dtype, seed=1), random(40, dtype=dtype, seed=2)
+    low_rank = low_rank_of(x, 40, 8, dtype)
+    want = reference(x, weight, bias, low_rank)
+    for segments in (2, 5, 9):
+        split = matmul.launch(x, weight, bias, low_rank, segments=segments, fused=False)
+        whole = matmul.launch(x, weight, bias, low_rank, segments=segments, fused=True)
+        assert error(split, want) < LIMIT[dtype]
+        assert torch.equal(split, whole)
+        again = matmul.launch(x, weight, bias, low_rank, segments=segments, fused=False)
+        assert torch.equal(split, again), "the counters were left at zero"
+
+
+@pytest.mark.parametrize("dtype", HALVES[:1] if INTERPRETED else HALVES)
+def test_a_row_does_not_depend_on_the_others(dtype):
+    weight = nf4.quantize_nf4(random(70, 128, dtype=dtype, scale=0.1))
+    x = random(50, 128, dtype=dtype, seed=1)
+    whole = nf4_matmul.nf4_matmul_triton(x, weight, None, low_rank_of(x, 70, 8, dtype))
+    for rows in (slice(0, 1), slice(7, 24), slice(40, 50)):
+        part = x[rows]
+        got = nf4_matmul.nf4_matmul_triton(part, weight, None, low_rank_of(part, 70, 8, dtype))
+        assert torch.equal(got, whole[rows])
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_expand_adds_to_what_is_there(dtype):
+    x = random(37, 128, dtype=dtype)
+    low_rank = low_rank_of(x, 70, 8, dtype)
+    y = random(37, 80, dtype=dtype, seed=6)[:, :70]
+    want = lora.lora_expand_reference(y.clone(), low_rank)
+    assert error(lora.lora_expand_triton(y, low_rank), want) < LIMIT[dtype]
+    assert torch.equal(y[:, 24:52], want[:, 24:52]), "rows without an adapter"
+
+
+def test_what_the_kernel_does_not_take():
+    x = random(2, 64, dtype=torch.bfloat16)
+    weight = random(4, 128, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="columns must be equal"):
+        matmul.matmul_triton(x, weight)
+    with pytest.raises(ValueError, match="both bfloat16 or float16"):
+        matmul.matmul_triton(x, weight[:, :64].contiguous().half())
+    assert matmul.matmul_triton(x[:0], weight[:, :64].contiguous()).shape == (0, 4)
+
+
+LAYER = {"qkv": (4608, 3584), "down": (3584, 18944), "qwen3 o": (1024, 2048)}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="large")
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", LAYER)
+def test_bits_of_a_row_at_any_number_of_rows(name, dtype):
+    """On a card: NF4 and decoded, 1 to 1,000 rows, with an adapter, all the same bits."""
+    num_outputs, num_inputs = LAYER[name]
+    weight = nf4.quantize_nf4(random(num_outputs, num_inputs, dtype=dtype, scale=0.02))
+    dense = nf4.dequantize_nf4(weight)
+    assert torch.equal(dense, nf4.dequantize_nf4_reference(weight))
+    x, bias = random(1000, num_inputs, dtype=dtype, seed=1), random(num_outputs, dtype=dtype)
+    whole = matmul.matmul_triton(x, dense, bias, low_rank_of(x, num_outputs, 16, dtype))
+    want = matmul.matmul_reference(x, dense, bias, low_rank_of(x, num_outputs, 16, dtype))
+    assert error(whole, want) < LIMIT[dtype]
+    for num_rows in (1, 8, 17, 33, 64, 100, 128, 200, 256, 300, 1000):
+        part = x[-num_rows:]
+        given = bias, low_rank_of(part, num_outputs, 16, dtype)
+        for weights in (weight, dense):
+            got = matmul.launch(part, weights, *given)
+            assert torch.equal(got, whole[-num_rows:]), (num_rows, type(weights))
