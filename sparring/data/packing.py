@@ -10,9 +10,10 @@ all but its last token; each completion then is a child segment of
     positions  P-1         P    ...  P+R-2
 
 Counts (num_loss_tokens, num_sequences) are those of everything handed in, the same in every batch
-returned, so a loss that divides by them does not depend on how the step was split. Nothing is cut:
-a sample longer than max_tokens has a micro-batch to itself. Same input, same output. Which samples
-there are is decided elsewhere (prompts.py, conversations.py, the rewards).
+returned, so a loss that divides by them does not depend on how the step was split. Nothing is cut
+but the rows behind a sample's last loss token, which cannot change the loss: a sample longer than
+max_tokens has a micro-batch to itself. Same input, same output. Which samples there are is decided
+elsewhere (prompts.py, conversations.py, the rewards).
 """
 
 from __future__ import annotations
@@ -223,7 +224,8 @@ def pack_conversations(conversations: Sequence[Conversation], *, max_tokens: int
         if not loss_tokens:
             continue
         num_loss_tokens += loss_tokens * conversation.weight
-        sample = _Sample(ids=ids[1:], mask=mask[1:], weight=conversation.weight, index=index)
+        end = _loss_end(mask)
+        sample = _Sample(ids=ids[1:end], mask=mask[1:end], weight=conversation.weight, index=index)
         samples.append((ids[:1], sample))
     streams = _Streams(
         num_loss_tokens=num_loss_tokens,
@@ -293,13 +295,19 @@ def _rollout_sample(
             f"prompt {rollout.prompt.id}, sample {rollout.sample_index}: its logprobs speak of "
             f"temperature {rollout.temperature}, the step of {temperature}"
         )
+    end = _loss_end(mask)
     return _Sample(
-        ids=ids,
-        mask=mask,
+        ids=ids[:end],
+        mask=mask[:end],
         advantage=advantage,
         reward=reward,
-        logprobs=rollout.logprobs.numpy(),
+        logprobs=rollout.logprobs.numpy()[:end],
     )
+
+
+def _loss_end(mask: Bools) -> int:
+    """Where the last token that bears loss ends: nothing before it can see what comes after."""
+    return int(mask.nonzero()[0][-1]) + 1 if mask.any() else 0
 
 
 def _split_group(

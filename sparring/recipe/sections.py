@@ -163,10 +163,13 @@ class ValueSection(BaseModel):
 
 
 class OptimizerSection(BaseModel):
-    """[optimizer]: AdamW and its learning-rate schedule; warmup_steps count optimizer steps."""
+    """[optimizer]: AdamW and its learning-rate schedule; warmup_steps count optimizer steps.
+
+    name: "adamw_8bit" keeps the moments in 8 bits, with bitsandbytes; made for training all weights.
+    """
 
     model_config = _FROZEN
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
     learning_rate: Annotated[float, Field(ge=0.0)] = 0.0
     betas: Annotated[tuple[Share, Share], BeforeValidator(_pair)] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0

@@ -156,6 +156,7 @@ def _steps(
                         parts.optimizer,
                         max_grad_norm=recipe.optimizer.max_grad_norm,
                         reference=parts.reference.logprobs if parts.reference else None,
+                        max_mismatch_kl=recipe.train.max_mismatch_kl,
                     )
                 else:
                     parts.optimizer.skip_step()

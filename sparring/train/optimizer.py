@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from sparring.errors import CheckpointError, RecipeError
+from sparring.train.adamw import RULES, build_rule, fitting, load_moments, moments
 
-OPTIMIZERS = ("adamw",)
 SCHEDULES = ("constant", "cosine", "linear")
 HALF = (torch.bfloat16, torch.float16)
 
@@ -55,6 +55,7 @@ class Optimizer:
         self,
         parameters: Mapping[str, nn.Parameter],
         *,
+        rule: str,
         learning_rate: float,
         betas: tuple[float, float],
         epsilon: float,
@@ -80,12 +81,12 @@ class Optimizer:
             {"params": [m for m in masters if m.ndim >= 2], "weight_decay": weight_decay},
             {"params": [m for m in masters if m.ndim < 2], "weight_decay": 0.0},
         ]
-        self._adamw = torch.optim.AdamW(
+        self._rule = build_rule(
+            rule,
             [group for group in groups if group["params"]],
-            lr=learning_rate,
+            learning_rate=learning_rate,
             betas=betas,
-            eps=epsilon,
-            fused=all(master.device.type in ("cpu", "cuda") for master in masters),
+            epsilon=epsilon,
         )
 
     def current_learning_rate(self) -> float:
@@ -120,9 +121,9 @@ class Optimizer:
         if factor != 1.0:
             for gradient in self.gradients().values():
                 gradient.mul_(factor)
-        for group in self._adamw.param_groups:
+        for group in self._rule.param_groups:
             group["lr"] = self.current_learning_rate()
-        self._adamw.step()
+        self._rule.step()
         for name, parameter in self._parameters.items():
             if parameter.dtype in HALF:
                 parameter.copy_(self._masters[name])
@@ -152,8 +153,8 @@ class Optimizer:
         """Moments, update counts and 16-bit parameters' masters as "<kind>/<parameter name>"."""
         tensors = {}
         for name, master in self._masters.items():
-            for kind, value in self._adamw.state.get(master, {}).items():
-                tensors[f"{kind}/{name}"] = value.detach()
+            for kind, value in moments(self._rule, master).items():
+                tensors[f"{kind}/{name}"] = value
             if master is not self._parameters[name]:
                 tensors[f"master/{name}"] = master.detach()
         return tensors
@@ -174,22 +175,16 @@ class Optimizer:
         """
         expected: set[str] = set()
         for name, master in self._masters.items():
-            if f"exp_avg/{name}" in tensors:
-                kinds = {kind: f"{kind}/{name}" for kind in ("step", "exp_avg", "exp_avg_sq")}
-                self._adamw.state[master] = {
-                    kind: _fitting(tensors, key, master.new_empty(()) if kind == "step" else master)
-                    for kind, key in kinds.items()
-                }
-                expected.update(kinds.values())
+            expected |= load_moments(self._rule, master, name, tensors)
             if master is not self._parameters[name]:
-                master.copy_(_fitting(tensors, f"master/{name}", master))
+                master.copy_(fitting(tensors, f"master/{name}", master))
                 self._parameters[name].copy_(master)
                 expected.add(f"master/{name}")
         if left_over := sorted(set(tensors) - expected):
             raise CheckpointError(
                 f"the optimizer's state has {len(left_over)} tensors of parameters that are not"
                 f" trained here, such as {', '.join(left_over[:3])}; was it written with another"
-                " model or [lora] section?"
+                " model, [lora] section or [optimizer] name?"
             )
         self.step_count = int(numbers["step_count"])
         self.loss_scale = float(numbers["loss_scale"])
@@ -215,9 +210,8 @@ def build_optimizer(
     the dtypes the loss is scaled so that small gradients survive. Build it once the weights are
     loaded. RecipeError for an unknown name or an impossible number; ValueError without parameters.
     """
-    if name not in OPTIMIZERS:
-        known = ", ".join(OPTIMIZERS)
-        raise RecipeError(f"[optimizer] name '{name}' is not known; known: {known}")
+    if name not in RULES:
+        raise RecipeError(f"[optimizer] name '{name}' is not known; known: {', '.join(RULES)}")
     _check_numbers(learning_rate, betas, epsilon, weight_decay, warmup_steps)
     schedule_factor(schedule, 0, warmup_steps=warmup_steps, num_steps=num_steps)
     if not parameters:
@@ -225,6 +219,7 @@ def build_optimizer(
     is_float16 = torch.float16 in {compute_dtype, *(p.dtype for p in parameters.values())}
     return Optimizer(
         parameters,
+        rule=name,
         learning_rate=learning_rate,
         betas=betas,
         epsilon=epsilon,
@@ -273,15 +268,3 @@ def _collect_gradients(parameter: nn.Parameter, master: Tensor) -> None:
         arrived.grad = None
 
     parameter.register_post_accumulate_grad_hook(move)
-
-
-def _fitting(tensors: Mapping[str, Tensor], key: str, like: Tensor) -> Tensor:
-    """A copy of the tensor on like's device, in its dtype; CheckpointError if it is not there."""
-    if key not in tensors:
-        raise CheckpointError(f"the optimizer's state has no '{key}'; the checkpoint is incomplete")
-    if tensors[key].shape != like.shape:
-        raise CheckpointError(
-            f"the optimizer's state '{key}' has the shape {list(tensors[key].shape)},"
-            f" this model needs {list(like.shape)}"
-        )
-    return tensors[key].to(device=like.device, dtype=like.dtype, copy=True)

@@ -39,6 +39,7 @@ from sparring.rollout.sampler import Sampling
 from sparring.train.inputs import load_optimizer, load_rewards, sandbox_levels, trainer_state
 from sparring.train.interrupt import Interruptions
 from sparring.train.metrics import Watch, rollout_metrics, rollout_rows
+from sparring.train.mismatch import check_mismatch, mismatch
 from sparring.train.optimizer import Optimizer
 from sparring.train.order import rows_of_step
 from sparring.train.policy import (
@@ -190,7 +191,8 @@ def _experience(
     """The rollouts as the batches of each mini-step, with all that the updates need.
 
     Values, log-probabilities and the reference's are those of the models as they stand, before the
-    first update of the step.
+    first update of the step. Where there is one update alone and no KL term, the update itself
+    finds the old log-probabilities, and no pass is made for them.
     """
     model, critic = parts.policy.model, parts.critic
     split, batches, rewards = [], [], []
@@ -203,7 +205,8 @@ def _experience(
         split.append(len(packed))
         batches += [to_device(batch, model.device) for batch, _ in packed]
         rewards += [rewards_S for _, rewards_S in packed]
-    batches = with_old_logprobs(model, batches)
+    if not _is_on_policy(recipe) or parts.reference is not None:
+        batches = with_old_logprobs(model, batches)
     with torch.no_grad():
         batches = [replace(b, old_values_T=critic.score(b).values_T) for b in batches]
         if parts.reference is not None:
@@ -212,7 +215,14 @@ def _experience(
     batches = parts.estimator(batches, rewards)
     rest = iter(batches)
     found = [[next(rest) for _ in range(size)] for size in split]
-    return [part for part in found if part], _experience_metrics(batches)
+    values = _experience_metrics(batches)
+    check_mismatch(values, recipe.train.max_mismatch_kl)
+    return [part for part in found if part], values
+
+
+def _is_on_policy(recipe: Recipe) -> bool:
+    """Whether a step is one update, of the very policy that sampled."""
+    return recipe.train.passes * recipe.train.mini_steps == 1
 
 
 def _learn(
@@ -227,18 +237,18 @@ def _learn(
                 parts.optimizer.skip_step()
                 parts.value_optimizer.skip_step()
                 continue
-            # The KL term is in the advantages, and later passes say nothing of the sampler.
-            batches = [
-                replace(batch, ref_logprobs_T=None, sampler_logprobs_T=None)
-                for batch in split[index]
-            ]
+            # The KL term is in the advantages; of the sampler only an update without a pass before
+            # it can tell, and a critic never.
+            policy_batches = [replace(batch, ref_logprobs_T=None) for batch in split[index]]
+            batches = [replace(batch, sampler_logprobs_T=None) for batch in policy_batches]
             updates.append(
                 train_step(
                     parts.policy.model,
-                    batches,
+                    policy_batches if batches[0].old_logprobs_T is None else batches,
                     parts.loss,
                     parts.optimizer,
                     max_grad_norm=max_grad_norm,
+                    max_mismatch_kl=recipe.train.max_mismatch_kl,
                 )
             )
             with parts.critic.alone():
@@ -265,7 +275,7 @@ def _order(size: int, step: int, number: int, *, seed: int) -> list[int]:
 def _experience_metrics(batches: Sequence[Batch]) -> dict[str, float]:
     """Before this step's updates: what the critic was worth, KL to the reference, mismatch.
 
-    Means over tokens; mismatch of trainer and sampler is as in `train_step`.
+    Means over tokens; mismatch of trainer and sampler is that of mismatch.py.
     """
 
     def tokens(name: str) -> Tensor:
@@ -281,13 +291,12 @@ def _experience_metrics(batches: Sequence[Batch]) -> dict[str, float]:
         "returns": float(returns.mean()),
         "value/explained": 1.0 - left / spread if spread > 0 else 0.0,
     }
-    logprobs = tokens("old_logprobs_T")
-    difference = logprobs - tokens("sampler_logprobs_T")
-    found["mismatch_mean"] = float(difference.abs().mean())
-    found["mismatch_max"] = float(difference.abs().max())
-    found["mismatch_kl"] = float((torch.expm1(difference) - difference).mean())
+    if any(batch.old_logprobs_T is None for batch in batches):
+        return found
+    old = [batch.old_logprobs_T for batch in batches if batch.old_logprobs_T is not None]
+    found |= mismatch(old, batches)
     if batches[0].ref_logprobs_T is not None:
-        found["kl"] = float((logprobs - tokens("ref_logprobs_T")).mean())
+        found["kl"] = float((tokens("old_logprobs_T") - tokens("ref_logprobs_T")).mean())
     return found
 
 

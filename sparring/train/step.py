@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sparring.errors import RunError
+from sparring.train.mismatch import check_mismatch, mismatch
 from sparring.train.optimizer import Optimizer
 from sparring.types import Batch, LossOutput, TokenScores
 
@@ -40,7 +41,7 @@ class StepMetrics:
 
     loss: of the whole step, before the update. gradient_norm: before clipping. num_tokens: rows
     that went through the model, prompts included. values: the loss's own metrics and, where batches
-    carry sampler_logprobs_T, the mismatch of trainer and sampler (see `train_step`).
+    carry sampler_logprobs_T, the mismatch of trainer and sampler (mismatch.py).
     """
 
     loss: float
@@ -62,18 +63,19 @@ def train_step(
     *,
     max_grad_norm: float = 1.0,
     reference: Callable[[Batch], Tensor] | None = None,
+    max_mismatch_kl: float = 0.0,
 ) -> StepMetrics:
     """One update from the micro-batches of one step; the same however they are split.
 
     loss: a function of losses.py with its knobs bound. reference: gives ref_logprobs_T of a batch,
     called without gradient; None where the loss has no KL term. max_grad_norm 0: no clipping.
 
-    With d = trainer's logprob - sampler's logprob over the loss tokens: mismatch_mean is mean |d|,
-    mismatch_max is max |d| and mismatch_kl the mean of e^d - 1 - d, an estimate of KL(sampler ||
-    trainer). The trainer's are those before the update; in later passes over the same rollouts d
-    holds the updates made since.
+    Where batches carry sampler_logprobs_T, the metrics of mismatch.py are among the values; in
+    later passes over the same rollouts they hold the updates made since. max_mismatch_kl 0: no
+    limit.
 
-    Raises RunError where the loss or a gradient is not finite; nothing has changed then.
+    Raises RunError where the loss or a gradient is not finite, or where trainer and sampler differ
+    by more than max_mismatch_kl; nothing has changed then.
     """
     start = time.perf_counter()
     assert batches, "a step needs a micro-batch"
@@ -88,12 +90,18 @@ def train_step(
             scores = model.score(batch)
             output = loss(scores, batch)
             torch.autograd.backward(output.loss * optimizer.loss_scale)
-            parts.append(_measure(output, scores, batch))
+            parts.append(_measure(output, batch))
             logprobs.append(scores.logprobs_T.detach())
         values = _combine(parts)
         if not math.isfinite(values["loss"]):
             optimizer.zero_grad()
             raise _loss_error(parts, batches, logprobs)
+        disagreement = mismatch(logprobs, batches)
+        try:
+            check_mismatch(disagreement, max_mismatch_kl)
+        except RunError:
+            optimizer.zero_grad()
+            raise
         gradient_norm = optimizer.gradient_norm()
         if math.isfinite(gradient_norm):
             break
@@ -111,7 +119,7 @@ def train_step(
         num_loss_tokens=batches[0].num_loss_tokens,
         num_sequences=batches[0].num_sequences,
         seconds=time.perf_counter() - start,
-        values=values,
+        values=values | disagreement,
     )
 
 
@@ -147,7 +155,7 @@ def score_values(
             if reference is not None:
                 batch = replace(batch, ref_logprobs_T=reference(batch))
             scores = model.score(batch)
-            parts.append(_measure(loss(scores, batch), scores, batch))
+            parts.append(_measure(loss(scores, batch), batch))
     return _combine(parts)
 
 
@@ -188,18 +196,11 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return replace(batch, **tensors)
 
 
-def _measure(output: LossOutput, scores: TokenScores, batch: Batch) -> dict[str, Tensor]:
+def _measure(output: LossOutput, batch: Batch) -> dict[str, Tensor]:
     """A micro-batch's part of everything that is logged, still on the device."""
     weights_T = batch.loss_mask_T if batch.weights_T is None else batch.weights_T
     measured = {"loss": output.loss.detach(), **output.metrics}
     measured["scored_share"] = weights_T.sum() / max(batch.num_loss_tokens, 1.0)
-    if batch.sampler_logprobs_T is not None:
-        difference_T = scores.logprobs_T.detach() - batch.sampler_logprobs_T
-        difference_T = torch.where(batch.loss_mask_T, difference_T, 0.0)
-        kl_T = torch.expm1(difference_T) - difference_T
-        measured["mismatch_kl"] = kl_T.sum() / max(batch.num_loss_tokens, 1.0)
-        measured["mismatch_mean"] = difference_T.abs().sum() / max(batch.num_loss_tokens, 1.0)
-        measured["mismatch_max"] = difference_T.abs().amax()
     return measured
 
 

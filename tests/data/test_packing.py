@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -128,7 +129,7 @@ def test_every_judged_completion_is_there_once_and_aligned(step, share, drop):
         if not math.isnan(reward)
     ]
     expected = {
-        (rollout.prompt.id, rollout.sample_index): (rollout, advantage)
+        (rollout.prompt.id, rollout.sample_index): (learned(rollout), advantage)
         for rollout, advantage in judged
         if rollout.loss_mask.any() and not (drop and advantage == 0)
     }
@@ -159,6 +160,15 @@ def test_every_judged_completion_is_there_once_and_aligned(step, share, drop):
             assert set(batch.advantages_T[mine][mask].tolist()) == {advantage}
             assert not batch.loss_mask_T[rows[: size - 1]].any()
     assert not expected
+
+
+def learned(rollout):
+    """The rollout up to its last loss token; the model need not see what comes after."""
+    end = int(rollout.loss_mask.nonzero().max()) + 1
+    streams = {
+        name: getattr(rollout, name)[:end] for name in ("token_ids", "logprobs", "loss_mask")
+    }
+    return replace(rollout, **streams)
 
 
 def labels_fit(batch, rows, rollout):
@@ -255,6 +265,15 @@ def test_a_group_over_the_budget_repeats_its_prompt():
     assert all(batch.num_sequences == 4 for batch in batches)
 
 
+def test_rows_behind_the_last_loss_token_are_left_out():
+    masks = [[True, False, True, False, False], [False, False, True]]
+    group = make_group(0, 3, [5, 3], masks=masks)
+    (batch,) = pack_groups([group], [torch.ones(2)], max_tokens=99, temperature=1.0)
+    assert [len(inputs) for inputs, _ in sequences_of(batch)] == [2 + 3, 2 + 3]
+    assert batch.loss_mask_T[2:].tolist() == [True, False, True, False, False, True]
+    assert (batch.num_loss_tokens, batch.num_sequences) == (3, 2)
+
+
 def test_what_is_not_judged_or_bears_no_loss():
     group = make_group(0, 2, [2, 3, 4], rewards=[1.0, NAN, 0.0], masks=[None, None, [False] * 4])
     (batch,) = pack_groups(
@@ -328,10 +347,11 @@ def test_conversations_are_packed_whole(masks, weights, max_tokens):
         assert (batch.weights_T is not None) == weighted
         for inputs, rows in sequences_of(batch):
             sample = useful.pop(inputs[0] // 100)
-            mask = sample.loss_mask[1:]
-            assert inputs == sample.token_ids[:-1].tolist()
+            end = int(sample.loss_mask.nonzero().max()) + 1
+            mask = sample.loss_mask[1:end]
+            assert inputs == sample.token_ids[: end - 1].tolist()
             assert torch.equal(batch.loss_mask_T[rows], mask)
-            assert torch.equal(batch.labels_T[rows][mask], sample.token_ids[1:][mask])
+            assert torch.equal(batch.labels_T[rows][mask], sample.token_ids[1:end][mask])
             if weighted:
                 assert torch.equal(batch.weights_T[rows], mask * sample.weight)
     assert not useful

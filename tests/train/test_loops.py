@@ -82,6 +82,37 @@ def final_weights(folder: Path, run: str = "run") -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
+def test_saving_memory_changes_no_bit_of_a_run(folder: Path) -> None:
+    kept: list[dict[str, torch.Tensor]] = []
+    for train in (
+        {"checkpointing": "none"},
+        {"checkpointing": "layers", "mlp_tile_tokens": 0},
+        {"checkpointing": "selective", "offload": True},
+    ):
+        run = {"dir": str(folder / train["checkpointing"])}
+        grpo.train(grpo_recipe(folder, lora={"rank": 4}, run=run, train={"steps": 2, **train}))
+        kept.append(final_weights(folder, str(train["checkpointing"])))
+    for other in kept[1:]:
+        assert all(torch.equal(other[name], weight) for name, weight in kept[0].items())
+
+
+def test_a_run_whose_sampler_and_trainer_disagree_stops_with_a_checkpoint(folder: Path) -> None:
+    with pytest.raises(RunError, match=r"max_mismatch_kl = 1e-30 .*Likely causes"):
+        grpo.train(grpo_recipe(folder, train={"steps": 4, "max_mismatch_kl": 1e-30}))
+    assert [path.name for path in (folder / "run" / "checkpoints").iterdir()] == ["step_000000"]
+
+
+def test_eight_bit_moments_go_on_after_a_resume(folder: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    optimizer = {"name": "adamw_8bit", "learning_rate": 0.01}
+    other = {"dir": str(folder / "other"), "checkpoint_every": 2}
+    grpo.train(grpo_recipe(folder, optimizer=optimizer))
+    grpo.train(grpo_recipe(folder, optimizer=optimizer, run=other, train={"steps": 2}))
+    grpo.train(grpo_recipe(folder, optimizer=optimizer, run=other), resume=True)
+    straight, resumed = final_weights(folder), final_weights(folder, "other")
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
 def test_a_run_writes_what_is_promised(folder: Path) -> None:
     changes: dict[str, Any] = {
         "data": {"eval": str(folder / "prompts.jsonl")},

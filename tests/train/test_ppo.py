@@ -84,6 +84,29 @@ def test_reward_rises_and_the_critic_learns_to_expect_it(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "passes_before"),
+    [
+        ({"train": {"passes": 1, "mini_steps": 1}}, 0),
+        ({"train": {"passes": 1, "mini_steps": 1}, "advantage": {"kl_coef": 0.1}}, 2),
+        ({"train": {"passes": 2, "mini_steps": 1}}, 2),
+    ],
+    ids=["on-policy", "kl-term", "two-passes"],
+)
+def test_old_logprobs_take_a_pass_only_where_they_are_needed(
+    folder: Path, changes: dict[str, Any], passes_before: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    whole = ppo.with_old_logprobs
+    monkeypatch.setattr(ppo, "with_old_logprobs", lambda *args: (asked.append(1), whole(*args))[1])
+    changes = {**changes, "train": {"steps": 2, **changes["train"]}}
+    ppo.train(ppo_recipe(folder, **changes))
+    assert len(asked) == passes_before
+    for step in metrics(folder):
+        assert 0 <= step["mismatch_max"] < 1e-4
+        assert (step["ratio_max"] == 1.0) == (changes["train"]["passes"] == 1)
+
+
+@pytest.mark.parametrize(
     "changes",
     [
         {"lora": {"rank": 4}, "advantage": {"kl_coef": 0.1}},

@@ -163,6 +163,58 @@ def test_mismatch_compares_with_the_sampler_before_the_update(golden_run: Module
     assert "mismatch_kl" not in train_step(fresh, none, loss, sgd_like(fresh)).values
 
 
+def test_the_other_figures_of_a_mismatch(golden_run: ModuleType) -> None:
+    model = golden_run.build_decoder(torch.float64)
+    batches = [double(batch) for batch in pack(golden_run, 48)]
+    shifted, differences, firsts, sums = [], [], [], []
+    with torch.no_grad():
+        for batch in batches:
+            logprobs_T = model.score(batch).logprobs_T
+            d_T = 0.3 * torch.sin(torch.arange(len(logprobs_T), dtype=torch.float64))
+            shifted.append(replace(batch, sampler_logprobs_T=logprobs_T - d_T))
+            differences.append(d_T[batch.loss_mask_T])
+            for sequence in range(batch.num_local_sequences):
+                mine = d_T[batch.loss_mask_T & (batch.sequence_ids_T == sequence)]
+                firsts.append(float(mine[0].abs()))
+                sums.append(float(mine.sum()))
+    d = torch.cat(differences)
+    loss = build_loss("dapo", {}, max_completion_tokens=16)
+    values = train_step(model, shifted, loss, sgd_like(model)).values
+    expected = {
+        "mismatch_p99": float(d.abs().sort().values[math.ceil(0.99 * len(d)) - 1]),
+        "mismatch_first": sum(firsts) / len(firsts),
+        "mismatch_ess": float(d.exp().sum() ** 2 / (len(d) * (2 * d).exp().sum())),
+    }
+    weights = torch.tensor(sums, dtype=torch.float64).exp()
+    expected["mismatch_sequence_ess"] = float(weights.sum() ** 2 / (len(sums) * (weights**2).sum()))
+    assert {name: values[name] for name in expected} == pytest.approx(expected, abs=1e-12)
+    assert 0 < values["mismatch_sequence_ess"] < values["mismatch_ess"] < 1
+
+
+def test_too_large_a_mismatch_stops_before_anything_has_changed(golden_run: ModuleType) -> None:
+    model = golden_run.build_decoder()
+    batches = pack(golden_run, 48)
+    with torch.no_grad():
+        batches = [
+            replace(batch, sampler_logprobs_T=model.score(batch).logprobs_T - 0.5)
+            for batch in batches
+        ]
+    loss = build_loss("dapo", {}, max_completion_tokens=16)
+    optimizer = sgd_like(model)
+    start = model.embed.weight.detach().clone()
+    kl = math.exp(0.5) - 1.5
+    with pytest.raises(RunError, match=r"mismatch_kl is 0.149, more than \[train\]") as caught:
+        train_step(model, batches, loss, optimizer, max_mismatch_kl=0.99 * kl)
+    assert "Likely causes" in str(caught.value)
+    assert "first 0.5" in str(caught.value)
+    assert torch.equal(model.embed.weight, start)
+    assert (optimizer.step_count, optimizer.gradients()) == (0, {})
+    assert train_step(model, batches, loss, optimizer, max_mismatch_kl=1.01 * kl).loss != 0
+    broken = [replace(batches[0], sampler_logprobs_T=batches[0].labels_T * math.nan)]
+    with pytest.raises(RunError, match="mismatch_kl is nan"):
+        train_step(model, broken, loss, optimizer, max_mismatch_kl=1e9)
+
+
 def test_means_do_not_depend_on_what_packing_leaves_out(golden_run: ModuleType) -> None:
     groups = golden_run.build_groups(0)
     advantages = build_advantage("group", {})(groups)
