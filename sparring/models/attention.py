@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 
 from sparring.kernels import INTERPRETER, Capability
-from sparring.layout import KVPool, Layout, PackedLayout, PagedLayout
+from sparring.layout import DecodeLayout, KVPool, Layout, PackedLayout
 from sparring.models.attention_packed import PackedPlan
-from sparring.models.attention_paged import PagedPlan
+from sparring.models.attention_paged import PagedPlan, paged_layout
 from sparring.models.attention_paged_kernel import PagedKernelPlan
 from sparring.models.attention_shared import KernelPlan
 
@@ -43,5 +43,6 @@ def plan_attention(
     assert kv_pool is not None, "a paged layout needs the pool that holds its keys and values"
     if head_size and PagedKernelPlan.serves(kv_pool, dtype, head_size, capability):
         return PagedKernelPlan.of_layout(layout, kv_pool, capability)
-    assert isinstance(layout, PagedLayout), "plain torch needs a step's lengths on the host"
+    if isinstance(layout, DecodeLayout):
+        layout = paged_layout(layout)
     return PagedPlan(layout, kv_pool)

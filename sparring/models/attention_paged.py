@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparring.layout import KVPool, PagedLayout
+from sparring.layout import DecodeLayout, KVPool, PagedLayout
 
 MAX_SCORES = 1 << 24
 """Query-key pairs that one call may hold."""
@@ -69,6 +69,19 @@ class PagedPlan:
             attended = _attend_rows(rows, q, blocks, data.shape[2], window)
             out.index_copy_(0, rows.tokens, attended)
         return out
+
+
+def paged_layout(layout: DecodeLayout) -> PagedLayout:
+    """The same rows with their lengths on the host; an empty row looks at the spare block."""
+    kv_lengths_R = layout.kv_lengths_R.long().clamp(min=1)
+    return PagedLayout(
+        cu_seqlens=tuple(range(len(kv_lengths_R) + 1)),
+        kv_lengths=tuple(kv_lengths_R.tolist()),
+        kv_lengths_R=kv_lengths_R,
+        block_tables_RN=layout.block_tables_RN.long(),
+        slots_T=layout.slots_R,
+        block_size=layout.block_size,
+    )
 
 
 def _attend_rows(rows: _Rows, q: Tensor, blocks: Tensor, num_kv_heads: int, window: int) -> Tensor:

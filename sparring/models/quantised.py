@@ -164,6 +164,11 @@ class Quantised(nn.Module):
         if self._cached is None and self._whole is not None:
             self._cached = self.dense()
 
+    @property
+    def cached_address(self) -> int:
+        """Where the copy lies; 0 without one."""
+        return 0 if self._cached is None else self._cached.data_ptr()
+
     def uncache(self) -> None:
         """Give the decoded weight's memory back."""
         self._cached = None
@@ -207,6 +212,15 @@ def uncache_weights(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Quantised):
             module.uncache()
+
+
+def cached_addresses(model: nn.Module) -> tuple[int, ...]:
+    """Where the copies lie; captured graphs that read them are valid as long as this is equal."""
+    return tuple(
+        module.cached_address
+        for module in model.modules()
+        if isinstance(module, Quantised) and module.cached_address
+    )
 
 
 def cache_bytes(model: nn.Module) -> int:

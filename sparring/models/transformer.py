@@ -22,6 +22,7 @@ from sparring.kernels.rope import rope
 from sparring.kernels.swiglu import swiglu
 from sparring.layout import KVPool, Layout
 from sparring.models.attention import AttentionPlan, plan_attention
+from sparring.models.attention_paged_kernel import PagedKernelPlan
 from sparring.models.blocks import lora_mlp
 from sparring.models.checkpointing import MLP_TILE_TOKENS, Checkpointing
 from sparring.models.linear import Dense, Linear
@@ -157,8 +158,20 @@ class DecoderLayer(nn.Module):
         adapter: str | None,
     ) -> Tensor:
         """What attention adds to the residual stream, from its normed state."""
-        q, k, v = self._project(normed_TD, cos, sin, adapter)
-        attended = plan.attend(q, k, v, self.index, self.window)
+        if isinstance(plan, PagedKernelPlan):
+            attended = plan.attend_rotated(
+                self.qkv(normed_TD, adapter),
+                cos,
+                sin,
+                self.q_norm,
+                self.k_norm,
+                self.config.norm_eps,
+                self.index,
+                self.window,
+            )
+        else:
+            q, k, v = self._project(normed_TD, cos, sin, adapter)
+            attended = plan.attend(q, k, v, self.index, self.window)
         out: Tensor = self.output(attended.reshape(len(normed_TD), -1), adapter)
         return out
 
@@ -393,9 +406,10 @@ def new_kv_pool(
     block_size: int,
     dtype: torch.dtype,
     device: torch.device,
+    address: Tensor | None = None,
 ) -> KVPool:
     """A zeroed pool of keys and values; bytes: num_blocks * block_size *
-    kv_bytes_per_token(config, dtype).
+    kv_bytes_per_token(config, dtype). address: the address tensor of the pool that it follows.
     """
     shape = (
         config.num_layers,
@@ -406,7 +420,10 @@ def new_kv_pool(
         config.head_size,
     )
     data = torch.zeros(shape, dtype=dtype, device=device)
-    return KVPool(data=data, address=torch.tensor([data.data_ptr()], device=device))
+    if address is None:
+        address = torch.zeros(1, dtype=torch.int64, device=device)
+    address.fill_(data.data_ptr())
+    return KVPool(data=data, address=address)
 
 
 def kv_bytes_per_token(config: TransformerConfig, dtype: torch.dtype) -> int:

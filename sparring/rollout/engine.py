@@ -10,11 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from sparring.errors import MemoryBudgetError, UserError
 from sparring.layout import KVPool
+from sparring.models.quantised import cache_weights, uncache_weights
 from sparring.models.transformer import Decoder, kv_bytes_per_token, new_kv_pool
 from sparring.rollout.block_pool import BlockPool, blocks_for
+from sparring.rollout.cuda_graph import GraphStats, GraphSteps
 from sparring.rollout.generation import Generation, Progress
 from sparring.rollout.sampler import Sampling
 from sparring.rollout.scheduler import Scheduler
@@ -23,6 +26,8 @@ from sparring.rollout.stopping import Decode
 from sparring.types import Prompt, Rollout
 
 _FIRST_GUESS_TOKENS = 128.0
+CPU_BLOCK_SIZE = 16
+KERNEL_BLOCK_SIZE = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +74,11 @@ class Engine:
     kv_bytes: hard budget for keys and values. stop_ids: token ids that end a completion. decode:
     token ids -> text without special tokens. max_tokens: most tokens of prompt and completion
     together. max_running: most completions in flight. max_prefill_tokens: most tokens of one
-    prefill step. adapter: as in `Decoder.forward`. Raises UserError or MemoryBudgetError.
+    prefill step. adapter: as in `Decoder.forward`. block_size: tokens of a block; by default 64
+    where the project's own kernels read the blocks, else 16. On a GPU decode steps are captured
+    CUDA graphs of `steps_per_sync` steps between two looks at the result; cuda_graphs False: the
+    same without capture, to the same tokens. caches_weights: keep four-bit weights decoded while
+    generating (the same numbers in 16 bits), until `sleep`. Raises UserError or MemoryBudgetError.
 
     policy_version keys the noise and is recorded in every rollout; stats are of the last call that
     ended.
@@ -84,10 +93,16 @@ class Engine:
         decode: Decode,
         max_tokens: int,
         max_running: int = 256,
-        block_size: int = 16,
+        block_size: int | None = None,
         max_prefill_tokens: int = 8192,
         adapter: str | None = "policy",
+        cuda_graphs: bool = True,
+        steps_per_sync: int = 16,
+        caches_weights: bool = False,
     ) -> None:
+        has_kernels = _has_kernels(model)
+        if block_size is None:
+            block_size = KERNEL_BLOCK_SIZE if has_kernels else CPU_BLOCK_SIZE
         _require_at_least(2, max_tokens=max_tokens)
         _require_at_least(
             1,
@@ -95,6 +110,7 @@ class Engine:
             max_running=max_running,
             block_size=block_size,
             max_prefill_tokens=max_prefill_tokens,
+            steps_per_sync=steps_per_sync,
         )
         self.model = model
         self.stop_ids = tuple(stop_ids)
@@ -116,6 +132,12 @@ class Engine:
                 f"(one is a spare). Give them {2 * self.block_bytes:,} bytes or more."
             )
         self._kv_pool: KVPool | None = None
+        self._address: Tensor | None = None
+        self._captures, self._caches_weights = cuda_graphs, caches_weights
+        self._num_steps = steps_per_sync
+        self._graph_steps: GraphSteps | None = None
+        if has_kernels:
+            self._address = torch.zeros(1, dtype=torch.int64, device=model.device)
         self._mean_completion_tokens = _FIRST_GUESS_TOKENS
 
     def generate(
@@ -148,7 +170,9 @@ class Engine:
             ),
         )
         with torch.no_grad():
-            kv_pool = self._memory()
+            self.wake()
+            kv_pool = self._kv_pool
+            assert kv_pool is not None, "the engine is awake"
             generation = Generation(
                 self.model,
                 kv_pool,
@@ -171,16 +195,24 @@ class Engine:
         _require_at_least(0, policy_version=policy_version)
         self.policy_version = policy_version
 
-    def release(self) -> None:
-        """Gives the memory for keys and values back; the next generate call takes it again."""
+    def sleep(self) -> None:
+        """Gives the memory for keys and values, and of decoded weights, to whoever computes next.
+
+        Captured graphs stay valid; the next generate call, or `wake`, takes the memory again.
+        """
         self._kv_pool = None
+        if self._caches_weights:
+            uncache_weights(self.model)
 
-    def _steps(self, kv_pool: KVPool, sampling: Sampling) -> DecodeSteps:
-        return EagerSteps(
-            self.model, kv_pool, adapter=self.adapter, sampling=sampling, stop_ids=self.stop_ids
-        )
+    def make_room(self) -> None:
+        """Sleeps where training lives in the bytes of keys and values: on a card of its own."""
+        if self.model.device.type != "cpu":
+            self.sleep()
 
-    def _memory(self) -> KVPool:
+    def wake(self) -> None:
+        """Takes the memory that `sleep` gave away."""
+        if self._caches_weights:
+            cache_weights(self.model)
         if self._kv_pool is None:
             self._kv_pool = new_kv_pool(
                 self.model.config,
@@ -188,8 +220,32 @@ class Engine:
                 self.block_size,
                 self.model.dtype,
                 self.model.device,
+                self._address,
             )
-        return self._kv_pool
+
+    @property
+    def graph_stats(self) -> GraphStats:
+        """The graphs captured so far; none on a CPU."""
+        return self._graph_steps.stats if self._graph_steps else GraphStats(0, 0, 0.0)
+
+    def _steps(self, kv_pool: KVPool, sampling: Sampling) -> DecodeSteps:
+        if self._address is None:
+            return EagerSteps(
+                self.model, kv_pool, adapter=self.adapter, sampling=sampling, stop_ids=self.stop_ids
+            )
+        if self._graph_steps is None:
+            self._graph_steps = GraphSteps(
+                self.model,
+                adapter=self.adapter,
+                stop_ids=self.stop_ids,
+                max_rows=self.max_running,
+                max_tokens=self.max_tokens,
+                block_size=self.block_size,
+                num_steps=self._num_steps,
+                captures=self._captures,
+            )
+        self._graph_steps.aim(kv_pool, sampling)
+        return self._graph_steps
 
     def _completion_limits(
         self,
@@ -253,6 +309,13 @@ class Engine:
             num_free_blocks=pool.num_free,
             peak_blocks=pool.peak_used,
         )
+
+
+def _has_kernels(model: Decoder) -> bool:
+    """Whether decode steps run on the project's own kernels, and so may be captured."""
+    is_half = model.dtype in (torch.bfloat16, torch.float16)
+    is_gpu = model.device.type == "cuda"
+    return is_gpu and is_half and model.capability.tensor_dots and model.config.head_size <= 256
 
 
 def _require_at_least(low: int, **values: int) -> None:

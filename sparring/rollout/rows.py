@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -138,15 +139,15 @@ def prefill_layout(
 ) -> tuple[PagedLayout, Tensor]:
     """The layout of a prefill step and the positions [T] of its tokens."""
     cu_seqlens = [0]
-    positions: list[int] = []
-    slots: list[int] = []
+    positions: list[np.ndarray] = []
+    slots: list[np.ndarray] = []
     kv_lengths: list[int] = []
     for chunk in chunks:
-        table = chunk.sequence.block_table
-        span = range(chunk.start, chunk.start + chunk.length)
-        positions += span
-        slots += [table[p // block_size] * block_size + p % block_size for p in span]
-        kv_lengths.append(span.stop)
+        table = np.asarray(chunk.sequence.block_table, dtype=np.int64)
+        span = np.arange(chunk.start, chunk.start + chunk.length)
+        positions.append(span)
+        slots.append(table[span // block_size] * block_size + span % block_size)
+        kv_lengths.append(chunk.start + chunk.length)
         cu_seqlens.append(cu_seqlens[-1] + chunk.length)
     width = blocks_for(max(kv_lengths), block_size)
     tables = [(chunk.sequence.block_table + [SPARE_BLOCK] * width)[:width] for chunk in chunks]
@@ -155,7 +156,7 @@ def prefill_layout(
         kv_lengths=tuple(kv_lengths),
         kv_lengths_R=torch.tensor(kv_lengths, dtype=torch.int64, device=device),
         block_tables_RN=torch.tensor(tables, dtype=torch.int64, device=device),
-        slots_T=torch.tensor(slots, dtype=torch.int64, device=device),
+        slots_T=torch.from_numpy(np.concatenate(slots)).to(device),
         block_size=block_size,
     )
-    return layout, torch.tensor(positions, dtype=torch.int64, device=device)
+    return layout, torch.from_numpy(np.concatenate(positions)).to(device)

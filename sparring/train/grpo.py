@@ -138,6 +138,7 @@ def _steps(
                     rollouts, parts.rewards, trainer_state=state, is_first_batch=step == start
                 )
             with session.phase("train"):
+                engine.make_room()
                 groups = _judged(judgement.groups, parts.min_judged)
                 advantages = parts.advantage(groups)
                 batches = pack_groups(

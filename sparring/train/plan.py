@@ -1,4 +1,4 @@
-"""`sparring plan`: the memory of a run by part and the seconds of a step, before anything is loaded.
+"""The memory of a run by part and the seconds of a step, before anything is loaded.
 
 Two phases share one budget. While completions are written the KV pool is there; while weights are
 updated it is not, and the pass lives in its bytes. Each phase is a tape of requests that mirrors

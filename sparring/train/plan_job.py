@@ -143,13 +143,15 @@ class LinearSize:
 class Settings:
     """What a plan may choose.
 
-    kv_bytes, max_running: of the rollout engine. caches_weights: NF4 weights are kept decoded
-    during rollouts.
+    offload: what checkpoints keep waits in host memory. mlp_tile_tokens: see the recipe. kv_bytes,
+    max_running: of the rollout engine. caches_weights: NF4 weights are kept decoded during
+    rollouts.
     """
 
     micro_batch_tokens: int = 8192
     checkpointing: str = "none"
     offload: bool = False
+    mlp_tile_tokens: int = 8192
     kv_bytes: int = 0
     max_running: int = 512
     caches_weights: bool = False
@@ -161,7 +163,7 @@ class Job:
     """Everything a plan is made from.
 
     reference: "none", "base" (the adapter switched off), "adapter" or "weights" (a frozen copy).
-    critic: PPO's, None otherwise; shares_trunk: it is an adapter and a head on the policy's trunk.
+    critic: PPO's, None otherwise; shares_trunk: it has an adapter and a head on the policy's trunk.
     passes, mini_steps: of PPO. samples: whether there are rollouts at all (SFT and DPO have none).
     """
 

@@ -23,7 +23,7 @@ LAYER_SECONDS = {"forward": 0.5e-3, "backward": 1.6e-3}
 STEP_SECONDS = 0.02
 """A step's packing, clipping and reading of metrics."""
 DECODE_STEP_SECONDS, DECODE_ROW_SECONDS = 0.25e-3, 1.5e-6
-"""A decode step beyond its bytes and FLOP: kernels' starts, sampling, a share of the host's look."""
+"""A decode step beyond its bytes and FLOP: kernels' starts, sampling, the host's look."""
 NF4_BYTES = 0.5159
 NF4_WEIGHTS_PER_SECOND = 2.6e12
 """How fast weights are decoded inside a fused product, by instructions (H200, kernels measured)."""

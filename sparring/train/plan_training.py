@@ -16,14 +16,10 @@ from sparring.train.plan_job import (
     LOGITS,
     STREAMS,
     WORKING,
-    LinearSize,
     Settings,
     Trained,
 )
 from sparring.train.tape import Tape
-
-MLP_TILE_TOKENS = 8192
-"""As in models/checkpointing.py."""
 
 STREAM_BYTES = 8 + 8 + 8 + 1 + 8 + 4 + 4
 """Of a token of a batch: ids, labels, positions, mask, sequence, advantage, sampler's logprob."""
@@ -73,15 +69,24 @@ class TrainingTape:
             cos, sin = tape.take(WORKING, angles), tape.take(WORKING, angles)
         x = tape.take(INPUTS, width)
         inputs, kept = [x], []
+        leaving: list[tuple[_Kept, int]] = []
         for layer in range(config.num_layers):
-            found, x = self._forward(x, is_last=layer == config.num_layers - 1)
+            found, x = self._forward(is_last=layer == config.num_layers - 1)
             kept.append(found)
+            if self._offloads and layer < config.num_layers - 1:
+                leaving.append((found, inputs[-1]))
+                if len(leaving) > 2:  # two are on their way to the host
+                    self._left(*leaving.pop(0))
             inputs.append(x)
         normed = tape.take(WORKING, width)
         head_gradient, g = self._head(normed, with_head)
         dx = self._norm_backward()
         tape.give(g, inputs.pop())
+        while leaving:
+            self._left(*leaving.pop(0))
         for layer in reversed(range(config.num_layers)):
+            if self._offloads and layer:
+                inputs[layer - 1] = self._arriving(kept[layer - 1])
             dx = self._backward(inputs[layer], kept[layer], dx, layer)
         if self.model.is_full:
             self._embedding_backward(head_gradient)
@@ -94,34 +99,34 @@ class TrainingTape:
 
     # --- forward -------------------------------------------------------------------------------
 
-    def _forward(self, x: int, *, is_last: bool) -> tuple[_Kept, int]:
+    def _forward(self, *, is_last: bool) -> tuple[_Kept, int]:
         """A layer; what it keeps, and its output."""
         mode, tape = self.settings.checkpointing, self.tape
-        keeps = mode == "none"
+        keeps, last = mode == "none", None
         kept = _Kept()
         self._heads(kept, keeps=keeps)
         self._attend(kept)
-        if not keeps:
-            tape.give(*kept.pop("qkv", "rotated", "q_normed", "k_normed"))
-            if mode == "layers":
-                tape.give(*kept.pop("lse"))
+        if mode == "layers":
+            tape.give(*kept.pop("lse"))
         self._after_attention(kept, keeps=keeps)
         part = INPUTS if not keeps or is_last else WORKING
-        if keeps or self.rows <= MLP_TILE_TOKENS:
+        if keeps or not self._is_tiled:
             down = self._mlp(kept, self.rows, keeps=keeps)
             out = tape.take(part, self._bytes(self.config.width))
             tape.give(down)
         else:
             out = tape.take(part, self._bytes(self.config.width))
             for rows in self._tiles():
-                tape.give(self._mlp(kept, rows, keeps=False))
+                added = self._mlp(kept, rows, keeps=False)
+                tape.give(last)
+                last = added
+        if not self._saves_input("gate_up"):
+            tape.give(*kept.pop("normed2"))
         if not keeps:
-            tape.give(*kept.pop("summed", "normed2"))
-            if mode == "layers":
-                tape.give(*kept.pop("attended"))
-        if self.settings.offload and not keeps and not is_last:
-            # it leaves over the host's bus while later layers run: two at a time are under way
-            pass
+            tape.give(*kept.pop("summed", "normed2"), last)
+            tape.give(*kept.pop("qkv", "rotated", "q_normed", "k_normed"))
+        if mode == "layers":
+            tape.give(*kept.pop("attended"))
         return kept, out
 
     def _heads(self, kept: _Kept, *, keeps: bool) -> None:
@@ -159,40 +164,44 @@ class TrainingTape:
 
     def _mlp(self, kept: _Kept, rows: int, *, keeps: bool, is_read: bool = True) -> int | None:
         """Feed-forward of so many rows; its output's number, None where it is not computed."""
-        tape, ffn = self.tape, self.config.ffn_width
+        tape, hidden_bytes = self.tape, rows * self.config.ffn_width * self.item
         gate_up = self._linear("gate_up", kept, rows, keeps=keeps)
-        hidden = tape.take(WORKING, rows * ffn * self.item)
+        if keeps:
+            kept.numbers["gate_up"] = gate_up
+        if not is_read and not self.model.is_full:
+            if self.linears["down"].adapted:
+                with tape.during(WORKING, hidden_bytes):
+                    kept.numbers["down_xa"] = self._taken_xa("down", rows)
+            return None
+        hidden = tape.take(WORKING, hidden_bytes)
         if not keeps:
             tape.give(gate_up)
-        is_read = is_read or self._trains("down")
-        down = self._linear("down", kept, rows, keeps=keeps, is_read=is_read)
-        if not keeps:
-            tape.give(hidden)
-            return down
-        kept.numbers["gate_up"] = gate_up
-        if self._saves_input("down"):
+        down = self._linear("down", kept, rows, keeps=keeps)
+        if keeps and self.model.is_full:
             kept.numbers["hidden"] = hidden
         else:
             tape.give(hidden)
-        if self.settings.checkpointing == "none" and not self._saves_input("gate_up"):
-            tape.give(*kept.pop("normed2"))
         return down
 
-    def _linear(
-        self, name: str, kept: _Kept, rows: int, *, keeps: bool, is_read: bool = True
-    ) -> int | None:
-        size = self.linears[name]
-        y = None
-        if is_read:
-            with self.tape.during(DECODED, size.decoded(self.item)):
-                y = self.tape.take(WORKING, rows * size.outputs * self.item)
-        if size.adapted:
-            xa = self.tape.take(WORKING, self._rank_bytes(size, rows))
-            if keeps:
-                kept.numbers[f"{name}_xa"] = xa
-            else:
-                self.tape.give(xa)
+    def _linear(self, name: str, kept: _Kept, rows: int, *, keeps: bool) -> int:
+        """A product; with an adapter its part comes first and the base's is added to it."""
+        tape, size = self.tape, self.linears[name]
+        if not size.adapted:
+            with tape.during(DECODED, size.decoded(self.item)):
+                return tape.take(WORKING, rows * size.outputs * self.item)
+        xa = self._taken_xa(name, rows)
+        y = tape.take(WORKING, rows * size.outputs * self.item)
+        if size.is_quantised:
+            tape.brief(DECODED, size.decoded(self.item))
+        if keeps:
+            kept.numbers[f"{name}_xa"] = xa
+        else:
+            tape.give(xa)
         return y
+
+    def _taken_xa(self, name: str, rows: int) -> int:
+        size = self.linears[name]
+        return self.tape.take(WORKING, rows * len(size.adapted) * self.model.rank * self.item)
 
     # --- head ----------------------------------------------------------------------------------
 
@@ -209,9 +218,8 @@ class TrainingTape:
             tape.brief(LOGITS, chunk * 4)
         else:
             gradient = tape.take(LOGITS, loss_rows * width * item)
-            with tape.during(LOGITS, chunk * 4):
-                tape.brief(LOGITS, chunk * 2)
-            tape.give(chosen)
+            logits, d_logits = tape.take(LOGITS, chunk * 4), tape.take(LOGITS, chunk * 2)
+            tape.give(logits, d_logits, chosen)
         tape.give(normed)
         loss = tape.take(STREAMS, rows * 4 * 12)
         tape.give(loss)
@@ -271,15 +279,15 @@ class TrainingTape:
         if mode == "selective":
             self._heads(kept, keeps=True)
         d_attended, d_summed = residual
-        with tape.during(WORKING, self.rows * config.num_heads * 4):  # delta
-            sizes = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-            dq, dk, dv = (tape.take(WORKING, self._bytes(n * config.head_size)) for n in sizes)
-            slots = sum(-(-tokens // 128) * (1 + samples) for tokens, samples in self.batch.groups)
-            if slots:
-                tile = 128 * max(16, 1 << (config.head_size - 1).bit_length())
-                tape.brief(WORKING, slots * config.num_kv_heads * 2 * tile * 4)
+        delta = tape.take(WORKING, self.rows * config.num_heads * 4)
+        sizes = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        dq, dk, dv = (tape.take(WORKING, self._bytes(n * config.head_size)) for n in sizes)
+        slots = sum(-(-tokens // 128) * (1 + samples) for tokens, samples in self.batch.groups)
+        tile = 128 * max(16, 1 << (config.head_size - 1).bit_length())
+        parts = tape.take(WORKING, slots * config.num_kv_heads * 2 * tile * 4)
+        tape.give(delta, parts)
         is_early = mode == "none"
-        early = kept.pop("qkv", "rotated", "q_normed", "k_normed", "attended", "lse")
+        early = kept.pop("rotated", "q_normed", "k_normed", "qkv", "attended", "lse")
         if is_early:
             tape.give(d_attended, *early)
         d_heads = self._rotation_backward(dq, dk, dv, is_early=is_early)
@@ -298,7 +306,7 @@ class TrainingTape:
                     tape.give(d_summed)
                     d_summed, x = total, None
         if mode != "none":
-            tape.give(*early, d_attended, dq, dk, dv, g)
+            tape.give(d_attended, *early[4:], *early[:4], dv, dk, dq, g)
         tape.give(x)
         if d_summed is None:
             d_summed = tape.take(WORKING, width)
@@ -308,84 +316,107 @@ class TrainingTape:
         """From the layer's end back to attention's output: d attended, and d x of the residual."""
         tape, width = self.tape, self._bytes(self.config.width)
         checkpointed = self.settings.checkpointing != "none"
+        tile: int | None = None
+        d_normed: int | None
         if checkpointed:
             self._after_attention(kept, keeps=True)
-        if checkpointed and self.rows > MLP_TILE_TOKENS:
+        if checkpointed and self._is_tiled:
             d_normed = tape.take(WORKING, width)
             for rows in self._tiles():
-                self._mlp(kept, rows, keeps=True, is_read=False)
-                tape.give(self._mlp_backward(kept, rows, None))
-            (normed2,) = kept.pop("normed2")
-            tape.give(normed2)
+                added = self._mlp(kept, rows, keeps=True, is_read=False)
+                tape.give(tile)  # the tile before lives until this one is in its place
+                tile = self._mlp_backward(kept, rows, None)
+                tape.give(added)
         else:
             if checkpointed:
                 tape.give(self._mlp(kept, self.rows, keeps=True, is_read=False))
-            (normed2,) = kept.pop("normed2")
+            normed2 = None if checkpointed else kept.pop("normed2")[0]
             d_normed = self._mlp_backward(kept, self.rows, normed2)
         d_sum = tape.take(WORKING, width)
-        tape.give(d_normed)
+        if tile is None:
+            tape.give(d_normed)
+            d_normed = None
         if not checkpointed:
             tape.give(g, *kept.pop("summed"))
         d_x = None
         if checkpointed and needs_x:
             d_x = tape.take(WORKING, width)  # the residual's share has a copy of its own
-        d_attended = self._linear_backward("output", kept, None, None, self.rows)
+        read = d_sum if checkpointed else None
+        d_attended = self._linear_backward("output", kept, None, read, self.rows)
         if checkpointed:
-            tape.give(d_sum, *kept.pop("summed"))
+            tape.give(*kept.pop("summed", "normed2"), tile, d_normed)
             return d_attended, d_x
         return d_attended, d_sum
 
-    def _mlp_backward(self, kept: _Kept, rows: int, normed: int | None) -> int:
+    def _mlp_backward(self, kept: _Kept, rows: int, normed: int | None) -> int | None:
         """d normed; the gradient of gate and up lies where they lay."""
+        tape = self.tape
         gate_up, hidden = kept.pop("gate_up", "hidden")
-        d_hidden = self._linear_backward("down", kept, hidden, None, rows)
-        self.tape.give(d_hidden)
-        return self._linear_backward("gate_up", kept, normed, gate_up, rows)
+        if self.model.is_full:
+            d_hidden = self._linear_backward("down", kept, hidden, None, rows)
+            tape.give(d_hidden)
+            return self._linear_backward("gate_up", kept, normed, gate_up, rows)
+        d_hidden, t = self._frozen_backward("down", rows)
+        self._a_gradient("down")
+        tape.give(d_hidden)
+        d_normed, t_inner = self._frozen_backward("gate_up", rows)
+        tape.give(t)
+        self._a_gradient("gate_up")
+        tape.give(t_inner, normed, gate_up, *kept.pop("gate_up_xa", "down_xa"))
+        return d_normed
 
     def _linear_backward(
         self, name: str, kept: _Kept, x: int | None, dy: int | None, rows: int,
         *, needs_input: bool = True,
-    ) -> int:  # fmt: skip
+    ) -> int | None:  # fmt: skip
         """d input; x, dy: numbers to give back once they are read."""
         tape, size = self.tape, self.linears[name]
-        dx_bytes = rows * size.inputs * self.item
-        if self._trains(name):
+        if self.model.is_full:
             d_weight = tape.take(WORKING, size.inputs * size.outputs * self.item)
+            dx: int | None = tape.take(WORKING, rows * size.inputs * self.item)
+            tape.give(x, dy)
             self._weight_gradient(d_weight, size.inputs * size.outputs)
-            dx = tape.take(WORKING, dx_bytes)
-            tape.give(x, dy)
             return dx
-        d_lora = None
-        if size.adapted:
-            d_lora = self._adapter_backward(size, rows, needs_input=needs_input)
-            tape.give(x, *kept.pop(f"{name}_xa"))
-            x = None
-        if not needs_input:
-            tape.give(x, dy)
-            return tape.take(WORKING, 1)
-        with tape.during(DECODED, size.decoded(self.item)):
-            dx = tape.take(WORKING, dx_bytes)
-        tape.give(x, dy)
-        if d_lora is None:
-            return dx
-        total = tape.take(WORKING, dx_bytes)
-        tape.give(d_lora, dx)
-        return total
-
-    def _adapter_backward(self, size: LinearSize, rows: int, *, needs_input: bool) -> int | None:
-        tape, rank = self.tape, self.model.rank
-        with tape.during(WORKING, self._rank_bytes(size, rows)):
-            db = tape.take(GRADIENTS, sum(size.adapted) * rank * 4)
-            for outputs in size.adapted:
-                tape.brief(WORKING, rows * rank * self.item)
-                tape.brief(WORKING, outputs * rank * 4)
-            dx = tape.take(WORKING, rows * size.inputs * self.item) if needs_input else None
-            da = tape.take(GRADIENTS, len(size.adapted) * rank * size.inputs * 4)
-        if self.batch.has_gradients:
-            tape.give(da, db)
-        else:
-            self.gradients += [da, db]
+        dx, t = self._frozen_backward(name, rows, needs_input=needs_input)
+        self._a_gradient(name)
+        tape.give(t, x, *kept.pop(f"{name}_xa"), dy)
         return dx
+
+    def _frozen_backward(
+        self, name: str, rows: int, *, needs_input: bool = True
+    ) -> tuple[int | None, int | None]:
+        """d input and the gradient by x A^T of a frozen layer; the gradient of B stays."""
+        tape, size, rank = self.tape, self.linears[name], self.model.rank
+        dx_bytes = rows * size.inputs * self.item
+        if not size.adapted:
+            if not needs_input:
+                return None, None
+            with tape.during(DECODED, size.decoded(self.item)):
+                return tape.take(WORKING, dx_bytes), None
+        t = self._taken_xa(name, rows)
+        db = tape.take(GRADIENTS, sum(size.adapted) * rank * 4)
+        for outputs in size.adapted:
+            tape.brief(WORKING, outputs * rank * 4)
+        self._arrives(db)
+        dx = None
+        if needs_input:
+            dx = tape.take(WORKING, dx_bytes)
+            if size.is_quantised:
+                tape.brief(DECODED, size.decoded(self.item))
+        return dx, t
+
+    def _a_gradient(self, name: str) -> None:
+        size = self.linears[name]
+        if size.adapted:
+            numbers = len(size.adapted) * self.model.rank * size.inputs
+            self._arrives(self.tape.take(GRADIENTS, numbers * 4))
+
+    def _arrives(self, gradient: int) -> None:
+        """A float32 gradient becomes the sum, or is added to the one that is there."""
+        if self.batch.has_gradients:
+            self.tape.give(gradient)
+        else:
+            self.gradients.append(gradient)
 
     def _rotation_backward(self, dq: int, dk: int, dv: int, *, is_early: bool) -> int:
         """d of the fused projection."""
@@ -416,36 +447,48 @@ class TrainingTape:
         """A gradient in the compute dtype moves into its float32 sum."""
         tape = self.tape
         if self.item == 4:
-            if self.batch.has_gradients:
-                tape.give(arrived)
-            else:
-                self.gradients.append(arrived)
+            self._arrives(arrived)
             return
         wide = tape.take(GRADIENTS, numbers * 4)
         tape.give(arrived)
-        if self.batch.has_gradients:
-            tape.give(wide)
-        else:
-            self.gradients.append(wide)
+        self._arrives(wide)
 
     def _norm_backward(self) -> int:
         return self.tape.take(WORKING, self._bytes(self.config.width))
+
+    # --- host memory ---------------------------------------------------------------------------
+
+    @property
+    def _offloads(self) -> bool:
+        return self.settings.offload and self.settings.checkpointing != "none"
+
+    def _left(self, kept: _Kept, x: int) -> None:
+        """A layer's tensors have reached the host."""
+        self.tape.give(x, *kept.pop("attended"))
+
+    def _arriving(self, kept: _Kept) -> int:
+        """A layer's tensors are on their way back while the layer after it is computed."""
+        x = self.tape.take(INPUTS, self._bytes(self.config.width))
+        if self.settings.checkpointing == "selective":
+            heads = self.config.num_heads * self.config.head_size
+            kept.numbers["attended"] = self.tape.take(INPUTS, self._bytes(heads))
+        return x
 
     # --- sizes ---------------------------------------------------------------------------------
 
     def _bytes(self, numbers: int) -> int:
         return self.rows * numbers * self.item
 
-    def _rank_bytes(self, size: LinearSize, rows: int) -> int:
-        return rows * len(size.adapted) * self.model.rank * self.item
-
     def _tiles(self) -> list[int]:
-        rest = self.rows % MLP_TILE_TOKENS
-        return [MLP_TILE_TOKENS] * (self.rows // MLP_TILE_TOKENS) + ([rest] if rest else [])
+        tile = self.settings.mlp_tile_tokens
+        rest = self.rows % tile
+        return [tile] * (self.rows // tile) + ([rest] if rest else [])
 
-    def _trains(self, name: str) -> bool:
-        """Whether a weight gradient of this layer is wanted."""
-        return self.model.is_full and name in self.linears
+    @property
+    def _is_tiled(self) -> bool:
+        """Whether the feed-forward of a checkpointed layer goes through in tiles."""
+        return 0 < self.settings.mlp_tile_tokens < self.rows
 
     def _saves_input(self, name: str) -> bool:
-        return self._trains(name) or bool(self.linears[name].adapted)
+        """Whether a layer's backward pass reads its input."""
+        return self.model.is_full or bool(self.linears[name].adapted)

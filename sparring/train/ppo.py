@@ -156,6 +156,7 @@ def _steps(
                     rollouts, parts.rewards, trainer_state=state, is_first_batch=step == start
                 )
             with session.phase("train"):
+                parts.engine.make_room()
                 counts = judged_counts(judgement.groups)
                 groups = [g for g, n in zip(judgement.groups, counts, strict=True) if n]
                 split, values = _experience(recipe, parts, groups)

@@ -26,6 +26,7 @@ from sparring.runlog import FINAL, RECIPE, RunLog, holds_run
 from sparring.train.evaluate import Evaluation
 from sparring.train.memory import MemoryWatch
 from sparring.train.optimizer import Optimizer
+from sparring.train.out_of_memory import out_of_memory
 from sparring.train.policy import Policy, save_policy
 from sparring.train.resume import (
     Saver,
@@ -142,11 +143,12 @@ class Session:
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
-        """Time a phase of a step and show it."""
+        """Time a phase of a step and show it; RunError where the device's memory ends."""
         self.progress.phase(name)
         start = time.monotonic()
         try:
-            yield
+            with out_of_memory(name):
+                yield
         finally:
             self._phases[name] = self._phases.get(name, 0.0) + time.monotonic() - start
 

@@ -279,13 +279,13 @@ def test_training_after_generating_gets_gradients(
     assert all(p.grad is not None for p in model.trainable_parameters().values())
 
 
-def test_release_gives_the_memory_back_until_the_next_call(
+def test_sleep_gives_the_memory_back_until_the_next_call(
     model: Decoder, build_engine: BuildEngine, build_prompts: BuildPrompts
 ) -> None:
     engine = build_engine(model)
     prompts, sampling = build_prompts([6]), Sampling(max_completion_tokens=10)
     first = tokens(engine.generate(prompts, sampling))
-    engine.release()
+    engine.sleep()
     assert engine._kv_pool is None
     assert tokens(engine.generate(prompts, sampling)) == first
 

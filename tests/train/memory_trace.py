@@ -1,4 +1,4 @@
-"""The memory of a training pass, traced on tensors without data: what a GPU would allocate, in order.
+"""The memory of a training pass, traced on tensors without data: what a GPU would allocate.
 
 The real model code runs on "meta" tensors of real shapes that pass for a GPU's; kernels are not
 launched. A tape of (number, bytes) comes out: bytes > 0 where an allocation is made, 0 where it is

@@ -1,0 +1,220 @@
+"""Decode steps as captured CUDA graphs: from the newest token of each row to the next, no host.
+
+A step embeds the rows' tokens, runs the layers, draws the next tokens with their log-probabilities,
+tests for the end and moves the rows on, all on the device. One graph is captured for each bucket of
+row counts and context lengths when it is first needed, after a run of the same step without
+capture; all share one memory pool. Several steps are replayed between two looks at the result.
+Rows that have ended go on in place, writing to the spare block, until the host takes them out.
+
+Graphs read weights, adapter shadows, rules and rows where they lie, and the pool of keys and values
+through its address in device memory: they stay valid over optimizer steps, and when that pool is
+freed and taken again. They are captured anew only where a transient copy of decoded weights has
+moved. With cuda_graphs = false the same steps run without capture, to the same tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from sparring.kernels.decode_state import advance, place
+from sparring.kernels.sampling import DrawRules, draw_tokens
+from sparring.layout import DecodeLayout, KVPool
+from sparring.models.quantised import cached_addresses
+from sparring.models.transformer import Decoder
+from sparring.rollout.block_pool import blocks_for
+from sparring.rollout.device_rows import DeviceRows
+from sparring.rollout.sampler import Sampling, draw_rules, end_id_tensor
+from sparring.rollout.scheduler import SequenceState
+from sparring.rollout.steps import Burst
+
+MIN_CONTEXT = 512
+"""The smallest bucket of context lengths; each further one is twice as long."""
+
+
+def row_bucket(num_rows: int, max_rows: int) -> int:
+    """The number of rows that `num_rows` are computed as: powers of two, then steps of 8 and up."""
+    if num_rows <= 16:
+        bucket = 1 << (num_rows - 1).bit_length()
+    else:
+        step = max(8, 1 << ((num_rows - 1).bit_length() - 3))
+        bucket = -(-num_rows // step) * step
+    return min(bucket, max_rows)
+
+
+def context_bucket(num_tokens: int, max_tokens: int) -> int:
+    """The context length that attention's grid is made for."""
+    bucket = MIN_CONTEXT
+    while bucket < num_tokens:
+        bucket *= 2
+    return min(bucket, max(max_tokens, 1))
+
+
+@dataclass(frozen=True, slots=True)
+class GraphStats:
+    """Captured graphs, the bytes of their memory pool, and seconds spent on capturing."""
+
+    num_graphs: int
+    num_bytes: int
+    seconds: float
+
+
+class GraphSteps:
+    """Captured steps of one model and adapter, for every generate call of an engine.
+
+    num_steps: steps between two looks at the result. captures False: the same steps without graphs.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        *,
+        adapter: str | None,
+        stop_ids: Sequence[int],
+        max_rows: int,
+        max_tokens: int,
+        block_size: int,
+        num_steps: int,
+        captures: bool,
+    ) -> None:
+        self.num_steps = num_steps
+        self._model, self._adapter = model, adapter
+        self._max_rows, self._max_tokens = max_rows, max_tokens
+        self._block_size, self._captures = block_size, captures
+        device = model.device
+        end_ids = end_id_tensor(stop_ids, model.config.vocab_size, device)
+        self._end_ids = torch.empty(0, dtype=torch.int64, device=device)
+        if end_ids is not None:
+            self._end_ids = end_ids
+        self.rows = DeviceRows(
+            max_rows=max_rows,
+            max_blocks=blocks_for(max_tokens, block_size),
+            num_steps=num_steps,
+            stop_ids=self._end_ids,
+            device=device,
+        )
+        self._rules: dict[bool, DrawRules] = {}
+        self._is_cut = False
+        self._kv_pool: KVPool | None = None
+        self._graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph] = {}
+        self._memory = torch.cuda.graph_pool_handle() if captures else None
+        self._stream = torch.cuda.Stream(device) if captures else None
+        self._weights_at: tuple[int, ...] = ()
+        self._capture_seconds = 0.0
+        self._capture_bytes = 0
+
+    @property
+    def stats(self) -> GraphStats:
+        """What was captured so far."""
+        return GraphStats(len(self._graphs), self._capture_bytes, self._capture_seconds)
+
+    def aim(self, kv_pool: KVPool, sampling: Sampling) -> None:
+        """The next bursts run on this pool, which has the address tensor of every pool before it,
+        and draw as `sampling` says.
+        """
+        self._kv_pool = kv_pool
+        weights_at = cached_addresses(self._model)
+        if weights_at != self._weights_at:
+            self._graphs.clear()
+            self._weights_at = weights_at
+        rules = draw_rules(sampling, self._max_rows, self._end_ids, self._model.device)
+        self._is_cut = rules.cut is not None
+        if self._is_cut in self._rules:
+            _rewrite(self._rules[self._is_cut], rules)
+        else:
+            self._rules[self._is_cut] = rules
+
+    def run(
+        self,
+        running: Sequence[SequenceState],
+        token_ids: Sequence[Sequence[int]],
+        sample_ids: Sequence[tuple[int, int]],
+    ) -> Burst:
+        """As many steps as make sense for the running sequences."""
+        rows = self.rows
+        left = max(s.max_completion_tokens - s.num_completion_tokens for s in running)
+        num_steps = min(self.num_steps, left)
+        longest = max(s.num_cached for s in running) + num_steps
+        num_rows = row_bucket(len(running), self._max_rows)
+        step = self._step(num_rows, context_bucket(longest, self._max_tokens))
+        rows.upload(running, token_ids, sample_ids)
+        for _ in range(num_steps):
+            step()
+        state = rows.of_rows(num_rows)
+        tokens_NR, logprobs_NR = rows.download(state, num_steps)
+        live = slice(0, len(running))
+        return Burst(tokens_NR=tokens_NR[:, live], logprobs_NR=logprobs_NR[:, live])
+
+    def _step(self, num_rows: int, context: int) -> Callable[[], None]:
+        if not self._captures:
+            return lambda: self._compute(num_rows, context)
+        key = (num_rows, context, self._is_cut)
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(num_rows, context)
+        return self._graphs[key].replay
+
+    def _capture(self, num_rows: int, context: int) -> torch.cuda.CUDAGraph:
+        """The graph of a step, captured while every row is done, so that nothing is disturbed."""
+        started = time.perf_counter()
+        rows, device = self.rows, self._model.device
+        assert self._stream is not None, "captures"
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_reserved(device)
+        rows.idle()
+        with torch.cuda.stream(self._stream):
+            self._compute(num_rows, context)  # compiles and loads what is not yet
+            rows.idle()
+        torch.cuda.synchronize(device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._memory, stream=self._stream):
+            self._compute(num_rows, context)
+        torch.cuda.synchronize(device)
+        self._capture_bytes += max(0, torch.cuda.memory_reserved(device) - before)
+        self._capture_seconds += time.perf_counter() - started
+        return graph
+
+    def _compute(self, num_rows: int, context: int) -> None:
+        """One step of the first `num_rows` rows, each with at most `context` tokens."""
+        rows, pool = self.rows, self._kv_pool
+        assert pool is not None, "aim comes first"
+        r, state = slice(0, num_rows), rows.of_rows(num_rows)
+        layout = DecodeLayout(
+            kv_lengths_R=rows.kv_lengths_R[r],
+            block_tables_RN=rows.tables_RN[r],
+            slots_R=rows.slots_R[r],
+            block_size=self._block_size,
+            max_kv_length=context,
+        )
+        place(
+            state.positions_R,
+            state.is_done_R,
+            layout.block_tables_RN,
+            layout.slots_R,
+            layout.kv_lengths_R,
+            block_size=self._block_size,
+        )
+        hidden_RD = self._model(
+            state.tokens_R, state.positions_R, layout, pool, adapter=self._adapter
+        )
+        tokens_R, logprobs_R = draw_tokens(
+            self._model.logits(hidden_RD),
+            rows.sample_ids_R2[r],
+            state.draws_R,
+            self._rules[self._is_cut].of_rows(r),
+        )
+        advance(state, tokens_R, logprobs_R)
+
+
+def _rewrite(rules: DrawRules, new: DrawRules) -> None:
+    """Puts new numbers where captured graphs read the old ones."""
+    for field in fields(rules):
+        kept, fresh = getattr(rules, field.name), getattr(new, field.name)
+        if isinstance(kept, Tensor):
+            kept.copy_(fresh)
+        elif kept is not None:
+            for inner in fields(kept):
+                getattr(kept, inner.name).copy_(getattr(fresh, inner.name))

@@ -1,0 +1,95 @@
+"""The steps that a GPU captures, run without capture on the CPU: bursts, stops, preemption."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from sparring.models.transformer import Decoder
+from sparring.rollout.cuda_graph import GraphSteps, context_bucket, row_bucket
+from sparring.rollout.engine import Engine
+from sparring.rollout.sampler import Sampling
+from sparring.types import Prompt, Rollout
+
+BuildEngine = Callable[..., Engine]
+BuildPrompts = Callable[..., list[Prompt]]
+
+
+def in_bursts(engine: Engine, num_steps: int) -> Engine:
+    """The engine, with its decode steps computed as a GPU's are."""
+    steps = GraphSteps(
+        engine.model,
+        adapter=engine.adapter,
+        stop_ids=engine.stop_ids,
+        max_rows=engine.max_running,
+        max_tokens=engine.max_tokens,
+        block_size=engine.block_size,
+        num_steps=num_steps,
+        captures=False,
+    )
+
+    def aimed(kv_pool: object, sampling: Sampling) -> GraphSteps:
+        steps.aim(kv_pool, sampling)  # type: ignore[arg-type]
+        return steps
+
+    engine._steps = aimed  # type: ignore[method-assign,assignment]
+    return engine
+
+
+def flat(rollouts: list[list[Rollout]]) -> list[Rollout]:
+    return [r for group in rollouts for r in group]
+
+
+def facts(rollouts: list[list[Rollout]]) -> list[tuple[list[int], str, str]]:
+    return [(r.token_ids.tolist(), r.finish_reason, r.text) for group in rollouts for r in group]
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 16])
+@pytest.mark.parametrize(
+    "knobs",
+    [{}, {"temperature": 0.0}, {"temperature": 0.6, "top_p": 0.9}, {"stop": ("1 4", "33")}],
+)
+def test_bursts_give_the_tokens_of_single_steps(
+    model: Decoder,
+    build_engine: BuildEngine,
+    build_prompts: BuildPrompts,
+    num_steps: int,
+    knobs: dict[str, object],
+) -> None:
+    sampling = Sampling(max_completion_tokens=37, seed=4, **knobs)  # type: ignore[arg-type]
+    prompts = build_prompts([3, 4, 17, 30])
+    plain = build_engine(model)
+    want = plain.generate(prompts, sampling, num_samples=3)
+    burst = in_bursts(build_engine(model, max_running=5), num_steps)
+    got = burst.generate(prompts, sampling, num_samples=3)
+    assert facts(got) == facts(want)
+    for one, other in zip(flat(got), flat(want), strict=True):
+        torch.testing.assert_close(one.logprobs, other.logprobs, rtol=0, atol=1e-5)
+    assert burst.stats.num_decode_tokens == plain.stats.num_decode_tokens
+    again = burst.generate(prompts[:2], sampling, num_samples=3)
+    assert facts(again) == facts(want)[:6]
+
+
+def test_bursts_in_scarce_memory(
+    model: Decoder, build_engine: BuildEngine, build_prompts: BuildPrompts
+) -> None:
+    sampling = Sampling(max_completion_tokens=60)
+    prompts = build_prompts([5, 9, 21])
+    want = build_engine(model, stop_ids=()).generate(prompts, sampling, num_samples=4)
+    scarce = build_engine(model, stop_ids=(), kv_bytes=45 * build_engine(model).block_bytes)
+    got = in_bursts(scarce, 7).generate(prompts, sampling, num_samples=4)
+    assert facts(got) == facts(want)
+    assert scarce.stats.num_preemptions > 0
+    assert scarce.stats.num_free_blocks == scarce.stats.num_blocks
+
+
+def test_buckets_hold_what_they_are_for() -> None:
+    for rows in range(1, 513):
+        assert rows <= row_bucket(rows, 512) <= max(16, rows + 7, rows * 1.25)
+    assert [row_bucket(n, 512) for n in (1, 3, 16, 17, 33, 65, 129)] == [1, 4, 16, 24, 40, 80, 160]
+    assert row_bucket(300, 310) == 310
+    assert [context_bucket(n, 3000) for n in (1, 512, 513, 2048, 2500)] == [
+        512, 512, 1024, 2048, 3000,
+    ]  # fmt: skip

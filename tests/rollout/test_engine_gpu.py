@@ -1,0 +1,163 @@
+"""The engine on a GPU: captured steps against the same steps without capture, sleep, adapters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparring.models.checkpoint import build_model
+from sparring.models.lora import LoraConfig
+from sparring.models.transformer import Decoder
+from sparring.rollout.engine import Engine
+from sparring.rollout.sampler import Sampling
+from sparring.types import Prompt, Rollout
+from tests.models.tiny import CONFIGS
+
+pytestmark = pytest.mark.gpu
+
+BIG = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "head_dim": 32}
+END = 7
+
+
+def gpu_model(name: str = "qwen3", *, dtype: torch.dtype = torch.bfloat16) -> Decoder:
+    model = build_model({**CONFIGS[name], **BIG}, device="cuda", dtype=dtype)
+    model.init_weights(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4.0)
+    return model
+
+
+def adapted(model: Decoder) -> Decoder:
+    model.add_adapter(LoraConfig(rank=8))
+    turn(model, 0.05)
+    return model
+
+
+@torch.no_grad()
+def turn(model: Decoder, size: float) -> None:
+    """What an optimizer step does to an adapter: parameters in place, then the shadows."""
+    generator = torch.Generator().manual_seed(int(size * 1000))
+    for parameter in model.trainable_parameters().values():
+        parameter += torch.randn(parameter.shape, generator=generator).mul(size).cuda()
+    model.refresh_shadows()
+
+
+def prompts(*lengths: int) -> list[Prompt]:
+    generator = torch.Generator().manual_seed(5)
+    return [
+        Prompt(
+            id=i, text="", token_ids=tuple(torch.randint(8, 97, (n,), generator=generator).tolist())
+        )
+        for i, n in enumerate(lengths)
+    ]
+
+
+def engine(model: Decoder, **changes: object) -> Engine:
+    arguments: dict[str, object] = {
+        "kv_bytes": 1 << 26, "stop_ids": (END,), "decode": lambda ids: " ".join(map(str, ids)),
+        "max_tokens": 700, "max_running": 64,
+    }  # fmt: skip
+    return Engine(model, **{**arguments, **changes})  # type: ignore[arg-type]
+
+
+def flat(rollouts: list[list[Rollout]]) -> list[Rollout]:
+    return [r for group in rollouts for r in group]
+
+
+def assert_same(got: list[list[Rollout]], want: list[list[Rollout]]) -> None:
+    for one, other in zip(flat(got), flat(want), strict=True):
+        assert torch.equal(one.token_ids, other.token_ids)
+        assert torch.equal(one.logprobs, other.logprobs)
+        assert one.finish_reason == other.finish_reason
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3, 8, 21, 40])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "mistral_window"])
+def test_graphs_equal_the_steps_without_capture(name: str, samples: int) -> None:
+    model = adapted(gpu_model(name))
+    sampling = Sampling(max_completion_tokens=70, seed=3)
+    asked = prompts(5, 64, 300)[: 1 if samples > 8 else 3]
+    captured = engine(model)
+    got = captured.generate(asked, sampling, num_samples=samples)
+    want = engine(model, cuda_graphs=False).generate(asked, sampling, num_samples=samples)
+    assert captured.graph_stats.num_graphs > 0
+    assert_same(got, want)
+    assert len({tuple(r.token_ids.tolist()) for r in flat(got)}) == len(flat(got))
+
+
+@pytest.mark.parametrize("steps", [1, 3, 16])
+def test_looking_at_the_result_more_often_changes_nothing(steps: int) -> None:
+    model = gpu_model()
+    sampling = Sampling(max_completion_tokens=64)
+    want = engine(model, stop_ids=()).generate(prompts(33), sampling, num_samples=8)
+    got = engine(model, stop_ids=(), steps_per_sync=steps).generate(
+        prompts(33), sampling, num_samples=8
+    )
+    assert_same(got, want)
+
+
+def test_replays_after_an_adapter_update_equal_a_fresh_engine() -> None:
+    model = adapted(gpu_model())
+    sampling = Sampling(max_completion_tokens=40)
+    old = engine(model)
+    before = old.generate(prompts(20, 70), sampling, num_samples=4)
+    captured = old.graph_stats.num_graphs
+    turn(model, 0.2)
+    got = old.generate(prompts(20, 70), sampling, num_samples=4)
+    assert_same(got, engine(model).generate(prompts(20, 70), sampling, num_samples=4))
+    assert [r.token_ids.tolist() for r in flat(got)] != [r.token_ids.tolist() for r in flat(before)]
+    assert old.graph_stats.num_graphs >= captured
+
+
+def test_graphs_survive_a_pool_that_moves() -> None:
+    model = gpu_model()
+    sampling = Sampling(max_completion_tokens=50)
+    sleeper = engine(model)
+    want = sleeper.generate(prompts(100, 9), sampling, num_samples=4)
+    graphs = sleeper.graph_stats.num_graphs
+    place = sleeper._kv_pool.data.data_ptr()
+    sleeper.sleep()
+    blocker = torch.empty(1 << 24, dtype=torch.int32, device="cuda")  # where the pool lay
+    got = sleeper.generate(prompts(100, 9), sampling, num_samples=4)
+    assert sleeper._kv_pool.data.data_ptr() != place
+    assert sleeper.graph_stats.num_graphs == graphs
+    assert_same(got, want)
+    del blocker
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [{"temperature": 0.0}, {"temperature": 0.7, "min_completion_tokens": 12}, {"top_k": 5}],
+)
+def test_rules_are_read_at_run_time(knobs: dict[str, float]) -> None:
+    model = gpu_model()
+    kept = engine(model)
+    kept.generate(prompts(12), Sampling(max_completion_tokens=20, seed=1), num_samples=4)
+    sampling = Sampling(max_completion_tokens=30, seed=2, **knobs)  # type: ignore[arg-type]
+    got = kept.generate(prompts(12), sampling, num_samples=4)
+    assert_same(got, engine(model).generate(prompts(12), sampling, num_samples=4))
+    assert all(len(r.token_ids) >= knobs.get("min_completion_tokens", 0) for r in flat(got))
+
+
+def test_stop_strings_cut_what_a_burst_drew_past_them() -> None:
+    model = gpu_model()
+    sampling = Sampling(max_completion_tokens=60)
+    free = flat(engine(model).generate(prompts(30), sampling, num_samples=6))
+    word = str(free[0].token_ids[5].item())
+    stopped = Sampling(max_completion_tokens=60, stop=(f" {word} ",))
+    got = flat(engine(model).generate(prompts(30), stopped, num_samples=6))
+    assert got[0].finish_reason == "stop"
+    assert len(got[0].token_ids) < len(free[0].token_ids)
+    assert len(got[0].logprobs) == len(got[0].token_ids)
+
+
+def test_scarce_memory_preempts_and_finishes() -> None:
+    model = gpu_model()
+    sampling = Sampling(max_completion_tokens=200)
+    scarce = engine(model, stop_ids=(), kv_bytes=14 * engine(model).block_bytes)
+    got = flat(scarce.generate(prompts(70, 3, 130), sampling, num_samples=4))
+    assert all(len(r.token_ids) == 200 for r in got)
+    assert scarce.stats.num_preemptions > 0
+    assert scarce.stats.num_free_blocks == scarce.stats.num_blocks
