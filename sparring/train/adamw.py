@@ -8,7 +8,7 @@ here (optimizer.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
@@ -25,7 +25,7 @@ _CONSTANTS = ("qmap1", "qmap2")
 
 def build_rule(
     name: str,
-    groups: Sequence[Mapping[str, Any]],
+    groups: list[dict[str, Any]],
     *,
     learning_rate: float,
     betas: tuple[float, float],
@@ -40,7 +40,7 @@ def build_rule(
     devices = {master.device.type for group in groups for master in group["params"]}
     arguments: dict[str, Any] = {"lr": learning_rate, "betas": betas, "eps": epsilon}
     if name == "adamw":
-        return torch.optim.AdamW(list(groups), fused=devices <= {"cpu", "cuda"}, **arguments)
+        return torch.optim.AdamW(groups, fused=devices <= {"cpu", "cuda"}, **arguments)
     if not devices <= {"cpu", "cuda"}:
         raise RecipeError(
             f"[optimizer] name 'adamw_8bit' runs on cuda and cpu, not on {', '.join(devices)};"
@@ -53,7 +53,7 @@ def build_rule(
             f"[optimizer] name 'adamw_8bit' needs bitsandbytes, which cannot be imported ({error});"
             " install it (pip install 'bitsandbytes>=0.50'), or take name = 'adamw'"
         ) from error
-    rule: torch.optim.Optimizer = library.AdamW8bit(list(groups), **arguments)
+    rule: torch.optim.Optimizer = library.AdamW8bit(groups, **arguments)
     return rule
 
 
