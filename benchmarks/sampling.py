@@ -99,19 +99,22 @@ def check() -> dict[str, float]:
     return out
 
 
-def drawn(copy: float, vocabulary: int, num_rows: int, scale: float) -> dict[str, object]:
+def drawn(
+    copy: float, vocabulary: int, num_rows: int, scale: float, **cuts: float
+) -> dict[str, object]:
     count = max(2, ROTATED_BYTES // (4 * num_rows * vocabulary))
     logits = torch.randn(count, num_rows, vocabulary, device=CUDA) * scale
     ids, positions = keys(num_rows)
-    r = rules(num_rows)
+    r = rules(num_rows, **cuts)
     us = in_graph([lambda x=x: sampling.draw_tokens_triton(x, ids, positions, r) for x in logits])
     return {
         "V": vocabulary,
         "rows": num_rows,
         "scale": scale,
+        **cuts,
         "us": us,
         "share of copy": 4 * num_rows * vocabulary / us / 1e3 / copy,
-        "torch us": in_graph([lambda x=x: torch_draw(x) for x in logits]),
+        "torch us": None if cuts else in_graph([lambda x=x: torch_draw(x) for x in logits]),
     }
 
 
@@ -164,6 +167,11 @@ def main() -> None:
             for scale in (1.0, 3.0):
                 result["draw"].append(drawn(copy, vocabulary, num_rows, scale))
                 print(result["draw"][-1], flush=True)
+    result["cut"] = []
+    for num_rows in ROWS:
+        for cuts in ({"top_p": 1.0}, {"top_p": 0.95}, {"top_k": 50}, {"min_p": 0.05}):
+            result["cut"].append(drawn(copy, 151936, num_rows, 3.0, **cuts))
+            print(result["cut"][-1], flush=True)
     with open(sys.argv[1], "w") as file:
         json.dump(result, file, indent=1)
 

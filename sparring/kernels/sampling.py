@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from sparring.kernels import jit, tl, triton, uses_triton
-from sparring.kernels.cut import CutRules, cut_reference
+from sparring.kernels.cut import CutRules, cut_reference, find_cuts, order_key
 from sparring.kernels.philox import (
     exponential,
     log_exponential,
@@ -124,9 +124,9 @@ def draw_tokens_reference(
 @jit
 def _tiles_kernel(
     logits_ptr, parts_ptr, best_ptr, inverse_ptr, seed_ptr, ids_ptr, draws_ptr, held_ptr,
-    min_draws_ptr, stride_r,
+    min_draws_ptr, keys_ptr, last_ptr, stride_r,
     V: tl.constexpr, BLOCK_V: tl.constexpr, TILES: tl.constexpr, SPAN: tl.constexpr,
-    HELD: tl.constexpr,
+    HELD: tl.constexpr, IS_CUT: tl.constexpr,
 ):  # fmt: skip
     """SPAN tiles of one row: for each its maximum, sum, best score above the maximum and index."""
     row = tl.program_id(0).to(tl.int64)
@@ -161,6 +161,12 @@ def _tiles_kernel(
                 is_held = columns == tl.load(held_ptr + i)
                 e = tl.where(is_held, 0.0, e)
                 s = tl.where(is_held, -float("inf"), s)
+        if IS_CUT:
+            key = order_key(s)
+            least = tl.load(keys_ptr + row)
+            stays = (key > least) | ((key == least) & (columns <= tl.load(last_ptr + row)))
+            e = tl.where(stays, e, 0.0)
+            s = tl.where(stays, s, -float("inf"))
         gap = -float("inf")
         best = tile * BLOCK_V
         if is_greedy:
@@ -226,7 +232,8 @@ def span_of(num_rows: int, num_tiles: int) -> int:
 def draw_tokens_triton(
     logits_RV: Tensor, sample_ids_R2: Tensor, draws_R: Tensor, rules: DrawRules
 ) -> tuple[Tensor, Tensor]:
-    """`draw_tokens_reference` in two launches; sample_ids_R2 and draws_R are contiguous int64."""
+    """`draw_tokens_reference` in two launches, one more where rules.cut is given."""
+    sample_ids_R2, draws_R = sample_ids_R2.contiguous(), draws_R.contiguous()
     if logits_RV.stride(1) != 1:
         logits_RV = logits_RV.contiguous()
     num_rows, vocab_size = logits_RV.shape
@@ -239,11 +246,18 @@ def draw_tokens_triton(
     span = span_of(num_rows, num_tiles)
     parts = torch.empty(3, num_rows, num_tiles, dtype=torch.float32, device=device)
     best = torch.empty(num_rows, num_tiles, dtype=torch.int32, device=device)
+    keys_R = last_R = best
+    if rules.cut is not None:
+        keys_R, last_R = find_cuts(
+            logits_RV, draws_R, rules.inverse_temperatures_R, rules.held_ids_H, rules.min_draws_R,
+            rules.cut,
+        )  # fmt: skip
     _tiles_kernel[(num_rows, triton.cdiv(num_tiles, span))](
         logits_RV, parts, best, rules.inverse_temperatures_R, rules.seed_words_2,
-        sample_ids_R2.contiguous(), draws_R.contiguous(), rules.held_ids_H, rules.min_draws_R,
+        sample_ids_R2, draws_R, rules.held_ids_H, rules.min_draws_R, keys_R, last_R,
         logits_RV.stride(0), V=vocab_size, BLOCK_V=BLOCK_V, TILES=num_tiles, SPAN=span,
-        HELD=len(rules.held_ids_H), num_warps=NUM_WARPS, enable_fp_fusion=True,
+        HELD=len(rules.held_ids_H), IS_CUT=rules.cut is not None, num_warps=NUM_WARPS,
+        enable_fp_fusion=True,
     )  # fmt: skip
     _combine_kernel[(num_rows,)](
         logits_RV, parts, best, rules.inverse_temperatures_R, tokens_R, logprobs_R,
@@ -262,6 +276,5 @@ def draw_tokens(
     int64, the token's place in its completion, key the noise. Logits that are not finite give a
     log-probability of NaN. No host synchronisation and a fixed grid on a GPU.
     """
-    is_fast = uses_triton(logits_RV) and rules.cut is None
-    chosen = draw_tokens_triton if is_fast else draw_tokens_reference
+    chosen = draw_tokens_triton if uses_triton(logits_RV) else draw_tokens_reference
     return chosen(logits_RV, sample_ids_R2, draws_R, rules)

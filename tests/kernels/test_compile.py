@@ -17,6 +17,7 @@ import pytest
 from sparring.kernels import (
     Capability,
     attention,
+    cut,
     decode_state,
     head,
     nf4,
@@ -167,7 +168,10 @@ DRAWING = {
     **dict.fromkeys(("logits_ptr", "parts_ptr", "inverse_ptr", "logprobs_ptr"), "*fp32"),
     **dict.fromkeys(("seed_ptr", "ids_ptr", "draws_ptr", "held_ptr", "min_draws_ptr"), "*i64"),
     "tokens_ptr": "*i64",
-    "best_ptr": "*i32",
+    **dict.fromkeys(("best_ptr", "keys_ptr", "last_ptr"), "*i32"),
+    "top_k_ptr": "*i64",
+    "top_p_ptr": "*fp64",
+    "min_p_ptr": "*fp32",
 }
 
 
@@ -175,7 +179,11 @@ DRAWING = {
 def test_sampling(arch):
     tiles = triton.cdiv(151936, sampling.BLOCK_V)
     constants = {"V": 151936, "TILES": tiles, "BLOCK_V": sampling.BLOCK_V, "SPAN": 8, "HELD": 2}
-    check(sampling._tiles_kernel, DRAWING, {**constants, "num_warps": sampling.NUM_WARPS}, arch)
+    for is_cut in (False, True):
+        tile = {"IS_CUT": is_cut, "num_warps": sampling.NUM_WARPS}
+        check(sampling._tiles_kernel, DRAWING, constants | tile, arch)
+    rows = {"V": 151936, "BLOCK_V": cut.BLOCK_V, "HELD": 2, "num_warps": cut.NUM_WARPS}
+    check(cut._cut_kernel, DRAWING, rows, arch)
     constants = {"TILES": tiles, "BLOCK_T": triton.next_power_of_2(tiles), "num_warps": 1}
     check(sampling._combine_kernel, DRAWING, constants, arch)
 

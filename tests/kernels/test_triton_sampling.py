@@ -12,7 +12,8 @@ import os
 import pytest
 import torch
 
-from sparring.kernels import jit, philox, sampling, tl
+from sparring.kernels import cut, jit, philox, sampling, tl
+from sparring.kernels.cut import CutRules, cut_reference
 from sparring.kernels.sampling import DrawRules, draw_tokens_reference, draw_tokens_triton
 
 pytest.importorskip("triton")
@@ -42,7 +43,7 @@ def _poisoned(monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned)
 
 
-def rules(num_rows, *, temperatures=1.0, seed=(0, 0), held=(), min_draws=0):
+def rules(num_rows, *, temperatures=1.0, seed=(0, 0), held=(), min_draws=0, **cuts):
     """DrawRules from numbers or one number a row."""
 
     def per_row(values, dtype):
@@ -56,6 +57,13 @@ def rules(num_rows, *, temperatures=1.0, seed=(0, 0), held=(), min_draws=0):
         seed_words_2=torch.tensor(seed, device=DEVICE),
         held_ids_H=torch.tensor(held, dtype=torch.int64, device=DEVICE),
         min_draws_R=per_row(min_draws, torch.int64),
+        cut=CutRules(
+            top_k_R=per_row(cuts.get("top_k", 0), torch.int64),
+            top_p_R=per_row(cuts.get("top_p", 1.0), torch.float64),
+            min_p_R=per_row(cuts.get("min_p", 0.0), torch.float32),
+        )
+        if cuts
+        else None,
     )
 
 
@@ -81,6 +89,9 @@ def margins(logits, ids, draws, r):
     is_early = draws < r.min_draws_R
     held = r.held_ids_H[r.held_ids_H >= 0]
     scores[:, held] = scores[:, held].masked_fill(is_early[:, None], -math.inf)
+    if r.cut is not None:
+        is_cut = cut_reference(s.float(), r.cut).isneginf()
+        scores = scores.masked_fill(is_cut, -math.inf)
     best = scores.topk(min(2, s.shape[1]), dim=1).values
     gap = best[:, 0] - best[:, -1] if s.shape[1] > 1 else torch.full_like(best[:, 0], math.inf)
     largest = s.masked_fill(s.isinf(), 0.0).abs().amax(1)
@@ -151,7 +162,7 @@ def test_draws_are_those_of_the_reference(vocabulary, scale):
 
 
 def test_many_rows_are_those_of_the_reference():
-    ids, draws = keys(96 if INTERPRETED else 4096)
+    ids, draws = keys(48 if INTERPRETED else 4096)
     check_draws(normal(len(ids), 300, 3.0), ids, draws, rules(len(ids), seed=(17, 0)))
 
 
@@ -204,9 +215,9 @@ def test_greedy_takes_the_first_of_equals():
 
 @pytest.mark.filterwarnings("ignore:divide by zero")
 def test_tokens_without_probability_are_never_drawn():
-    logits = torch.full((64, 4500), -math.inf, device=DEVICE)
+    logits = torch.full((16, 4500), -math.inf, device=DEVICE)
     logits[:, 4400], logits[:, 9] = 0.0, 1.0
-    tokens, logprobs = draw_tokens_triton(logits, *keys(64), rules(64))
+    tokens, logprobs = draw_tokens_triton(logits, *keys(16), rules(16))
     assert set(tokens.tolist()) == {9, 4400}
     assert torch.isfinite(logprobs).all()
 
@@ -227,6 +238,96 @@ def test_logits_that_are_not_finite_give_nan():
         )
         assert logprobs.isnan().tolist() == [True] * 6 + [False]
         assert 0 <= int(tokens.min()) <= int(tokens.max()) < 4500
+
+
+def kept(logits, draws, r):
+    """Which tokens stay, by the kernel and by the reference, as booleans [R, V]."""
+    keys, last = cut.find_cuts(
+        logits, draws, r.inverse_temperatures_R, r.held_ids_H, r.min_draws_R, r.cut
+    )
+    inverse = torch.where(r.inverse_temperatures_R == 0, 1.0, r.inverse_temperatures_R)
+    s = logits * inverse[:, None]
+    is_early = draws < r.min_draws_R
+    s[:, r.held_ids_H] = s[:, r.held_ids_H].masked_fill(is_early[:, None], -math.inf)
+    bits = (s + 0.0).view(torch.int32)
+    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    columns = torch.arange(s.shape[1], device=DEVICE)
+    stays = (order > keys[:, None]) | ((order == keys[:, None]) & (columns <= last[:, None]))
+    return stays & ~s.isneginf(), ~cut_reference(s, r.cut).isneginf()
+
+
+CUTS = [
+    {"top_k": 1},
+    {"top_k": 7},
+    {"top_k": 10_000},
+    {"top_p": 1e-6},
+    {"top_p": 0.5},
+    {"top_p": 0.95},
+    {"top_p": 0.9999},
+    {"min_p": 0.1},
+    {"min_p": 1e-5},
+    {"top_k": 50, "top_p": 0.8, "min_p": 0.02},
+]
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "scale", "knobs"),
+    [
+        *((61, 3.0, knobs) for knobs in CUTS),
+        *((9001, 1.0, knobs) for knobs in (CUTS[-1:] if INTERPRETED else CUTS)),
+    ],
+)
+def test_cuts_keep_what_the_reference_keeps(vocabulary, scale, knobs):
+    logits = normal(4, vocabulary, scale, seed=7)
+    draws = torch.tensor([0, 1, 2, 3], device=DEVICE)
+    r = rules(4, temperatures=[1.0, 0.7, 2.0, 1.0], held=(5, 60), min_draws=2, **knobs)
+    got, want = kept(logits, draws, r)
+    assert torch.equal(got.sum(1), want.sum(1))
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("knobs", [{"top_k": 4}, {"top_p": 0.7}, {"min_p": 0.3}, {"top_k": 8}])
+def test_cuts_take_equals_by_index(knobs):
+    logits = torch.zeros(3, 5000, device=DEVICE)
+    logits[0, [77, 3000, 4999, 20, 4500, 4600]] = 20.0
+    logits[1, [1, 4998]] = 25.0
+    logits[1, [4097, 5, 9, 10, 11]] = -0.0  # no other number than 0.0
+    logits[2] = logits[0] - 30.0
+    r = rules(3, **knobs)
+    got, want = kept(logits, torch.zeros(3, dtype=torch.int64, device=DEVICE), r)
+    assert torch.equal(got, want)
+
+
+def test_rows_without_cuts_keep_all_beside_rows_with_cuts():
+    logits = normal(5, 300)
+    r = rules(
+        5,
+        temperatures=[1.0, 1.0, 0.0, 1.0, 1.0],
+        top_k=[0, 3, 3, 0, 0],
+        top_p=[1.0, 1.0, 1.0, 0.3, 1.0],
+        min_p=[0.0, 0.0, 0.0, 0.0, 0.5],
+    )
+    got, _ = kept(logits, torch.zeros(5, dtype=torch.int64, device=DEVICE), r)
+    assert got.sum(1).tolist()[:3] == [300, 3, 300]
+    assert 1 < got.sum(1)[3] < 60
+    assert 1 <= got.sum(1)[4] < 30
+
+
+@pytest.mark.parametrize("knobs", [{"top_k": 5}, {"top_p": 0.6}, {"min_p": 0.2}])
+def test_cut_draws_stay_inside_and_record_the_whole_distribution(knobs):
+    num_rows = 3 if INTERPRETED else 4096
+    logits = normal(1, 500, 2.0).repeat(num_rows, 1)
+    ids, draws = keys(num_rows)
+    r = rules(num_rows, **knobs)
+    tokens, logprobs = draw_tokens_triton(logits, ids, draws, r)
+    expected, _ = draw_tokens_reference(logits, ids, draws, r)
+    is_clear = margins(logits, ids, draws, r) > 1.0
+    assert torch.equal(tokens[is_clear], expected[is_clear])
+    stays = kept(logits[:1], draws[:1], rules(1, **knobs))[1][0]
+    assert bool(stays[tokens].all())
+    assert INTERPRETED or len(set(tokens.tolist())) > 1
+    whole = torch.log_softmax(logits, -1).gather(1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(logprobs, whole, rtol=1e-5, atol=1e-5)
 
 
 def chi_square_limit(degrees):
