@@ -25,7 +25,7 @@ from sparring.kernels import capability_of, paged_attention, paged_prefill, spli
 from sparring.kernels.attention import shared_attention_triton
 from sparring.kernels.attention_plan import SharedPlan, tile_of
 from sparring.kernels.norm import rms_norm_triton
-from sparring.kernels.paged_plan import DecodeWorkspace, split_of
+from sparring.kernels.paged_plan import DecodeWorkspace, PrefillTiles, split_of
 from sparring.kernels.rope import rope_triton
 from sparring.kernels.rotate_write import rotate_write_triton
 from sparring.layout import KVPool
@@ -213,14 +213,14 @@ def prefill() -> list[dict[str, object]]:
         pool, tables, _ = pool_of([2048] * 32, (heads, kv_heads, size), 2)
         q = normal(32 * 2048, heads, size)
         bounds = list(range(0, 32 * 2048 + 1, 2048))
-        tiles = paged_prefill.PrefillTiles(bounds, [2048] * 32, CUDA)
+        tiles = PrefillTiles(bounds, [2048] * 32, CUDA)
         flop = 32 * 4 * heads * size * 2048 * 2049 / 2
 
         def call(
             tables: torch.Tensor = tables,
             q: torch.Tensor = q,
             pool: KVPool = pool,
-            tiles: paged_prefill.PrefillTiles = tiles,
+            tiles: PrefillTiles = tiles,
         ) -> torch.Tensor:
             return paged_prefill.paged_prefill_triton(
                 q, pool, 1, tables, tiles, capability=capability_of(CUDA)

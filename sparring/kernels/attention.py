@@ -29,10 +29,10 @@ from torch import Tensor
 
 from sparring.kernels import dot, jit, rounded, tl, triton, uses_triton
 from sparring.kernels.attention_plan import SharedPlan, tile_of
+from sparring.kernels.split_attention import split_attention_packed
+from sparring.kernels.splits import LOG2_E
 
 __all__ = ["shared_attention", "shared_attention_reference", "shared_attention_triton"]
-
-LOG2_E = math.log2(math.e)
 
 
 def shared_attention_reference(
@@ -407,6 +407,8 @@ def shared_attention_kept(
     pass needs beside q, k and v.
     """
     q, k, v = _strided(q), _strided(k), _strided(v)
+    if plan.bitwise:
+        return split_attention_packed(q, k, v, plan, window)
     shape = _shape_of(q, k)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)

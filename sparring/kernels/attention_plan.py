@@ -61,7 +61,7 @@ class SharedPlan:
     """Tiles of one batch; made once, used by every layer and both passes.
 
     cu_seqlens, parents: as in layout.PackedLayout. Heavier tiles come first, which evens out the
-    end of a launch and changes no number.
+    end of a launch and changes no number. bitwise: the forward pass gives the bits of decoding.
     """
 
     def __init__(
@@ -71,7 +71,9 @@ class SharedPlan:
         *,
         device: torch.device,
         capability: Capability,
+        bitwise: bool = False,
     ) -> None:
+        self.bitwise = bitwise
         self.cu_seqlens, self.parents = tuple(cu_seqlens), tuple(parents)
         self.device, self.capability = device, capability
         self._query_tiles: dict[int, Tensor] = {}

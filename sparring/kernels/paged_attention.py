@@ -22,12 +22,10 @@ from torch import Tensor
 from sparring.kernels import Capability, jit, rounded, tl, triton
 from sparring.kernels.paged_plan import DecodeWorkspace, split_of
 from sparring.kernels.rotate_write import kv_dtype_of
-from sparring.kernels.splits import OPTIONS, merge_factors, paged_split
+from sparring.kernels.splits import LOG2_E, OPTIONS, merge_factors, paged_split
 from sparring.layout import KVPool
 
 __all__ = ["paged_decode_reference", "paged_decode_triton"]
-
-LOG2_E = math.log2(math.e)
 
 
 def paged_decode_reference(

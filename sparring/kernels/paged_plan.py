@@ -1,4 +1,4 @@
-"""Sizes of paged attention: splits, tiles and the workspace where splits meet.
+"""Sizes of paged attention: splits, tiles of new tokens and the workspace where splits meet.
 
 Sizes come from the architecture and the shape of the heads, never from the batch, so a row's sums
 have one order on one kind of card.
@@ -6,6 +6,7 @@ have one order on one kind of card.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,3 +64,32 @@ class DecodeWorkspace:
             states=torch.empty((*shape, 2, group), dtype=torch.float32, device=device),
             tickets=torch.zeros(shape[:2], dtype=torch.int32, device=device),
         )
+
+
+class PrefillTiles:
+    """Tiles of the new tokens of a step: made once, used by every layer.
+
+    cu_seqlens, kv_lengths: as in layout.PagedLayout. Heavier tiles come first, which changes no
+    number.
+    """
+
+    def __init__(
+        self, cu_seqlens: Sequence[int], kv_lengths: Sequence[int], device: torch.device
+    ) -> None:
+        self.cu_seqlens, self.kv_lengths = tuple(cu_seqlens), tuple(kv_lengths)
+        self.device = device
+        self._tiles: dict[int, Tensor] = {}
+
+    def of(self, block_m: int) -> Tensor:
+        """[n, 4] int32: row, first token, tokens, position of the first one."""
+        if block_m not in self._tiles:
+            tiles = []
+            for row, kv_length in enumerate(self.kv_lengths):
+                start, stop = self.cu_seqlens[row], self.cu_seqlens[row + 1]
+                for token in range(start, stop, block_m):
+                    count = min(block_m, stop - token)
+                    tiles.append((row, token, count, kv_length - (stop - token)))
+            tiles.sort(key=lambda tile: -tile[3])
+            rows = torch.tensor(tiles, dtype=torch.int32).reshape(-1, 4)
+            self._tiles[block_m] = rows.to(self.device)
+        return self._tiles[block_m]

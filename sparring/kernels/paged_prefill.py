@@ -18,10 +18,12 @@ from torch import Tensor
 
 from sparring.kernels import Capability, dot, jit, rounded, tl
 from sparring.kernels.attention_plan import tile_of
-from sparring.kernels.paged_attention import LOG2_E, constants_of
+from sparring.kernels.paged_attention import constants_of
+from sparring.kernels.paged_plan import PrefillTiles
+from sparring.kernels.splits import LOG2_E
 from sparring.layout import KVPool
 
-__all__ = ["PrefillTiles", "paged_prefill_reference", "paged_prefill_triton"]
+__all__ = ["paged_prefill_reference", "paged_prefill_triton"]
 
 
 def paged_prefill_reference(
@@ -54,35 +56,6 @@ def paged_prefill_reference(
         probs = scores.masked_fill(~seen, -torch.inf).softmax(-1)
         outputs.append(torch.einsum("hij,jhe->ihe", probs, v).to(q_THE.dtype))
     return torch.cat(outputs)
-
-
-class PrefillTiles:
-    """Tiles of the new tokens of a step: made once, used by every layer.
-
-    cu_seqlens, kv_lengths: as in layout.PagedLayout. Heavier tiles come first, which changes no
-    number.
-    """
-
-    def __init__(
-        self, cu_seqlens: Sequence[int], kv_lengths: Sequence[int], device: torch.device
-    ) -> None:
-        self.cu_seqlens, self.kv_lengths = tuple(cu_seqlens), tuple(kv_lengths)
-        self.device = device
-        self._tiles: dict[int, Tensor] = {}
-
-    def of(self, block_m: int) -> Tensor:
-        """[n, 4] int32: row, first token, tokens, position of the first one."""
-        if block_m not in self._tiles:
-            tiles = []
-            for row, kv_length in enumerate(self.kv_lengths):
-                start, stop = self.cu_seqlens[row], self.cu_seqlens[row + 1]
-                for token in range(start, stop, block_m):
-                    count = min(block_m, stop - token)
-                    tiles.append((row, token, count, kv_length - (stop - token)))
-            tiles.sort(key=lambda tile: -tile[3])
-            rows = torch.tensor(tiles, dtype=torch.int32).reshape(-1, 4)
-            self._tiles[block_m] = rows.to(self.device)
-        return self._tiles[block_m]
 
 
 @jit

@@ -12,7 +12,11 @@ meant, it is written. A tile that a query does not see changes none of its bits.
 
 from __future__ import annotations
 
+import math
+
 from sparring.kernels import INTERPRETED, jit, rounded, tl
+
+LOG2_E = math.log2(math.e)
 
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 """Launch options that decide the order of sums: the same for every kernel of this family."""

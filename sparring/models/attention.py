@@ -29,20 +29,22 @@ def plan_attention(
     dtype: torch.dtype = torch.float32,
     head_size: int = 0,
     capability: Capability = INTERPRETER,
+    bitwise: bool = False,
 ) -> AttentionPlan:
     """Index tensors for one batch; `kv_pool` is given with a PagedLayout and only then.
 
     dtype, head_size: of the queries. capability: the model's; where it allows the project's own
-    kernel, and the kernel serves the queries, that is taken.
+    kernel, and the kernel serves the queries, that is taken. bitwise: decoding, prefill and the
+    training forward of the project's own kernels give the same bits.
     """
     if isinstance(layout, PackedLayout):
         assert kv_pool is None, "a packed layout keeps no keys and values"
         if head_size and KernelPlan.serves(device, dtype, head_size, capability):
-            return KernelPlan(layout, device, capability)
+            return KernelPlan(layout, device, capability, bitwise=bitwise)
         return PackedPlan(layout, device)
     assert kv_pool is not None, "a paged layout needs the pool that holds its keys and values"
     if head_size and PagedKernelPlan.serves(kv_pool, dtype, head_size, capability):
-        return PagedKernelPlan.of_layout(layout, kv_pool, capability)
+        return PagedKernelPlan.of_layout(layout, kv_pool, capability, bitwise=bitwise)
     if isinstance(layout, DecodeLayout):
         layout = paged_layout(layout)
     return PagedPlan(layout, kv_pool)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from sparring.kernels import Capability
 from sparring.kernels.paged_attention import paged_decode_triton
-from sparring.kernels.paged_plan import DecodeWorkspace, split_of
-from sparring.kernels.paged_prefill import PrefillTiles, paged_prefill_triton
+from sparring.kernels.paged_plan import DecodeWorkspace, PrefillTiles, split_of
+from sparring.kernels.paged_prefill import paged_prefill_triton
 from sparring.kernels.rotate_write import rotate_write_triton
+from sparring.kernels.split_attention import split_attention_paged
 from sparring.layout import DecodeLayout, KVPool, PagedLayout
 
 
@@ -22,7 +23,8 @@ class PagedKernelPlan:
 
     tables_RN [R, N] and lengths_R [R] int32, slots_T [T] int64 on the pool's device; max_splits: of
     the longest row that may come (`max_splits_for`). workspace: where splits meet; None: made at
-    the first use. tiles: of a prefill step, None when every row has one new token.
+    the first use. tiles: of a prefill step, None when every row has one new token. bitwise: prefill
+    gives the bits that decoding gives.
     """
 
     def __init__(
@@ -36,13 +38,14 @@ class PagedKernelPlan:
         capability: Capability,
         workspace: DecodeWorkspace | None = None,
         tiles: PrefillTiles | None = None,
+        bitwise: bool = False,
     ) -> None:
         assert not torch.is_grad_enabled(), "attention over blocks has no gradient"
         assert kv_pool.address is not None, "kernels find the pool through its address"
         self.pool = kv_pool
         self.tables_RN, self.lengths_R, self.slots_T = tables_RN, lengths_R, slots_T
         self.max_splits, self.workspace, self.tiles = max_splits, workspace, tiles
-        self.capability = capability
+        self.capability, self.bitwise = capability, bitwise
 
     @classmethod
     def of_layout(
@@ -50,7 +53,9 @@ class PagedKernelPlan:
         layout: PagedLayout | DecodeLayout,
         kv_pool: KVPool,
         capability: Capability,
+        *,
         workspace: DecodeWorkspace | None = None,
+        bitwise: bool = False,
     ) -> PagedKernelPlan:
         """The plan of one step; of a DecodeLayout it may be captured."""
         size = int(kv_pool.data.shape[5])
@@ -63,6 +68,7 @@ class PagedKernelPlan:
                 max_splits=max_splits_for(capability, size, layout.max_kv_length),
                 capability=capability,
                 workspace=workspace,
+                bitwise=bitwise,
             )
         is_decode = layout.cu_seqlens == tuple(range(len(layout.kv_lengths) + 1))
         tiles = PrefillTiles(layout.cu_seqlens, layout.kv_lengths, layout.slots_T.device)
@@ -74,6 +80,7 @@ class PagedKernelPlan:
             max_splits=max_splits_for(capability, size, max(layout.kv_lengths)),
             capability=capability,
             tiles=None if is_decode else tiles,
+            bitwise=bitwise,
         )
 
     @staticmethod
@@ -112,7 +119,8 @@ class PagedKernelPlan:
 
     def _attend_written(self, q_THE: Tensor, layer: int, window: int) -> Tensor:
         if self.tiles is not None:
-            return paged_prefill_triton(
+            prefill = split_attention_paged if self.bitwise else paged_prefill_triton
+            return prefill(
                 q_THE,
                 self.pool,
                 layer,

@@ -16,11 +16,25 @@ from sparring.layout import PackedLayout
 
 
 class KernelPlan:
-    """Tiles of a PackedLayout; serves every layer of one forward pass."""
+    """Tiles of a PackedLayout; serves every layer of one forward pass.
 
-    def __init__(self, layout: PackedLayout, device: torch.device, capability: Capability) -> None:
+    bitwise: the forward pass gives the bits that decoding gives.
+    """
+
+    def __init__(
+        self,
+        layout: PackedLayout,
+        device: torch.device,
+        capability: Capability,
+        *,
+        bitwise: bool = False,
+    ) -> None:
         self._plan = SharedPlan(
-            layout.cu_seqlens, layout.parents, device=device, capability=capability
+            layout.cu_seqlens,
+            layout.parents,
+            device=device,
+            capability=capability,
+            bitwise=bitwise,
         )
 
     @staticmethod

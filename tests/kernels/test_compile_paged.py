@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from sparring.kernels import Capability, paged_attention, paged_prefill, rotate_write
+from sparring.kernels import (
+    Capability,
+    paged_attention,
+    paged_prefill,
+    rotate_write,
+    split_attention,
+)
 from sparring.kernels.attention_plan import tile_of
 from sparring.kernels.paged_plan import split_of
 from sparring.kernels.splits import OPTIONS as SPLIT_OPTIONS
@@ -54,3 +60,21 @@ def test_rotate_write(arch):
     constants = {"H": 28, "K": 4, "E": 128, "B": 64, "HALF": 64, "HAS_NORM": True}
     constants |= {"KV_DTYPE": triton.language.bfloat16, **rotate_write.tile_of(128)}
     check(rotate_write._rotate_write_kernel, POINTERS, constants, arch)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("source", ["paged", "packed"])
+def test_split_attention(source, size, arch):
+    """The same matrix instruction as decoding's, whatever the number of queries."""
+    constants = paged_constants(size, 64) | SPLIT_OPTIONS
+    constants |= split_attention.tile_of(Capability(arch=arch, tensor_dots=True), size)
+    kernel = split_attention._paged_kernel
+    if source == "packed":
+        kernel = split_attention._packed_kernel
+        constants = {name: constants[name] for name in kernel.arg_names if name in constants} | {
+            name: constants[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")
+        }
+    found, ptx = check(kernel, POINTERS, constants, arch, products=True, stack_limit=256)
+    assert found == {90: {"wgmma.mma"}, 100: {"tcgen05.mma"}}.get(arch, {"mma.sync"})
+    assert "cp.async.cg.shared.global" in ptx

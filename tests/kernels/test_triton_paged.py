@@ -8,12 +8,8 @@ import torch
 from sparring.kernels import capability_of
 from sparring.kernels.norm import rms_norm_triton
 from sparring.kernels.paged_attention import paged_decode_reference, paged_decode_triton
-from sparring.kernels.paged_plan import DecodeWorkspace, split_of
-from sparring.kernels.paged_prefill import (
-    PrefillTiles,
-    paged_prefill_reference,
-    paged_prefill_triton,
-)
+from sparring.kernels.paged_plan import DecodeWorkspace, PrefillTiles, split_of
+from sparring.kernels.paged_prefill import paged_prefill_reference, paged_prefill_triton
 from sparring.kernels.rope import rope_triton
 from sparring.kernels.rotate_write import rotate_write_reference, rotate_write_triton
 from sparring.layout import KVPool

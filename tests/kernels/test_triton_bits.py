@@ -1,0 +1,149 @@
+"""Bitwise mode's attention: decoding, prefill, chunks and the training forward agree to the bit.
+
+See test_triton.py for how it is run; on a card the splits are larger, so prompts are longer there.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from sparring.kernels import capability_of
+from sparring.kernels.attention import (
+    shared_attention_kept,
+    shared_attention_reference,
+    shared_attention_triton,
+)
+from sparring.kernels.attention_plan import SharedPlan
+from sparring.kernels.paged_attention import paged_decode_triton
+from sparring.kernels.paged_plan import PrefillTiles, split_of
+from sparring.kernels.split_attention import split_attention_paged
+from sparring.layout import KVPool
+from tests.kernels.test_triton import DEVICE, LIMIT, _poisoned, check, error, pytestmark, random
+
+__all__ = ["_poisoned", "pytestmark"]
+
+CAPABILITY = capability_of(DEVICE)
+SPLIT, TILE = (split_of(CAPABILITY, 128)[name] for name in ("SPLIT", "BLOCK_N"))
+BORDERS = [n + d for n in (TILE, SPLIT) for d in (-1, 0, 1)]
+SLOW = pytest.mark.slow
+
+
+def plan_of(cu_seqlens, parents):
+    return SharedPlan(cu_seqlens, parents, device=DEVICE, capability=CAPABILITY, bitwise=True)
+
+
+def packed(q, k, v, cu_seqlens, parents, window):
+    out, lse = shared_attention_kept(q, k, v, plan_of(cu_seqlens, parents), window)
+    assert not out.isnan().any()
+    assert not lse.isnan().any()
+    return out
+
+
+def pool_of(rows, block_size, dtype):
+    """A pool that holds the keys and values (k, v) of each row, NaN elsewhere, and its tables."""
+    kv_heads, size = rows[0][0].shape[1:]
+    counts = [-(-len(k) // block_size) for k, _ in rows]
+    shape = (2, sum(counts) + 1, 2, kv_heads, block_size, size)
+    data = torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
+    tables = torch.zeros(len(rows), max(counts), dtype=torch.int32, device=DEVICE)
+    order = (torch.randperm(sum(counts), generator=torch.Generator().manual_seed(2)) + 1).tolist()
+    for row, (k, v) in enumerate(rows):
+        for i in range(counts[row]):
+            block = tables[row, i] = order.pop()
+            for which, x in enumerate((k, v)):
+                piece = x[i * block_size : (i + 1) * block_size].transpose(0, 1)
+                data[1, block, which, :, : piece.shape[1]] = piece
+    return KVPool(data=data, address=torch.tensor([data.data_ptr()], device=DEVICE)), tables
+
+
+def pieces_of(total, first):
+    """Cuts of a row into chunks of growing size."""
+    cuts = [0]
+    while cuts[-1] < total:
+        cuts.append(min(total, cuts[-1] + first + 5 * len(cuts)))
+    return list(itertools.pairwise(cuts))
+
+
+def agree(prompt, completions, heads, kv_heads, size, dtype, block_size=16, window=0):
+    lengths = (prompt, *completions)
+    starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    q = random(starts[-1], heads, size, dtype=dtype)
+    k, v = (random(starts[-1], kv_heads, size, dtype=dtype, seed=s) for s in (1, 2))
+    shared = packed(q, k, v, starts, (-1, *[0] * len(completions)), window)
+    members = [
+        torch.tensor([*range(prompt), *range(starts[i], starts[i + 1])], device=DEVICE)
+        for i in range(1, len(lengths))
+    ]
+    rows = torch.cat(members)
+    bounds = [0, *torch.tensor([len(m) for m in members]).cumsum(0).tolist()]
+    unshared = packed(q[rows], k[rows], v[rows], bounds, [-1] * len(members), window)
+    assert torch.equal(unshared, shared[rows]), "a prompt of its own"
+    pool, tables = pool_of([(k[m], v[m]) for m in members], block_size, dtype)
+    totals = [len(m) for m in members]
+    whole = split_attention_paged(
+        q[rows], pool, 1, tables, PrefillTiles(bounds, totals, DEVICE), capability=CAPABILITY,
+        window=window,
+    )  # fmt: skip
+    assert torch.equal(whole, unshared), "prefill"
+    for row, m in enumerate(members):
+        for start, stop in pieces_of(totals[row], 3):
+            chunk = split_attention_paged(
+                q[m[start:stop]], pool, 1, tables[row : row + 1],
+                PrefillTiles([0, stop - start], [stop], DEVICE), capability=CAPABILITY,
+                window=window,
+            )  # fmt: skip
+            assert torch.equal(chunk, shared[m[start:stop]]), f"chunk {start} to {stop}"
+        places = torch.arange(prompt, totals[row], device=DEVICE)
+        decoded = paged_decode_triton(
+            q[m[prompt:]], pool, 1, tables[[row] * len(places)], (places + 1).int(),
+            max_splits=-(-totals[row] // SPLIT), capability=CAPABILITY, window=window,
+        )  # fmt: skip
+        assert torch.equal(decoded, shared[m[prompt:]]), "decoding"
+    want = shared_attention_reference(
+        q.double(), k.double(), v.double(), plan_of(starts, (-1, *[0] * len(completions))),
+        window=window,
+    )  # fmt: skip
+    assert error(shared, want) < LIMIT[dtype]
+
+
+@pytest.mark.parametrize("prompt", [SPLIT - 1, *(pytest.param(n, marks=SLOW) for n in BORDERS)])
+def test_prompts_around_tiles_and_splits(prompt):
+    agree(prompt, (1, 5), 2, 1, 64, torch.bfloat16)
+
+
+@SLOW
+@pytest.mark.parametrize("size", [64, 80, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_head_sizes(size, dtype):
+    agree(SPLIT + 3, (1, TILE + 1), 2, 1, size, dtype)
+
+
+@SLOW
+@pytest.mark.parametrize("group", [1, 6, 7, 8])
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_query_heads_per_key_head(group, block_size):
+    agree(TILE + 1, (1, SPLIT), 2 * group, 2, 128, torch.bfloat16, block_size=block_size)
+
+
+@pytest.mark.parametrize("window", [TILE + 2, *(pytest.param(n, marks=SLOW) for n in (1, SPLIT))])
+def test_windows(window):
+    agree(SPLIT + 2, (1, 4), 2, 1, 64, torch.bfloat16, window=window)
+
+
+def test_gradients_of_the_bitwise_forward():
+    cu_seqlens, parents = (0, 37, 57, 58, 66), (-1, 0, 0, -1)
+    plan = plan_of(cu_seqlens, parents)
+    inputs = {
+        "q": random(66, 2, 64, dtype=torch.bfloat16),
+        "k": random(66, 1, 64, dtype=torch.bfloat16, seed=1),
+        "v": random(66, 1, 64, dtype=torch.bfloat16, seed=2),
+    }
+    check(
+        lambda q, k, v: shared_attention_triton(q, k, v, plan),
+        lambda q, k, v: shared_attention_reference(q, k, v, plan),
+        inputs,
+        2 * LIMIT[torch.bfloat16],
+    )
