@@ -7,9 +7,10 @@ same loss and gradient however the step is packed. A step without loss tokens is
 
 Symbols: l = logprobs - old_logprobs (0 with gradient where the update is on-policy), ratio = e^l,
 A = advantage. Losses with `kl_coef` add kl_coef * k3 a token, k3 = e^-d - 1 + d with
-d = logprobs - ref_logprobs, averaged as the loss averages. l is not clamped, which
-would silence the gradient: l <= -old_logprobs, and no sampled token is so unlikely that e^l
-overflows.
+d = logprobs - ref_logprobs, averaged as the loss averages. kl_unbiased: k3 is multiplied by the
+ratio, whose gradient makes the term's own that of KL(policy || reference); k3's alone is not
+(arXiv 2512.02556). l is not clamped, which would silence the gradient: l <= -old_logprobs, and no
+sampled token is so unlikely that e^l overflows.
 
 Metrics, parts that add up over micro-batches: policy_loss (without the KL term), entropy, kl,
 ratio_mean, ratio_max (by maximum), clip_low_fraction (A < 0 and the ratio below its bound) and
@@ -53,12 +54,12 @@ def grpo(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     kl_coef: float = 0.0,
+    kl_unbiased: bool = False,
 ) -> LossOutput:
     """Clipped surrogate, mean over a sequence's tokens, then over sequences (arXiv 2402.03300)."""
     weights_T = _sequence_weights(scores, batch)
-    return _clipped_surrogate(
-        scores, batch, weights_T, clip_low=clip_low, clip_high=clip_high, kl_coef=kl_coef
-    )
+    kl = _Kl(kl_coef, kl_unbiased)
+    return _clipped_surrogate(scores, batch, weights_T, kl, clip_low=clip_low, clip_high=clip_high)
 
 
 def dr_grpo(
@@ -69,6 +70,7 @@ def dr_grpo(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     kl_coef: float = 0.0,
+    kl_unbiased: bool = False,
 ) -> LossOutput:
     """Clipped surrogate, sum over tokens / (sequences * constant) (Dr. GRPO, arXiv 2503.20783).
 
@@ -76,9 +78,8 @@ def dr_grpo(
     the loop sets it to max_completion_tokens.
     """
     weights_T = _mask(scores, batch) / (max(batch.num_sequences, 1.0) * constant)
-    return _clipped_surrogate(
-        scores, batch, weights_T, clip_low=clip_low, clip_high=clip_high, kl_coef=kl_coef
-    )
+    kl = _Kl(kl_coef, kl_unbiased)
+    return _clipped_surrogate(scores, batch, weights_T, kl, clip_low=clip_low, clip_high=clip_high)
 
 
 def dapo(
@@ -88,12 +89,12 @@ def dapo(
     clip_low: float = 0.2,
     clip_high: float = 0.28,
     kl_coef: float = 0.0,
+    kl_unbiased: bool = False,
 ) -> LossOutput:
     """Clipped surrogate with a higher upper bound, mean over tokens (DAPO, arXiv 2503.14476)."""
     weights_T = _token_weights(scores, batch)
-    return _clipped_surrogate(
-        scores, batch, weights_T, clip_low=clip_low, clip_high=clip_high, kl_coef=kl_coef
-    )
+    kl = _Kl(kl_coef, kl_unbiased)
+    return _clipped_surrogate(scores, batch, weights_T, kl, clip_low=clip_low, clip_high=clip_high)
 
 
 def gspo(
@@ -103,6 +104,7 @@ def gspo(
     clip_low: float = 3e-4,
     clip_high: float = 4e-4,
     kl_coef: float = 0.0,
+    kl_unbiased: bool = False,
 ) -> LossOutput:
     """Clipped surrogate of a sequence's e^mean(l), mean over sequences (GSPO, arXiv 2507.18071).
 
@@ -118,7 +120,9 @@ def gspo(
     weights_S = (tokens_S > 0).to(tokens_S.dtype) / max(batch.num_sequences, 1.0)
     kl_weights_T = _sequence_weights(scores, batch)
     shares_S = tokens_S / max(batch.num_loss_tokens, 1.0)
-    return _output(terms, weights_S, shares_S, kl_weights_T, scores, batch, kl_coef=kl_coef)
+    rows_T = batch.sequence_ids_T.clamp(min=0)
+    kl = _Kl(kl_coef, kl_unbiased)
+    return _output(terms, weights_S, shares_S, kl_weights_T, scores, batch, kl, ratio_S[rows_T])
 
 
 def cispo(
@@ -127,6 +131,7 @@ def cispo(
     *,
     clip_high: float = 5.0,
     kl_coef: float = 0.0,
+    kl_unbiased: bool = False,
 ) -> LossOutput:
     """-min(ratio, clip_high) * A * logprob, mean over all tokens (CISPO, arXiv 2506.13585).
 
@@ -136,7 +141,8 @@ def cispo(
     """
     logprobs_T = inside(scores.logprobs_T, batch)
     advantages_T = _advantages(batch)
-    ratio_T = _log_ratio(scores, batch).detach().exp()
+    live_ratio_T = _log_ratio(scores, batch).exp()
+    ratio_T = live_ratio_T.detach()
     terms = _Terms(
         losses=-ratio_T.clamp(max=clip_high) * advantages_T * logprobs_T,
         ratio=ratio_T,
@@ -144,7 +150,8 @@ def cispo(
         is_high=ratio_T > clip_high,
     )
     weights_T = _token_weights(scores, batch)
-    return _output(terms, weights_T, weights_T, weights_T, scores, batch, kl_coef=kl_coef)
+    kl = _Kl(kl_coef, kl_unbiased)
+    return _output(terms, weights_T, weights_T, weights_T, scores, batch, kl, live_ratio_T)
 
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -154,6 +161,14 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """
     difference = logprobs - ref_logprobs
     return torch.expm1(-difference) + difference
+
+
+@dataclass(frozen=True, slots=True)
+class _Kl:
+    """The KL term: its weight, and whether k3 is multiplied by the ratio."""
+
+    coef: float
+    is_unbiased: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,16 +196,16 @@ def _clipped_surrogate(
     scores: TokenScores,
     batch: Batch,
     weights_T: Tensor,
+    kl: _Kl,
     *,
     clip_low: float,
     clip_high: float,
-    kl_coef: float,
 ) -> LossOutput:
     """The token-level surrogate of grpo, dr_grpo and dapo; they differ in weights_T alone."""
     ratio_T = _log_ratio(scores, batch).exp()
     terms = _clip(ratio_T, _advantages(batch), clip_low=clip_low, clip_high=clip_high)
     shares_T = _token_weights(scores, batch)
-    return _output(terms, weights_T, shares_T, weights_T, scores, batch, kl_coef=kl_coef)
+    return _output(terms, weights_T, shares_T, weights_T, scores, batch, kl, ratio_T)
 
 
 def _output(
@@ -200,8 +215,8 @@ def _output(
     kl_weights_T: Tensor,
     scores: TokenScores,
     batch: Batch,
-    *,
-    kl_coef: float,
+    kl: _Kl,
+    ratio_T: Tensor,
 ) -> LossOutput:
     """Loss: sum of weights * terms, plus KL. Metrics: means; `shares` are of tokens."""
     token_shares_T = _token_weights(scores, batch)
@@ -214,12 +229,13 @@ def _output(
         "clip_low_fraction": (terms.is_low * shares).sum(),
         "clip_high_fraction": (terms.is_high * shares).sum(),
     }
-    assert kl_coef == 0 or batch.ref_logprobs_T is not None, "a KL term needs ref_logprobs_T"
+    assert kl.coef == 0 or batch.ref_logprobs_T is not None, "a KL term needs ref_logprobs_T"
     if batch.ref_logprobs_T is not None:
         kl_T = k3(inside(scores.logprobs_T, batch), inside(batch.ref_logprobs_T, batch))
         metrics["kl"] = (kl_T * token_shares_T).sum()
-        if kl_coef != 0:
-            loss = policy_loss + kl_coef * (kl_T * kl_weights_T).sum()
+        if kl.coef != 0:
+            weighted_T = kl_T * ratio_T if kl.is_unbiased else kl_T
+            loss = policy_loss + kl.coef * (weighted_T * kl_weights_T).sum()
     return LossOutput(loss=loss, metrics={name: value.detach() for name, value in metrics.items()})
 
 

@@ -148,7 +148,7 @@ def load_conversations(
     empty completion and a conversation without an assistant turn are bad rows), messages without a
     chat template, no end token, or no sample left within max_tokens.
     """
-    read = _find_format(rows, prompt_column, completion_column)
+    read = dialogue_reader(rows, prompt_column, completion_column)
     if weight_column and weight_column not in rows.columns:
         raise DataError(
             f"{rows.source} has no column '{weight_column}'; its columns are: "
@@ -212,9 +212,10 @@ class Dialogue:
     text: tuple[str, str] | None = None
 
 
-def _find_format(
-    rows: Rows, prompt_column: str, completion_column: str
+def dialogue_reader(
+    rows: Rows, prompt_column: str = "prompt", completion_column: str = "completion"
 ) -> Callable[[Row], Dialogue]:
+    """What reads a row of these columns; the DataError of an unknown set of columns lists them."""
     columns = set(rows.columns)
     if "messages" in columns:
         return lambda row: Dialogue(messages=parse_messages(_field(row, "messages")))

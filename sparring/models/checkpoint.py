@@ -49,6 +49,7 @@ __all__ = [
     "load_adapter_onto",
     "load_model",
     "load_tokenizer",
+    "model_config",
     "module_names",
     "resolve",
     "save_adapter",
@@ -409,12 +410,7 @@ def save_model(
     write_tensors(
         tensors, folder, dtype=stored, as_they_are=packed, max_shard_bytes=max_shard_bytes
     )
-    family = _family(model)
-    config = {
-        "architectures": [family.architecture],
-        "model_type": family.name,
-        **model.config.source,
-    }
+    config = model_config(model)
     key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
     config[key] = str(stored).removeprefix("torch.")
     if model.is_quantised:
@@ -424,6 +420,16 @@ def save_model(
     _write_json(folder / "config.json", config)
     if end_ids is not None:
         _write_json(folder / "generation_config.json", {"eos_token_id": list(end_ids)})
+
+
+def model_config(model: Decoder) -> dict[str, Any]:
+    """The config.json that goes with a model's weights."""
+    family = _family(model)
+    return {
+        "architectures": [family.architecture],
+        "model_type": family.name,
+        **model.config.source,
+    }
 
 
 def save_adapter(

@@ -8,8 +8,10 @@ here.
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,25 @@ from sparring.errors import CheckpointError
 from sparring.models import nf4_files
 
 INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LazyTensor:
+    """A tensor that is made when its shard is written, and let go with it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+    def numel(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
+
+    def detach(self) -> Tensor:
+        """The tensor itself."""
+        return self.make().detach()
+
+
 _SHARD = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
 _QUANTISED_SUFFIXES = {
     ".qweight": "GPTQ or AWQ",
@@ -155,7 +176,7 @@ def refuse_quantised_tensor(name: str, dtype: str, file: Path) -> None:
 
 
 def write_tensors(
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | LazyTensor],
     folder: Path,
     *,
     dtype: torch.dtype | None = None,

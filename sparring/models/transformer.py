@@ -364,6 +364,13 @@ class Decoder(nn.Module):
         for adapter in self.adapter_modules(name).values():
             adapter.requires_grad_(name != "reference")
 
+    def remove_adapter(self, name: str) -> None:
+        """Take an adapter off again; what it held is gone."""
+        for module in self.modules():
+            if isinstance(module, Linear) and name in module.adapters:
+                del module.adapters[name]
+        del self.lora[name]
+
     def linears(self) -> dict[str, Linear]:
         """Every linear layer of the decoder's layers, by its path."""
         return {path: module for path, module in self.named_modules() if isinstance(module, Linear)}

@@ -173,7 +173,7 @@ def call_all(
         if batch is later and judged:
             offered["judged"] = judged
         calls = [Call(reward, signatures[reward.name], samples, offered) for reward in batch]
-        for call in calls:
+        for call in sorted(calls, key=lambda call: call.reward.is_inline):
             call.start()
         for call in calls:
             verdicts[call.reward.name] = call.finish()
@@ -227,6 +227,9 @@ class Call:
         behind = self.reward.runtime.left_behind
         if behind is not None and not behind.is_set():
             self._is_blocked = True
+            return
+        if self.reward.is_inline:
+            self._run()
             return
         threading.Thread(target=self._run, name=f"reward {self.reward.name}", daemon=True).start()
 

@@ -29,7 +29,10 @@ class Reward:
     sample that this reward cannot judge has no reward at all. timeout_seconds: wall clock of one
     call over the whole batch. isolate: the function lives in a worker process of its own, which
     alone imports it. source: the name as the recipe writes it. is_fitted: the knobs are already
-    part of `function` (an object built from them, or a worker that holds them).
+    part of `function` (an object built from them, or a worker that holds them). is_optional: where
+    it has no value the others stand in for it, and it may have none in a whole batch. is_inline: it
+    is called in the caller's own thread and without a clock, for functions that need the main
+    thread.
     """
 
     name: str
@@ -42,6 +45,8 @@ class Reward:
     knobs: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
     is_fitted: bool = False
+    is_optional: bool = False
+    is_inline: bool = False
     runtime: Runtime = field(default_factory=Runtime, repr=False)
 
     def close(self) -> None:
@@ -141,7 +146,8 @@ def judge(
     """Call every reward on every rollout and add the values up.
 
     rollouts: per prompt the samples of its group. A sample's reward is the weighted sum of the
-    values that are there, NaN where a required reward (the first one, if none is marked) has none.
+    values that are there, NaN where a required reward (the first one, if none is marked) has none,
+    or where no reward has one.
     Raises RewardError for a broken contract; where a reward judged nothing at all: RewardError in
     the first batch (the set-up is wrong), RunError later.
     """
@@ -197,24 +203,26 @@ def combine(
     """The weighted sum of each sample, None where a required reward has no value.
 
     A gated reward adds nothing where its gate is zero or negative, and counts as None where its
-    gate is None. If no reward is marked required, the first is.
+    gate is None. If no reward is marked required, the first is, unless it is optional.
     """
-    required = [reward.name for reward in rewards if reward.required] or [rewards[0].name]
+    first = [] if rewards[0].is_optional else [rewards[0].name]
+    required = [reward.name for reward in rewards if reward.required] or first
     gates = {reward.name: _gate_of(reward, rewards) for reward in rewards}
     totals: list[float | None] = []
     for index in range(len(values[rewards[0].name])):
-        total: float | None = 0.0
+        total, is_judged, is_missing = 0.0, False, False
         for reward in rewards:
             value = values[reward.name][index]
             gate = gates[reward.name]
             if value is not None and gate is not None:
                 opening = values[gate][index]
                 value = None if opening is None else (value if opening > 0 else 0.0)
-            if value is not None and total is not None:
+            if value is not None:
                 total += reward.weight * value
-            elif value is None and reward.name in required:
-                total = None
-        totals.append(total)
+                is_judged = True
+            elif reward.name in required:
+                is_missing = True
+        totals.append(total if is_judged and not is_missing else None)
     return totals
 
 
@@ -268,7 +276,7 @@ def _report(reward: Reward, verdict: Verdict) -> RewardReport:
 
 
 def _require_some(reward: Reward, report: RewardReport, *, is_first_batch: bool) -> None:
-    if report.num_judged:
+    if report.num_judged or (reward.is_optional and report.reasons.keys() == {"None"}):
         return
     counted = ", ".join(f"{count} {reason}" for reason, count in report.reasons.items())
     trace = f"\nfirst error:\n{report.first_traceback}" if report.first_traceback else ""

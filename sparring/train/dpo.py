@@ -45,15 +45,31 @@ class Parts:
     optimizer: Optimizer
 
 
-def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
+def train(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    policy: Policy | None = None,
+    pairs: PairSet | None = None,
+    eval_pairs: PairSet | None = None,
+) -> dict[str, Any]:
     """Run DPO as the recipe says and return the summary that is written into the run directory.
 
-    With evaluation data the summary holds their loss and the share of pairs told apart. Raises
-    UserError for wrong input before anything is trained, RunError for a failure later, Interrupted
-    after a signal, with a checkpoint of the last whole step.
+    policy, pairs: what the caller holds already, in place of what the recipe names (and then only
+    records); eval_pairs goes with pairs, whose template is the policy's. With evaluation data the
+    summary holds their loss and the share of pairs told apart. Raises UserError for wrong input
+    before anything is trained, RunError for a failure later, Interrupted after a signal, with a
+    checkpoint of the last whole step.
     """
     with Interruptions() as interruptions, open_session(recipe, "dpo", resume=resume) as session:
-        parts = _build(recipe, session)
+        policy = policy or build_policy(recipe)
+        if pairs is not None:
+            policy = policy.speaking(pairs.template)
+            for line in [*pairs.report(), *(eval_pairs.report() if eval_pairs else [])]:
+                session.say(line)
+        else:
+            policy, pairs, eval_pairs = _read(recipe, policy, session)
+        parts = _build(recipe, session, policy, pairs, eval_pairs)
         start = session.restore(parts.policy.model, parts.optimizer)
         _steps(recipe, parts, session, interruptions, start)
         found = {} if parts.eval is None else held_out(recipe, parts, parts.eval)
@@ -114,8 +130,10 @@ def held_out(recipe: Recipe, parts: Parts, pairs: PairSet) -> dict[str, float]:
     }
 
 
-def _build(recipe: Recipe, session: Session) -> Parts:
-    policy = build_policy(recipe)
+def _read(
+    recipe: Recipe, policy: Policy, session: Session
+) -> tuple[Policy, PairSet, PairSet | None]:
+    """The policy speaking the recipe's template, the pairs to learn from and those held out."""
     template, lines = training_template(recipe, policy.tokenizer)
     policy = policy.speaking(template)
     for line in lines:
@@ -124,6 +142,16 @@ def _build(recipe: Recipe, session: Session) -> Parts:
     evaluation = None
     if recipe.data.eval:
         evaluation = _load(recipe, policy, session, recipe.data.eval, recipe.data.eval_split)
+    return policy, train, evaluation
+
+
+def _build(
+    recipe: Recipe,
+    session: Session,
+    policy: Policy,
+    train: PairSet,
+    evaluation: PairSet | None,
+) -> Parts:
     loss = build_preference_loss(recipe.loss.name, recipe.loss.knobs)
     session.describe(policy)
     return Parts(

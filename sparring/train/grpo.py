@@ -9,7 +9,7 @@ what surrounds it opens the run, measures before and after, and sees that nothin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -69,19 +69,29 @@ def train(
     resume: bool = False,
     secrets: Mapping[str, str] | None = None,
     capability: Capability | None = None,
+    policy: Policy | None = None,
+    rewards: Sequence[Reward] = (),
+    prompts: PromptSet | None = None,
+    eval_prompts: PromptSet | None = None,
 ) -> dict[str, Any]:
     """Run GRPO as the recipe says and return the summary that is written into the run directory.
 
-    secrets: see `load_rewards`. capability: see `build_policy`. With evaluation data the summary
-    holds accuracy before and after, with 95% intervals. Raises UserError for wrong input before
-    anything is trained, RunError for a failure later, Interrupted after a signal; whenever training
-    had begun, a checkpoint of the last whole step is there.
+    secrets: see `load_rewards`. capability: see `build_policy`. policy, rewards, prompts: what the
+    caller holds already, in place of what the recipe names (and then only records); eval_prompts
+    goes with prompts, whose template is the policy's. With evaluation data the summary holds
+    accuracy before and after, with 95% intervals. Raises UserError for wrong input before anything
+    is trained, RunError for a failure later, Interrupted after a signal; whenever training had
+    begun, a checkpoint of the last whole step is there.
     """
     with Interruptions() as interruptions, open_session(recipe, "grpo", resume=resume) as session:
-        rewards = load_rewards(recipe, secrets)
-        session.record_sandbox(sandbox_levels(rewards))
+        judges = list(rewards) or load_rewards(recipe, secrets)
+        session.record_sandbox(sandbox_levels(judges))
         try:
-            parts = _build(recipe, session, rewards, capability)
+            loaded = policy or build_policy(recipe, capability=capability)
+            speaking, train_set, eval_set = open_prompts(
+                recipe, loaded, session, prompts, eval_prompts
+            )
+            parts = _build(recipe, session, judges, speaking, train_set, eval_set)
             start = session.restore(parts.policy.model, parts.optimizer)
             parts.engine.weights_changed(policy_version=start)
             measure = partial(
@@ -89,7 +99,7 @@ def train(
                 recipe,
                 parts.engine,
                 parts.eval,
-                rewards,
+                judges,
                 session,
                 interruptions,
             )
@@ -100,7 +110,7 @@ def train(
             _steps(recipe, parts, session, interruptions, start, measure)
             after = measure(step=recipe.train.steps, greedy=True)
         finally:
-            for reward in rewards:
+            for reward in judges:
                 reward.close()
         session.save_final(parts.policy)
         return session.finish({"before": before, "after": after} if after else {})
@@ -182,10 +192,13 @@ def _steps(
 
 
 def _build(
-    recipe: Recipe, session: Session, rewards: list[Reward], capability: Capability | None
+    recipe: Recipe,
+    session: Session,
+    rewards: list[Reward],
+    policy: Policy,
+    train: PromptSet,
+    evaluation: PromptSet | None,
 ) -> Parts:
-    loaded = build_policy(recipe, capability=capability)
-    policy, train, evaluation = open_prompts(recipe, loaded, session)
     rollout = recipe.rollout
     settings = {"max_completion_tokens": rollout.max_completion_tokens}
     loss = build_loss(recipe.loss.name, recipe.loss.knobs, **settings)

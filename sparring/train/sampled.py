@@ -21,23 +21,33 @@ from sparring.train.session import Session
 
 
 def open_prompts(
-    recipe: Recipe, policy: Policy, session: Session
+    recipe: Recipe,
+    policy: Policy,
+    session: Session,
+    train: PromptSet | None = None,
+    evaluation: PromptSet | None = None,
 ) -> tuple[Policy, PromptSet, PromptSet | None]:
     """The policy speaking the recipe's template, the prompts to train on, those to evaluate on.
 
+    train, evaluation: prompts that are read already, in the template that the policy then speaks.
     Says what became of the rows, and warns of rows that no reward can teach and of evaluation
     prompts that are also trained on. Raises DataError or RecipeError.
     """
     data = recipe.data
-    template, lines = training_template(recipe, policy.tokenizer)
-    policy = policy.speaking(template)
-    rows = read_rows(data.train, split=data.split, limit=ROWS_LOOKED_AT, bad_rows="skip")
-    for line in warn_if_not_checkable(rows, data.prompt, data.reference):
-        session.warn(line)
-    train = load_prompt_set(recipe, policy, data.train, data.split, template=template)
-    evaluation = None
-    if data.eval:
-        evaluation = load_prompt_set(recipe, policy, data.eval, data.eval_split, template=template)
+    lines: list[str] = []
+    if train is not None:
+        policy = policy.speaking(train.template)
+    else:
+        template, lines = training_template(recipe, policy.tokenizer)
+        policy = policy.speaking(template)
+        rows = read_rows(data.train, split=data.split, limit=ROWS_LOOKED_AT, bad_rows="skip")
+        for line in warn_if_not_checkable(rows, data.prompt, data.reference):
+            session.warn(line)
+        train = load_prompt_set(recipe, policy, data.train, data.split, template=template)
+        if data.eval:
+            evaluation = load_prompt_set(
+                recipe, policy, data.eval, data.eval_split, template=template
+            )
     for prompts in (train, evaluation):
         lines += prompts.report() if prompts else []
     for line in lines:

@@ -26,24 +26,29 @@ from sparring.train.session import Session, open_session
 from sparring.train.step import score_loss, train_step
 
 
-def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
+def train(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    policy: Policy | None = None,
+    rows: ConversationSet | None = None,
+    held_out: ConversationSet | None = None,
+) -> dict[str, Any]:
     """Run SFT as the recipe says and return the summary that is written into the run directory.
 
-    Raises UserError for wrong input before anything is trained, RunError for a failure later,
-    Interrupted after a signal, with a checkpoint of the last whole step.
+    policy, rows: what the caller holds already, in place of what the recipe names (and then only
+    records); held_out goes with rows, whose template is the policy's. Raises UserError for wrong
+    input before anything is trained, RunError for a failure later, Interrupted after a signal, with
+    a checkpoint of the last whole step.
     """
     with Interruptions() as interruptions, open_session(recipe, "sft", resume=resume) as session:
-        policy = build_policy(recipe)
-        template, lines = training_template(recipe, policy.tokenizer)
-        policy = policy.speaking(template)
-        for line in lines:
-            session.say(line)
-        rows = load_training_rows(recipe, policy, say=session.say)
-        held_out = None
-        if recipe.data.eval:
-            held_out = load_dialogues(
-                recipe, policy, recipe.data.eval, recipe.data.eval_split, say=session.say
-            )
+        policy = policy or build_policy(recipe)
+        if rows is not None:
+            policy = policy.speaking(rows.template)
+            for line in [*rows.report(), *(held_out.report() if held_out else [])]:
+                session.say(line)
+        else:
+            policy, rows, held_out = _read(recipe, policy, session)
         session.describe(policy)
         optimizer = build_optimizer(
             policy.model.trainable_parameters(),
@@ -65,6 +70,21 @@ def train(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
             )
         session.save_final(policy)
         return session.finish(losses)
+
+
+def _read(
+    recipe: Recipe, policy: Policy, session: Session
+) -> tuple[Policy, ConversationSet, ConversationSet | None]:
+    """The policy speaking the recipe's template, what it learns from, and what is held out."""
+    template, lines = training_template(recipe, policy.tokenizer)
+    policy = policy.speaking(template)
+    for line in lines:
+        session.say(line)
+    rows = load_training_rows(recipe, policy, say=session.say)
+    if not recipe.data.eval:
+        return policy, rows, None
+    source, split = recipe.data.eval, recipe.data.eval_split
+    return policy, rows, load_dialogues(recipe, policy, source, split, say=session.say)
 
 
 def _steps(

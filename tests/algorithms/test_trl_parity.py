@@ -1,7 +1,8 @@
 """Parity with TRL 1.16.0: the same numbers through GRPOTrainer's own loss and through ours.
 
 TRL's trainer is built bare (no model, no data): its loss reads log-probabilities from one method,
-which hands out fixed ones here. Every knob is given on both sides; use_bias_correction_kl is False.
+which hands out fixed ones here. Every knob is given on both sides; kl_unbiased here is
+use_bias_correction_kl there.
 """
 
 from __future__ import annotations
@@ -33,7 +34,14 @@ CASES = {
 }
 
 
-def bare_trainer(name: str, knobs: dict[str, float], kl_coef: float, micro_batches: int) -> Any:
+def bare_trainer(
+    name: str,
+    knobs: dict[str, float],
+    kl_coef: float,
+    micro_batches: int,
+    *,
+    kl_unbiased: bool = False,
+) -> Any:
     """GRPOTrainer with the attributes that its loss reads, and nothing else."""
     from trl import GRPOTrainer
 
@@ -49,7 +57,7 @@ def bare_trainer(name: str, knobs: dict[str, float], kl_coef: float, micro_batch
 
     trainer = GRPOTrainer.__new__(GRPOTrainer)
     trainer.args = SimpleNamespace(
-        use_bias_correction_kl=False,
+        use_bias_correction_kl=kl_unbiased,
         delta=None,
         steps_per_generation=micro_batches,
         report_to=[],
@@ -84,9 +92,10 @@ def trl_loss(
     split: list[list[int]],
     kl_coef: float,
     old: bool,
+    kl_unbiased: bool,
 ) -> Tensor:
     """The step's loss by TRL: the sum over its micro-batches, as accumulation adds gradients up."""
-    trainer = bare_trainer(name, CASES[name], kl_coef, len(split))
+    trainer = bare_trainer(name, CASES[name], kl_coef, len(split), kl_unbiased=kl_unbiased)
     num_tokens = sum(int(sample.mask.sum()) for sample in samples)
     total = torch.zeros((), dtype=torch.float64)
     for part in split:
@@ -114,13 +123,14 @@ def trl_loss(
 
 
 @pytest.mark.parametrize("old", [True, False])
-@pytest.mark.parametrize("kl_coef", [0.0, 0.25])
+@pytest.mark.parametrize(("kl_coef", "kl_unbiased"), [(0.0, False), (0.25, False), (0.25, True)])
 @pytest.mark.parametrize("split", [[[0, 1, 2, 3, 4, 5]], [[0, 1], [2, 3], [4, 5]]])
 @pytest.mark.parametrize("name", CASES)
 def test_loss_and_gradient_equal_trl(
     name: str,
     split: list[list[int]],
     kl_coef: float,
+    kl_unbiased: bool,
     old: bool,
     make_samples: Callable[..., list[Any]],
     pack: Callable[..., list[Batch]],
@@ -131,11 +141,12 @@ def test_loss_and_gradient_equal_trl(
     start = padded([s.old for s in samples]) + noise
 
     theirs_in = start.clone().requires_grad_()
-    theirs = trl_loss(name, samples, theirs_in, split, kl_coef, old)
+    theirs = trl_loss(name, samples, theirs_in, split, kl_coef, old, kl_unbiased)
     theirs.backward()
 
     ours_in = start.clone().requires_grad_()
-    loss = build_loss(name, CASES[name] | {"kl_coef": kl_coef}, max_completion_tokens=99)
+    knobs = CASES[name] | {"kl_coef": kl_coef, "kl_unbiased": kl_unbiased}
+    loss = build_loss(name, knobs, max_completion_tokens=99)
     ours = torch.zeros((), dtype=torch.float64)
     for part, batch in zip(split, pack(samples, split, old=old), strict=True):
         rows = [

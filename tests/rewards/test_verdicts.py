@@ -476,3 +476,37 @@ def write(folder, text):
     file = folder / "rewards_of_mine.py"
     file.write_text(text, encoding="utf-8")
     return file
+
+
+def test_an_optional_reward_may_judge_nothing_and_others_stand_in():
+    def nothing(completions):
+        return [None for _ in completions]
+
+    def some(completions):
+        return [1.0 if index % 2 else None for index in range(len(completions))]
+
+    rewards = [
+        Reward(name="nothing", function=nothing, is_optional=True),
+        Reward(name="some", function=some, weight=2.0, is_optional=True),
+    ]
+    judgement = judge(rollouts(group_size=4), rewards)
+    values = [float(v) for group in judgement.groups for v in group.rewards_G]
+    assert [v for v in values if v == v] == [2.0] * (len(values) // 2)
+
+    def broken(completions):
+        raise OSError("down")
+
+    with pytest.raises(RewardError, match="judged none"):
+        judge(rollouts(), [made(broken, is_optional=True)])
+
+
+def test_an_inline_reward_runs_in_the_callers_thread():
+    seen = []
+
+    def where(completions):
+        seen.append(threading.get_ident())
+        return [0.0 for _ in completions]
+
+    judge(rollouts(), [made(where, is_inline=True)])
+    judge(rollouts(), [made(where)])
+    assert seen[0] == threading.get_ident() != seen[1]
