@@ -251,4 +251,4 @@ def quantization_name(config: Any) -> str:
 
 def set_checkpointing(model: FastModel, value: Any) -> None:
     """Layers are computed again in backward where it is asked for."""
-    model.policy.model.set_checkpointing("layer" if value else "none")
+    model.policy.model.set_checkpointing("layers" if value else "none")

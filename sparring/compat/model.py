@@ -226,6 +226,7 @@ class FastModel:
             temperature=0.0 if greedy else float(values["temperature"] or 1.0),
             top_p=1.0 if greedy else float(values["top_p"] or 1.0),
             top_k=0 if greedy else int(values["top_k"] or 0),
+            min_p=0.0 if greedy else float(values["min_p"] or 0.0),
             max_completion_tokens=int(limit),
             min_completion_tokens=int(values["min_new_tokens"] or 0),
             stop=(stop,) if isinstance(stop, str) else tuple(stop),

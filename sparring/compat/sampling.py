@@ -71,6 +71,7 @@ def native_sampling(params: SamplingParams, *, room: int, seed: int) -> Sampling
         temperature=float(values["temperature"]),
         top_p=float(values["top_p"]),
         top_k=max(0, int(values["top_k"])),
+        min_p=float(values["min_p"] or 0.0),
         max_completion_tokens=limit,
         min_completion_tokens=int(values["min_tokens"]),
         stop=(stop,) if isinstance(stop, str) else tuple(stop),

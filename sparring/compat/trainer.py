@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,6 @@ class Trainer:
             set_checkpointing(
                 self.model, args.gradient_checkpointing or args.activation_checkpointing
             )
-        _say_optimizer(str(getattr(args.optim, "value", args.optim)))
         name = model if isinstance(model, str) else self.model.policy.source
         self._directory = Path(args.output_dir or f"{Path(str(name)).name}-{self._suffix}")
         self.run_dir: Path | None = None
@@ -176,7 +176,7 @@ class Trainer:
             "model": {"path": self.model.policy.source},
             "data": {"train": IN_MEMORY},
             "optimizer": _optimizer(args, self.num_steps()),
-            "train": {"steps": self.num_steps()},
+            "train": {"steps": self.num_steps(), "checkpointing": decoder.checkpointing.mode},
             "run": {
                 "dir": str(folder),
                 "seed": int(args.seed),
@@ -275,6 +275,7 @@ def _optimizer(args: Any, steps: int) -> dict[str, Any]:
     elif 0 < warmup < 1:
         warmup = math.ceil(warmup * steps)
     return {
+        "name": _rule(str(getattr(args.optim, "value", args.optim))),
         "learning_rate": float(args.learning_rate),
         "betas": [float(args.adam_beta1), float(args.adam_beta2)],
         "weight_decay": float(args.weight_decay),
@@ -284,12 +285,19 @@ def _optimizer(args: Any, steps: int) -> dict[str, Any]:
     }
 
 
-def _say_optimizer(name: str) -> None:
-    if "8bit" in name or "bnb" in name or name.startswith("paged"):
-        say_once(
-            f"optim = '{name}': AdamW, its moments in float32 on the device: the same updates"
-            " without rounding to 8 bits, for 6 bytes more a trained number"
-        )
+def _rule(name: str) -> str:
+    """[optimizer] name: with moments of 8 bits where they are asked for and can be had."""
+    if name.startswith("paged"):
+        say_once(f"optim = '{name}': moments stay on the device, they are not paged out")
+    if "8bit" not in name:
+        return "adamw"
+    if find_spec("bitsandbytes") is not None:
+        return "adamw_8bit"
+    say_once(
+        f"optim = '{name}': bitsandbytes is not installed, so the moments are kept in float32, not"
+        " in 8 bits: 6 bytes more for each trained number, and no rounding"
+    )
+    return "adamw"
 
 
 def _check_dtype(title: str, values: Mapping[str, Any], dtype: torch.dtype) -> None:

@@ -32,7 +32,7 @@ TRAINING: dict[str, Argument] = {
         None, "schedules have no further knobs", "take [optimizer] schedule as it is", ({},)
     ),
     "warmup_steps": honoured(0, "[optimizer] warmup_steps; below 1 a share of all steps"),
-    "optim": honoured("adamw_torch_fused", "[optimizer] name: AdamW", *OPTIMIZERS),
+    "optim": honoured("adamw_torch_fused", "[optimizer] name: adamw, adamw_8bit", *OPTIMIZERS),
     "optim_args": refused(
         None, "AdamW takes betas, weight decay and clipping", "leave it out", ("",)
     ),

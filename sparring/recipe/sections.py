@@ -165,7 +165,7 @@ class ValueSection(BaseModel):
 class OptimizerSection(BaseModel):
     """[optimizer]: AdamW and its learning-rate schedule; warmup_steps count optimizer steps.
 
-    name: "adamw_8bit" keeps the moments in 8 bits, with bitsandbytes; made for training all weights.
+    name: "adamw_8bit" keeps the moments in 8 bits, by bitsandbytes; made for training all weights.
     """
 
     model_config = _FROZEN
