@@ -15,6 +15,7 @@ from sparring.data.chat import ChatTemplate, parse_messages
 from sparring.data.packing import pack_sequences, unpack
 from sparring.errors import UserError
 from sparring.models import checkpoint
+from sparring.models.storage import Storage
 from sparring.models.transformer import Decoder
 from sparring.recipe import locate_model
 from sparring.rollout.sampler import Sampling
@@ -34,6 +35,9 @@ def load(
     quantization: str = "none",
     dtype: str = "auto",
     device: str = "auto",
+    keep_16bit: Sequence[str] = (),
+    head: str = "16bit",
+    embedding: str = "device",
 ) -> tuple[Decoder, Any]:
     """Load a model with its tokenizer.
 
@@ -41,8 +45,10 @@ def load(
     Sparring. A run directory gives base, adapter, template and system prompt of its `final/`.
     adapter: a folder or Hub id of a PEFT adapter. dtype: "auto" (the checkpoint's on a GPU, float32
     on a CPU), "float32", "bfloat16" or "float16". quantization: "none" or "nf4" (linear layers in
-    four bits). device: "auto", "cpu", "cuda" or "cuda:N". Raises UserError (a ValueError) for
-    anything that cannot be loaded as it stands.
+    four bits). device: "auto", "cpu", "cuda" or "cuda:N". keep_16bit: matrices that "nf4" leaves
+    alone, by kind ("down_proj") or Hugging Face module path. head: "16bit" or "8bit". embedding:
+    "device" or "host" (page-locked memory, of which a GPU reads the rows it needs). Raises
+    UserError (a ValueError) for anything that cannot be loaded as it stands.
     """
     policy = open_policy(
         locate_model(path),
@@ -50,6 +56,7 @@ def load(
         dtype=dtype,
         device=device,
         quantization=quantization,
+        storage=Storage(keep_16bit=tuple(keep_16bit), head=head, embedding=embedding),
     )
     return policy.model, policy.tokenizer
 

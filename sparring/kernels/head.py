@@ -9,7 +9,8 @@ depend on the machine.
 Gradient (through logprobs alone): d logprob / d z = [v = label] - p. With a frozen weight the row
 gradient U = (W_label - p W) / temperature is computed in the forward pass and backward is g U: 4MDV
 FLOP in all. With a trained weight the chunk is computed again in the backward pass: 8MDV FLOP.
-Without gradient 2MDV. Bytes: the weight is read once per chunk and pass, U is M x D.
+Without gradient 2MDV. Bytes: the weight is read once per chunk and pass, U is M x D. A frozen
+weight may be in 8 bits (int8.py): then pieces of it are decoded as they are needed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sparring.kernels import jit, rounded, tl, uses_triton
+from sparring.kernels.int8 import Int8Matrix, decoded_slices, dequantize_int8_reference
 
 __all__ = ["head_logits", "linear_logprob", "linear_logprob_reference", "linear_logprob_triton"]
 
@@ -27,10 +29,15 @@ BLOCK_V = 4096
 NUM_WARPS = 8
 
 
-def head_logits(x_MD: Tensor, weight_VD: Tensor) -> Tensor:
+def head_logits(x_MD: Tensor, weight_VD: Tensor | Int8Matrix) -> Tensor:
     """Logits [M, V] in float32 (float64 for float64 input): products accumulate and stay in
-    float32.
+    float32. A weight in 8 bits is decoded piece by piece.
     """
+    if isinstance(weight_VD, Int8Matrix):
+        logits = torch.empty(len(x_MD), len(weight_VD), dtype=torch.float32, device=x_MD.device)
+        for rows, piece in decoded_slices(weight_VD):
+            logits[:, rows] = head_logits(x_MD, piece)
+        return logits
     if x_MD.dtype in (torch.float32, torch.float64):
         return x_MD @ weight_VD.T
     if x_MD.device.type == "cuda":
@@ -104,7 +111,7 @@ def _row_gradient(probs_RV: Tensor, labels_R: Tensor, temperature: float) -> Ten
 
 def linear_logprob_reference(
     x_MD: Tensor,
-    weight_VD: Tensor,
+    weight_VD: Tensor | Int8Matrix,
     labels_M: Tensor,
     *,
     temperature: float = 1.0,
@@ -113,6 +120,8 @@ def linear_logprob_reference(
     """Log-probabilities [M] of the labels and entropies [M] (without gradient) of softmax(x W^T /
     temperature).
     """
+    if isinstance(weight_VD, Int8Matrix):
+        weight_VD = dequantize_int8_reference(weight_VD)
     pair: tuple[Tensor, Tensor] = _LinearLogprob.apply(  # type: ignore[no-untyped-call]
         x_MD, weight_VD, labels_M, temperature, chunk_rows
     )
@@ -189,11 +198,12 @@ class _LinearLogprobTriton(torch.autograd.Function):
                 temperature,
             )
             if rows_MD is not None:
-                torch.mm(dz_RV, weight_VD, out=rows_MD[chunk])
+                _row_products(dz_RV, weight_VD, rows_MD[chunk])
         ctx.temperature, ctx.chunk_rows = temperature, chunk_rows
         # A frozen head needs the row gradient alone: x may die.
         kept = None if frozen else x_MD
-        ctx.save_for_backward(kept, weight_VD, labels_M, rows_MD)
+        weight = weight_VD if ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(kept, weight, labels_M, rows_MD)
         ctx.mark_non_differentiable(entropy_M)
         return logprobs_M, entropy_M
 
@@ -234,10 +244,12 @@ def _chunks(x_MD: Tensor, weight_VD: Tensor, chunk_rows: int, needs_gradient: bo
         gradient = torch.empty(shape, dtype=x_MD.dtype, device=x_MD.device)[:, :size]
     for start in range(0, len(x_MD), chunk_rows):
         x_RD = x_MD[start : start + chunk_rows]
-        if x_RD.is_cuda and x_RD.dtype != torch.float32:
-            torch.mm(x_RD, weight_VD.T, out_dtype=torch.float32, out=logits[: len(x_RD)])
-        else:
-            torch.mm(x_RD.float(), weight_VD.T.float(), out=logits[: len(x_RD)])
+        for rows, piece in decoded_slices(weight_VD):
+            out = logits[: len(x_RD), rows]
+            if x_RD.is_cuda and x_RD.dtype != torch.float32:
+                torch.mm(x_RD, piece.T, out_dtype=torch.float32, out=out)
+            else:
+                torch.mm(x_RD.float(), piece.T.float(), out=out)
         yield (
             slice(start, start + len(x_RD)),
             logits[: len(x_RD)],
@@ -258,6 +270,17 @@ def _launch_rows(
     )  # fmt: skip
 
 
+def _row_products(dz_RV: Tensor, weight_VD: Tensor | Int8Matrix, out_RD: Tensor) -> None:
+    """out = dz W; pieces of a weight in 8 bits are added up in float32."""
+    if isinstance(weight_VD, Tensor):
+        torch.mm(dz_RV, weight_VD, out=out_RD)
+        return
+    total = torch.zeros(out_RD.shape, dtype=torch.float32, device=out_RD.device)
+    for rows, piece in decoded_slices(weight_VD):
+        total = _add_product(total, dz_RV[:, rows], piece)
+    out_RD.copy_(total)
+
+
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """total + left @ right, accumulated in float32."""
     if left.is_cuda and left.dtype != torch.float32:
@@ -267,7 +290,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 def linear_logprob_triton(
     x_MD: Tensor,
-    weight_VD: Tensor,
+    weight_VD: Tensor | Int8Matrix,
     labels_M: Tensor,
     *,
     temperature: float = 1.0,
@@ -286,7 +309,7 @@ def linear_logprob_triton(
 
 def linear_logprob(
     x_MD: Tensor,
-    weight_VD: Tensor,
+    weight_VD: Tensor | Int8Matrix,
     labels_M: Tensor,
     *,
     temperature: float = 1.0,

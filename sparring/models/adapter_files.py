@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sparring.errors import CheckpointError
 from sparring.models.files import read_json
+from sparring.models.linear import sample_of
 from sparring.models.lora import PROJECTIONS, LoraConfig
 from sparring.models.transformer import Decoder
 
@@ -51,7 +52,6 @@ _UNDERSTOOD = {
     "ensure_weight_tying",
 }
 _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-_SAMPLE_SIZE = 64
 
 
 def adapter_base(folder: Path) -> str:
@@ -251,14 +251,7 @@ def _adapter_views(model: Decoder, name: str, module_names: ModuleNames) -> dict
 @torch.no_grad()
 def _base_sample(model: Decoder) -> list[float]:
     """A few of the base's numbers, by which another base of the same shape is told apart."""
-    sample = []
-    for tensor in (model.embed.weight, model.norm):
-        flat = tensor.detach().flatten()
-        index = torch.linspace(
-            0, len(flat) - 1, _SAMPLE_SIZE, dtype=torch.float64, device=flat.device
-        ).long()
-        sample.append(flat[index].to("cpu", torch.bfloat16).float())
-    return [float(value) for value in torch.cat(sample)]
+    return [float(value) for value in torch.cat([model.embed.sample(), sample_of(model.norm)])]
 
 
 def _check_base(model: Decoder, metadata: Mapping[str, str], folder: Path) -> None:

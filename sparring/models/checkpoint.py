@@ -17,7 +17,6 @@ from torch import Tensor
 
 from sparring.errors import CheckpointError
 from sparring.kernels import Capability, capability_of
-from sparring.kernels.nf4 import NF4Matrix
 from sparring.models import nf4_files
 from sparring.models import tokenizer as tokenizers
 from sparring.models.adapter_files import adapter_base, load_adapter, write_adapter
@@ -30,10 +29,12 @@ from sparring.models.files import (
     weight_files,
     write_tensors,
 )
+from sparring.models.filling import Places, fill
 from sparring.models.hub import resolve
 from sparring.models.linear import Linear
 from sparring.models.memory import check_fits
 from sparring.models.quantised import Quantised
+from sparring.models.storage import EightBitTable, Storage
 from sparring.models.transformer import Decoder
 
 __all__ = [
@@ -79,9 +80,6 @@ NF4_BITS = 4127
 
 MAX_SHARD_BYTES = 5_000_000_000
 
-_IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
-_HEAD, _EMBED = "lm_head.weight", "model.embed_tokens.weight"
-
 save_tokenizer = tokenizers.save_tokenizer
 check_vocabulary = tokenizers.check_vocabulary
 
@@ -111,11 +109,16 @@ def build_model(
     dtype: torch.dtype,
     is_quantised: bool = False,
     capability: Capability | None = None,
+    storage: Storage | None = None,
 ) -> Decoder:
     """A Decoder of a config.json's shape, uninitialised (see Decoder.init_weights)."""
-    shape = family_of(config).config(config)
     return Decoder(
-        shape, device=device, dtype=dtype, is_quantised=is_quantised, capability=capability
+        family_of(config).config(config),
+        device=device,
+        dtype=dtype,
+        is_quantised=is_quantised,
+        capability=capability,
+        storage=storage,
     )
 
 
@@ -154,6 +157,17 @@ def nf4_places(model: Decoder) -> dict[str, tuple[Quantised, int]]:
     return places
 
 
+def eight_bit_tables(model: Decoder) -> dict[str, EightBitTable]:
+    """Hugging Face name of each table in 8 bits -> the table."""
+    weights = _family(model).weights
+    named = {"embed": model.embed} | ({} if model.head is model.embed else {"head": model.head})
+    return {
+        weights[f"{name}.weight"][0]: table
+        for name, table in named.items()
+        if isinstance(table, EightBitTable)
+    }
+
+
 def base_folder(path: str | Path) -> Path:
     """The folder with config.json and weights behind `path`; of an adapter, its base's."""
     folder = resolve(path)
@@ -175,6 +189,7 @@ def load_model(
     kv_bytes: int = 0,
     quantization: str = "none",
     capability: Capability | None = None,
+    storage: Storage | None = None,
 ) -> Decoder:
     """Load a model, and an adapter where `path` is an adapter's folder or `adapter` names one.
 
@@ -182,8 +197,9 @@ def load_model(
     "float16". quantization: "none" or "nf4"; a checkpoint that is stored in NF4 is read as it is,
     whichever is given. kv_bytes: what the caller will need beside the weights; both must fit into
     free memory. capability: what kernels may use, where it is to be less than the device can do;
-    capability_for(75) makes any card compute as a T4 does. An adapter is loaded as "policy", ready
-    for training. Raises CheckpointError for anything that cannot be read as it stands,
+    capability_for(75) makes any card compute as a T4 does. storage: which matrices quantization
+    leaves alone, and how head and embedding are kept. An adapter is loaded as "policy", ready for
+    training. Raises CheckpointError for anything that cannot be read as it stands,
     MemoryBudgetError for a model that does not fit.
     """
     device = torch.device(device)
@@ -204,13 +220,19 @@ def load_model(
     is_quantised = is_stored or quantization == "nf4"
     family_of(config).config(config)
     files = weight_files(folder)
-    capability = capability or capability_of(device)
+    capability, storage = capability or capability_of(device), storage or Storage()
     chosen = _choose_dtype(dtype, config, capability)
-    _check_fits(config, chosen, device, kv_bytes, is_quantised)
+    _check_fits(config, chosen, device, kv_bytes, is_quantised, storage)
     model = build_model(
-        config, device=device, dtype=chosen, is_quantised=is_quantised, capability=capability
+        config,
+        device=device,
+        dtype=chosen,
+        is_quantised=is_quantised,
+        capability=capability,
+        storage=storage,
     )
-    _fill(model, files, folder, is_stored=is_stored)
+    places = Places(dict(weight_views(model)), nf4_places(model), eight_bit_tables(model), storage)
+    fill(places, read_tensors(files, with_nf4=is_stored), folder, device, is_stored=is_stored)
     if adapter is not None:
         load_adapter_onto(model, resolve(adapter))
     return model
@@ -251,13 +273,14 @@ def check_model_fits(
     device: torch.device | str = "cpu",
     kv_bytes: int = 0,
     quantization: str = "none",
+    storage: Storage | None = None,
 ) -> None:
     """Raise MemoryBudgetError if the weights in `dtype` and the KV budget do not fit."""
     device = torch.device(device)
     config = read_json(base_folder(path) / "config.json")
     is_quantised = quantization == "nf4" or nf4_files.stored_as_nf4(config)
     chosen = _choose_dtype(dtype, config, capability_of(device))
-    _check_fits(config, chosen, device, kv_bytes, is_quantised)
+    _check_fits(config, chosen, device, kv_bytes, is_quantised, storage or Storage())
 
 
 def _check_fits(
@@ -266,14 +289,26 @@ def _check_fits(
     device: torch.device,
     kv_bytes: int,
     is_quantised: bool,
+    storage: Storage,
 ) -> None:
-    shape_only = build_model(config, device="meta", dtype=dtype, is_quantised=is_quantised)
-    num_parameters = sum(parameter.numel() for parameter in shape_only.parameters())
+    shape = build_model(
+        config, device="meta", dtype=dtype, is_quantised=is_quantised, storage=storage
+    )
+    num_parameters = sum(parameter.numel() for parameter in shape.parameters())
     weight_bytes = num_parameters * dtype.itemsize
-    for weight, index in nf4_places(shape_only).values():
+    if storage.embedding == "host" and device.type == "cuda":
+        weight_bytes -= shape.config.vocab_size * shape.config.width * dtype.itemsize
+    places = nf4_places(shape)
+    storage.check_names([name.removesuffix(".weight") for name in places])
+    for name, (weight, index) in places.items():
         num_weights = weight.part_rows[index] * weight.num_inputs
         num_parameters += num_weights
-        weight_bytes += num_weights * NF4_BITS // 8000
+        is_kept = storage.keeps(name.removesuffix(".weight"))
+        bits = 8000 * dtype.itemsize if is_kept else NF4_BITS
+        weight_bytes += num_weights * bits // 8000
+    for table in eight_bit_tables(shape).values():
+        num_parameters += table.shape[0] * table.shape[1]
+        weight_bytes += table.shape[0] * (table.shape[1] + 4)
     check_fits(num_parameters, dtype, device, kv_bytes=kv_bytes, weight_bytes=weight_bytes)
 
 
@@ -293,92 +328,6 @@ def _choose_dtype(name: str, config: Mapping[str, Any], capability: Capability) 
     return DTYPES[name]
 
 
-def _fill(model: Decoder, files: Sequence[Path], folder: Path, *, is_stored: bool) -> None:
-    views, places = dict(weight_views(model)), nf4_places(model)
-    collector = nf4_files.Collector(model.device)
-    left = {*views, *places}
-    shapes: list[str] = []
-    unexpected: list[str] = []
-    for name, tensor in read_tensors(files, with_nf4=is_stored):
-        if tensor.dtype == torch.uint8 or name.endswith(nf4_files.SUFFIXES):
-            whole = collector.add(name, tensor)
-            if whole is not None:
-                shapes += _place(places, left, unexpected, *whole)
-            continue
-        if name in places:
-            shapes += _place(places, left, unexpected, name, tensor, is_plain=is_stored)
-            continue
-        if name == _HEAD and _HEAD not in views:
-            if _EMBED not in left:
-                continue
-            name = _EMBED
-        if name not in views:
-            if not name.endswith(_IGNORED_SUFFIXES):
-                unexpected.append(name)
-        elif views[name].shape != tensor.shape:
-            shapes.append(
-                f"{name} is {list(tensor.shape)}, config.json says {list(views[name].shape)}"
-            )
-            left.discard(name)
-        else:
-            _copy(views[name], tensor, name)
-            left.discard(name)
-    unexpected += collector.missing()
-    problems = []
-    for title, found in (
-        ("missing", sorted(left)),
-        ("unexpected", unexpected),
-        ("of another shape", shapes),
-    ):
-        if found:
-            shown = ", ".join(found[:6]) + (", ..." if len(found) > 6 else "")
-            problems.append(f"{len(found)} tensors {title}: {shown}")
-    if problems:
-        raise CheckpointError(
-            f"{folder.resolve()}: the weights do not match config.json: {'; '.join(problems)}; "
-            "download the checkpoint again, or give the config.json that belongs to it"
-        )
-
-
-def _place(
-    places: Mapping[str, tuple[Quantised, int]],
-    left: set[str],
-    unexpected: list[str],
-    name: str,
-    matrix: NF4Matrix | Tensor,
-    *,
-    is_plain: bool = True,
-) -> list[str]:
-    """Put a matrix where it belongs; what is wrong with its shape. is_plain: do not quantise it."""
-    if name not in places:
-        unexpected.append(name)
-        return []
-    weight, index = places[name]
-    left.discard(name)
-    wanted = (weight.part_rows[index], weight.num_inputs)
-    if tuple(matrix.shape) != wanted:
-        return [f"{name} is {list(matrix.shape)}, config.json says {list(wanted)}"]
-    if isinstance(matrix, NF4Matrix):
-        weight.fill(index, matrix)
-    elif is_plain:
-        weight.fill(index, matrix.to(weight.device, weight.dtype))
-    else:
-        weight.quantise(index, matrix)
-    return []
-
-
-def _copy(view: Tensor, tensor: Tensor, name: str) -> None:
-    view.copy_(tensor)
-    if (
-        view.dtype == torch.float16
-        and tensor.dtype != torch.float16
-        and not bool(view.isfinite().all())
-    ):
-        raise CheckpointError(
-            f"{name} holds values beyond float16's range; load it as bfloat16 or float32"
-        )
-
-
 def save_model(
     model: Decoder,
     directory: str | Path,
@@ -396,6 +345,7 @@ def save_model(
     folder.mkdir(parents=True, exist_ok=True)
     stored = model.dtype if dtype is None else DTYPES[dtype]
     tensors, packed, is_double = dict(weight_views(model)), set(), True
+    tensors |= {name: table.dense() for name, table in eight_bit_tables(model).items()}
     skipped = ["lm_head"]
     for name, (weight, index) in nf4_places(model).items():
         part = weight.parts()[index]

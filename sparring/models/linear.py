@@ -25,6 +25,20 @@ DECODE_ROWS = 512
 """Rows up to which a GPU takes the forms for decoding where nothing is trained."""
 
 
+SAMPLE_SIZE = 64
+
+
+def sample_of(tensor: Tensor) -> Tensor:
+    """SAMPLE_SIZE numbers, evenly spaced, rounded to bfloat16, as float32 on the host: by them
+    another base of the same shape is told apart.
+    """
+    flat = tensor.detach().flatten()
+    index = torch.linspace(
+        0, len(flat) - 1, SAMPLE_SIZE, dtype=torch.float64, device=flat.device
+    ).long()
+    return flat[index].to("cpu", torch.bfloat16).float()
+
+
 class Dense(nn.Module):
     """A plain weight [O, I] (outputs, inputs) in the compute dtype."""
 
@@ -53,6 +67,19 @@ class Dense(nn.Module):
     def dtype(self) -> torch.dtype:
         """The compute dtype."""
         return self.weight.dtype
+
+    @property
+    def table(self) -> Tensor:
+        """What the output head's products read."""
+        return self.weight
+
+    def rows(self, ids_T: Tensor) -> Tensor:
+        """Rows [T, I] by their numbers; differentiable in the weight."""
+        return F.embedding(ids_T, self.weight)
+
+    def sample(self) -> Tensor:
+        """See `sample_of`."""
+        return sample_of(self.weight)
 
     def matmul(self, x_TI: Tensor, bias_O: Tensor | None = None) -> Tensor:
         """x W^T + bias: [T, I] -> [T, O]; differentiable in x, the weight and the bias."""

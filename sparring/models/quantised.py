@@ -61,6 +61,7 @@ class Quantised(nn.Module):
         self._parts: list[Part | None] = [None] * len(self.part_rows)
         self._whole: NF4Matrix | None = None
         self._cached: Tensor | None = None
+        self._plain: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -77,6 +78,8 @@ class Quantised(nn.Module):
         """Bytes that the weight holds."""
         if self._whole is not None:
             return self._whole.num_bytes
+        if self._plain is not None:
+            return self._plain.numel() * self._plain.element_size()
         total = 0
         for part in self._parts:
             if isinstance(part, NF4Matrix):
@@ -94,19 +97,29 @@ class Quantised(nn.Module):
         if len(packed) == len(self._parts) and len({part.dtype for part in packed}) == 1:
             self._whole = packed[0] if len(packed) == 1 else fuse_nf4(packed)
             self._parts = []
+        plain = [part for part in self._parts if isinstance(part, Tensor)]
+        if plain and len(plain) == len(self._parts):
+            self._plain = plain[0] if len(plain) == 1 else torch.cat(plain)
+            self._parts = []
 
-    def quantise(self, index: int, weight: Tensor) -> None:
+    def quantise(self, index: int, weight: Tensor) -> Tensor:
         """Quantise one original matrix in the compute dtype on this weight's device and put it in.
 
         The matrix may lie on the host. One whose rows are no whole blocks of 64 stays as it is.
+        Returns numbers that are not finite if one of the matrix is not: its scales' mean, or all.
         """
         if self.num_inputs % BLOCK:
-            self.fill(index, weight.to(self.device, self.dtype))
-        else:
-            self.fill(index, quantize_nf4(weight, device=self.device, dtype=self.dtype))
+            moved = weight.to(self.device, self.dtype)
+            self.fill(index, moved)
+            return moved
+        packed = quantize_nf4(weight, device=self.device, dtype=self.dtype)
+        self.fill(index, packed)
+        return packed.absmax if packed.offset is None else packed.offset
 
     def parts(self) -> list[Part]:
         """The original matrices; of a fused weight as views of it."""
+        if self._plain is not None:
+            return list(self._plain.split(list(self.part_rows)))
         if self._whole is None:
             assert all(part is not None for part in self._parts), "a matrix is missing"
             return [part for part in self._parts if part is not None]
@@ -186,7 +199,11 @@ class Quantised(nn.Module):
         return dx_TI.addmm_(dy_TO, self.dense())
 
     def dense(self, rows: slice = slice(None)) -> Tensor:
-        """The decoded rows (all by default) in the compute dtype, newly made or of the copy."""
+        """The decoded rows (all by default) in the compute dtype, newly made or of the copy; of a
+        weight that is not quantised at all a view.
+        """
+        if self._plain is not None:
+            return self._plain[rows]
         if self._cached is not None:
             return self._cached[rows]
         if self._whole is not None:

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from sparring.errors import CheckpointError
 from sparring.kernels import Capability, capability_of
 from sparring.kernels.head import head_logits, linear_logprob
 from sparring.kernels.norm import add_rms_norm, rms_norm
@@ -28,6 +28,7 @@ from sparring.models.checkpointing import MLP_TILE_TOKENS, Checkpointing
 from sparring.models.linear import Dense, Linear
 from sparring.models.lora import LoraAdapter, LoraConfig
 from sparring.models.rope import RopeConfig, inverse_frequencies, rope_tables
+from sparring.models.storage import EightBitTable, HostTable, Storage
 from sparring.types import Batch, TokenScores
 
 HEAD_CHUNK_ROWS = 512
@@ -215,6 +216,7 @@ class Decoder(nn.Module):
     Parameters are uninitialised after construction: models/checkpoint.py fills them, or
     `init_weights`. is_quantised: the layers' matrices are in NF4; they are frozen. capability: what
     kernels may use, asked of the device where it is left out; everything below reads this value.
+    storage: of embedding and head; an embedding on the host is one for a GPU alone.
     """
 
     def __init__(
@@ -225,37 +227,53 @@ class Decoder(nn.Module):
         dtype: torch.dtype,
         is_quantised: bool = False,
         capability: Capability | None = None,
+        storage: Storage | None = None,
     ) -> None:
         super().__init__()
         device = torch.device(device)
+        self.storage = storage or Storage()
         self.capability = capability or capability_of(device)
         self.config, self.is_quantised = config, is_quantised
         self.head_chunk_rows = HEAD_CHUNK_ROWS
         self.lora: dict[str, LoraConfig] = {}
         self.checkpointing = Checkpointing("none", device=device)
-        self.embed = Dense(config.vocab_size, config.width, device=device, dtype=dtype)
+        self.embed = self._table(device, dtype, is_embedding=True)
         self.layers = nn.ModuleList(
             DecoderLayer(config, i, device, dtype, is_quantised, self.capability)
             for i in range(config.num_layers)
         )
         self.norm = nn.Parameter(torch.empty(config.width, device=device, dtype=dtype))
-        self.head = (
-            self.embed
-            if config.tied_head
-            else Dense(config.vocab_size, config.width, device=device, dtype=dtype)
-        )
+        head = self.embed if config.tied_head else self._table(device, dtype, is_embedding=False)
+        assert not isinstance(head, HostTable), "the head is read whole, on the device"
+        self.head: Dense | EightBitTable = head
         frequencies = inverse_frequencies(config.rope, config.head_size)
         self._frequencies = frequencies.to(device)
 
+    def _table(
+        self, device: torch.device, dtype: torch.dtype, *, is_embedding: bool
+    ) -> Dense | HostTable | EightBitTable:
+        """The embedding, or a head of its own; a tied embedding is kept as the head is."""
+        config, storage = self.config, self.storage
+        if is_embedding and storage.embedding == "host" and device.type == "cuda":
+            if config.tied_head:
+                raise CheckpointError(
+                    "embedding = 'host' needs a model with an output head of its own; in this one"
+                    " (tie_word_embeddings) every step reads the whole table: keep it on the device"
+                )
+            return HostTable(config.vocab_size, config.width, dtype=dtype)
+        if storage.head == "8bit" and (config.tied_head or not is_embedding):
+            return EightBitTable(config.vocab_size, config.width, device=device, dtype=dtype)
+        return Dense(config.vocab_size, config.width, device=device, dtype=dtype)
+
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.embed.weight.device
+        """Where the weights are (the embedding apart)."""
+        return self.norm.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The compute dtype."""
-        return self.embed.weight.dtype
+        return self.norm.dtype
 
     def set_checkpointing(
         self,
@@ -293,7 +311,7 @@ class Decoder(nn.Module):
             capability=self.capability,
         )
         cos, sin = rope_tables(self._frequencies.to(self.device), positions_T)
-        x_TD = F.embedding(input_ids_T, self.embed.weight)
+        x_TD = self.embed.rows(input_ids_T)
         if not torch.is_grad_enabled():
             return self._infer(x_TD, cos, sin, plan, adapter)
         keeping = self.checkpointing.begin(len(self.layers))
@@ -321,7 +339,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Logits [T, V] in float32 (float64 in a float64 model), as `score` sees them."""
-        return head_logits(hidden_TD, self.head.weight)
+        return head_logits(hidden_TD, self.head.table)
 
     def score(self, batch: Batch, *, adapter: str | None = "policy") -> TokenScores:
         """Scores of the batch's labels, with gradient; 0 where loss_mask_T is False."""
@@ -329,7 +347,7 @@ class Decoder(nn.Module):
         rows_M = batch.loss_mask_T.nonzero().squeeze(1)
         logprobs_M, entropy_M = linear_logprob(
             hidden_TD.index_select(0, rows_M),
-            self.head.weight,
+            self.head.table,
             batch.labels_T.index_select(0, rows_M),
             temperature=batch.temperature,
             chunk_rows=self.head_chunk_rows,

@@ -20,6 +20,7 @@ from sparring.kernels import Capability
 from sparring.models.checkpoint import base_folder, build_model, load_model
 from sparring.models.files import read_json
 from sparring.models.lora import LoraConfig
+from sparring.models.storage import HostTable
 from sparring.models.transformer import Decoder
 from sparring.types import Batch, TokenScores
 
@@ -159,6 +160,7 @@ def load_critic(
             f"[value] path = '{path}' holds an adapter; a critic's trunk is a whole model: give"
             " the adapter's base, or merge the adapter into it first"
         )
+    assert not isinstance(trunk.embed, HostTable), "loaded onto the device above"
     trunk.head = trunk.embed  # the output head is never read
     trunk.requires_grad_(True)
     if rank:
@@ -178,7 +180,7 @@ def adapter_size(model: Decoder, config: LoraConfig) -> int:
 
 
 def _head_size(model: Decoder) -> int:
-    return 0 if model.head is model.embed else model.head.weight.numel()
+    return 0 if model.head is model.embed else model.head.shape[0] * model.head.shape[1]
 
 
 def _shadow_bytes(dtype: torch.dtype) -> int:

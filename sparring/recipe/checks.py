@@ -22,6 +22,9 @@ def check(source: Source, recipe: Recipe, command: Command) -> None:
         if _get(recipe, key) != only:
             reason = f"this is not built yet; the only value so far is {write_value(only)}"
             raise _refusal(source, recipe, key, reason)
+    if recipe.model.keep_16bit and recipe.model.quantization == "none":
+        reason = "nothing is quantised; set [model] quantization = 'nf4'"
+        raise _refusal(source, recipe, "model.keep_16bit", reason)
     limit, longest = recipe.model.max_tokens, recipe.rollout.max_completion_tokens
     if limit and command not in ("sft", "dpo", "advise") and limit <= longest:
         reason = (

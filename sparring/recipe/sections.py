@@ -57,13 +57,21 @@ CountOrNone = Annotated[int, Field(ge=0)]
 
 
 class ModelSection(BaseModel):
-    """[model]: a folder, run directory or Hub id; max_tokens 0 is the checkpoint's own limit."""
+    """[model]: a folder, run directory or Hub id; max_tokens 0 is the checkpoint's own limit.
+
+    keep_16bit: matrices that quantization leaves alone, by kind ("down_proj") or Hugging Face
+    module path. head: "8bit" for trainer and sampler alike. embedding: "host" frees its bytes on a
+    GPU.
+    """
 
     model_config = _FROZEN
     path: str = ""
     adapter: str = ""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["none", "nf4"] = "none"
+    keep_16bit: Names = ()
+    head: Literal["16bit", "8bit"] = "16bit"
+    embedding: Literal["device", "host"] = "device"
     max_tokens: CountOrNone = 0
 
 

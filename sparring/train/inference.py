@@ -16,6 +16,7 @@ from sparring.data.chat import ChatTemplate, build_template
 from sparring.errors import UserError
 from sparring.models import checkpoint
 from sparring.models.memory import free_bytes
+from sparring.models.storage import Storage
 from sparring.models.transformer import kv_bytes_per_token
 from sparring.rollout.engine import Engine
 from sparring.train.policy import (
@@ -40,17 +41,23 @@ def open_policy(
     dtype: str = "auto",
     device: str = "auto",
     quantization: str = "none",
+    storage: Storage | None = None,
 ) -> Policy:
     """Load a model and its tokenizer for sampling and scoring; nothing is trainable.
 
     path: a folder, a run directory, an adapter's folder or a Hub id. dtype "auto": the checkpoint's
-    on a GPU, float32 on a CPU. quantization: "none" or "nf4". Raises UserError, CheckpointError or
-    MemoryBudgetError.
+    on a GPU, float32 on a CPU. quantization: "none" or "nf4". storage: how else weights
+    are kept. Raises UserError, CheckpointError or MemoryBudgetError.
     """
     where = _device(device)
     wanted = "float32" if dtype == "auto" and where.type == "cpu" else dtype
     model = checkpoint.load_model(
-        path, adapter=adapter, dtype=wanted, device=where, quantization=quantization
+        path,
+        adapter=adapter,
+        dtype=wanted,
+        device=where,
+        quantization=quantization,
+        storage=storage,
     )
     model.requires_grad_(False)
     tokenizer = checkpoint.load_tokenizer(path)

@@ -21,11 +21,13 @@ from sparring.models import checkpoint
 from sparring.models.lora import LoraConfig
 from sparring.models.memory import free_bytes
 from sparring.models.reference import Reference, build_reference
+from sparring.models.storage import Storage
 from sparring.models.transformer import Decoder, kv_bytes_per_token
 from sparring.rollout.engine import Engine
 
 if TYPE_CHECKING:
     from sparring.recipe import Recipe
+    from sparring.recipe.sections import ModelSection
 
 SETTINGS_FILE = "sparring.json"
 """Beside the weights in `final/`: template, system prompt and limit that it was trained with."""
@@ -67,6 +69,11 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def storage_of(section: ModelSection) -> Storage:
+    """What [model] says of how weights are kept, beside quantization."""
+    return Storage(keep_16bit=section.keep_16bit, head=section.head, embedding=section.embedding)
+
+
 def build_policy(recipe: Recipe, *, capability: Capability | None = None) -> Policy:
     """Load the model that the recipe names and make trainable what it trains.
 
@@ -86,6 +93,12 @@ def build_policy(recipe: Recipe, *, capability: Capability | None = None) -> Pol
             f"[model] quantization = '{section.quantization}' needs a [lora] section: weights of"
             " four bits cannot be trained themselves; add [lora], or remove quantization"
         )
+    for key, plain in (("head", "16bit"), ("embedding", "device")):
+        if getattr(section, key) != plain and recipe.lora is None:
+            raise RecipeError(
+                f"[model] {key} = '{getattr(section, key)}' needs a [lora] section: weights kept so"
+                f" are frozen; add [lora], or remove {key}"
+            )
     dtype = "float32" if section.dtype == "auto" and device.type == "cpu" else section.dtype
     kv_memory = recipe.rollout.kv_memory
     model = checkpoint.load_model(
@@ -96,6 +109,7 @@ def build_policy(recipe: Recipe, *, capability: Capability | None = None) -> Pol
         kv_bytes=0 if kv_memory == "auto" else int(kv_memory),
         quantization=section.quantization,
         capability=capability,
+        storage=storage_of(section),
     )
     tokenizer = checkpoint.load_tokenizer(section.path)
     checkpoint.check_vocabulary(tokenizer, model.config)

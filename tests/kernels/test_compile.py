@@ -19,7 +19,9 @@ from sparring.kernels import (
     attention,
     cut,
     decode_state,
+    embedding,
     head,
+    int8,
     nf4,
     norm,
     rope,
@@ -121,6 +123,17 @@ def test_head(arch):
     constants = {"V": 152064, "BLOCK_V": head.BLOCK_V, "num_warps": head.NUM_WARPS}
     constants |= {"NEEDS_GRADIENT": True, "HAS_GRAD": True}
     check(head._rows_kernel, POINTERS, constants, arch)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_tables(arch):
+    constants = {"K": 3584, "BLOCK_K": int8.BLOCK_K, "num_warps": int8.NUM_WARPS}
+    pointers = {**POINTERS, "values_ptr": "*i8", "scale_ptr": "*fp32"}
+    constants["enable_fp_fusion"] = False
+    check(int8._dequantize_kernel, pointers, constants, arch)
+    constants = {"D": 3584, "BLOCK_D": embedding.BLOCK_D, "num_warps": embedding.NUM_WARPS}
+    pointers = {**POINTERS, "table_ptr": "*bf16", "ids_ptr": "*i64"}
+    check(embedding._gather_kernel, pointers, constants, arch)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

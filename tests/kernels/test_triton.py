@@ -11,7 +11,7 @@ import os
 import pytest
 import torch
 
-from sparring.kernels import head, nf4, norm, rope, swiglu
+from sparring.kernels import embedding, head, int8, nf4, norm, rope, swiglu
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -255,3 +255,44 @@ def test_dequantize_nf4_bits(shape, dtype, double):
         assert torch.equal(nf4.dequantize_nf4_triton(matrix, dtype=out), want)
         rows = slice(1, shape[0] - 1)
         assert torch.equal(nf4.dequantize_nf4_triton(matrix, dtype=out, rows=rows), want[rows])
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+@pytest.mark.parametrize("shape", [(3, 64), (70, 1100)])
+def test_dequantize_int8_bits(shape, dtype):
+    weight = random(*shape, dtype=dtype, scale=0.02)
+    weight[1] = 0
+    matrix = int8.quantize_int8(weight)
+    want = int8.dequantize_int8_reference(matrix)
+    assert torch.equal(int8.dequantize_int8_triton(matrix), want)
+    rows = slice(1, shape[0] - 1)
+    assert torch.equal(int8.dequantize_int8_triton(matrix, rows=rows), want[rows])
+    assert not want[1].any()
+    error_of_a_weight = (want.double() - weight.double()).abs().amax(dim=1)
+    assert (error_of_a_weight <= 0.51 * matrix.scale.double() + 0.004 * want.abs().amax(1)).all()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_frozen_head_in_8_bits(dtype, monkeypatch):
+    matrix = int8.quantize_int8(random(501, 64, dtype=dtype, seed=1, scale=0.3))
+    monkeypatch.setattr(int8, "SLICE_BYTES", 64 * 2 * 160)  # several pieces
+    decoded = int8.dequantize_int8_reference(matrix)
+    labels = torch.tensor([0, 3, 500, 3, 77], device=DEVICE)
+    check(
+        lambda x: head.linear_logprob_triton(x, matrix, labels, chunk_rows=2),
+        lambda x: head.linear_logprob_reference(x, decoded.double(), labels),
+        {"x": random(5, 64, dtype=dtype)},
+        LIMIT[dtype],
+    )
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+@pytest.mark.parametrize("width", [48, 1500])
+def test_rows_of_a_table_on_the_host(width, dtype):
+    table = random(9, width, dtype=dtype).cpu()
+    table = table if INTERPRETED else table.pin_memory()
+    ids = torch.tensor([8, 0, 3, 3, 7], device=DEVICE)
+    assert torch.equal(
+        embedding.host_rows_triton(table, ids), embedding.host_rows_reference(table, ids)
+    )
+    assert embedding.host_rows_triton(table, ids[:0]).shape == (0, width)

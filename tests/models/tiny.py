@@ -127,7 +127,8 @@ def logits_of(
     bounds = offsets(lengths)
     positions = torch.cat([torch.arange(n) for n in lengths])
     layout = PackedLayout(cu_seqlens=bounds, parents=(-1,) * len(lengths))
-    logits = model.logits(model(torch.cat(list(sequences)), positions, layout, adapter=adapter))
+    ids, positions = (x.to(model.device) for x in (torch.cat(list(sequences)), positions))
+    logits = model.logits(model(ids, positions, layout, adapter=adapter))
     return list(logits.split(lengths))
 
 
