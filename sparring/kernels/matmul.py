@@ -63,11 +63,18 @@ class Tile:
 
 BLOCK_K = 128
 
-TILES: dict[str, tuple[Tile, ...]] = {
-    "nf4": (Tile(64, 16, 4, 4), Tile(64, 32, 4, 4), Tile(64, 64, 4, 3), Tile(64, 128, 4, 3)),
-    "16-bit": (Tile(64, 16, 4, 4), Tile(64, 32, 4, 4), Tile(64, 64, 4, 3), Tile(128, 128, 8, 3)),
+_SMALL = (Tile(64, 16, 4, 4), Tile(64, 32, 4, 4), Tile(64, 64, 4, 3))
+TILES: dict[tuple[str, int], tuple[Tile, ...]] = {
+    ("nf4", 0): _SMALL,
+    ("nf4", 90): (*_SMALL, Tile(64, 128, 4, 3)),
+    ("nf4", 100): (*_SMALL, Tile(64, 128, 4, 3)),
+    ("16-bit", 0): (*_SMALL, Tile(128, 128, 8, 2)),
+    ("16-bit", 90): (*_SMALL, Tile(128, 128, 8, 3)),
+    ("16-bit", 100): (*_SMALL, Tile(128, 128, 8, 3)),
 }
-"""By number of rows: the first whose block_t holds them, else the last, repeated."""
+"""By kind of weight and architecture (0: all others): the first tile whose block_t holds the rows,
+else the last, repeated.
+"""
 
 NUM_SMS = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
 """Multiprocessors of a typical card: a constant, so that segments depend on the shape alone."""
@@ -77,7 +84,8 @@ def tile_of(capability: Capability, num_rows: int, kind: str) -> Tile:
     """The tile for a number of rows; kind "nf4" or "16-bit"."""
     if not capability.tensor_dots:
         return Tile(64, 32, 4, 2)
-    return next((t for t in TILES[kind] if t.block_t >= num_rows), TILES[kind][-1])
+    tiles = TILES.get((kind, capability.arch)) or TILES[kind, 0]
+    return next((tile for tile in tiles if tile.block_t >= num_rows), tiles[-1])
 
 
 def segments_of(capability: Capability, num_outputs: int, num_inputs: int) -> int:

@@ -22,6 +22,8 @@ from sparring.kernels import (
     embedding,
     head,
     int8,
+    lora,
+    matmul,
     nf4,
     norm,
     rope,
@@ -87,7 +89,9 @@ POINTERS = {
     **dict.fromkeys(SINGLE.split(), "*fp32"),
     **dict.fromkeys(("tiles_ptr", "units_ptr", "sums_ptr"), "*i32"),
     "labels_ptr": "*i64",
-    "words_ptr": "*i32",
+    **dict.fromkeys(("words_ptr", "count_ptr"), "*i32"),
+    **dict.fromkeys(("bias_ptr", "xa_ptr", "b_ptr"), "*bf16"),
+    "work_ptr": "*fp32",
     "absmax_ptr": "*u8",
 }
 
@@ -217,3 +221,36 @@ def test_decode_state(arch):
     check(decode_state._advance_kernel, STEP, constants, arch)
     constants = {"COLUMNS": 64, "BLOCK_SIZE": 64, "BLOCK_R": 128, "num_warps": 4}
     check(decode_state._place_kernel, STEP, constants, arch)
+
+
+MATMUL = [
+    pytest.param(kind, index, marks=[] if (kind, index) == ("nf4", 1) else pytest.mark.slow)
+    for kind, index in (*(("nf4", i) for i in range(4)), *(("16-bit", i) for i in range(4)))
+]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("kind", "index"), MATMUL)
+def test_products_of_few_rows(kind, index, arch):
+    tiles = matmul.TILES.get((kind, arch)) or matmul.TILES[kind, 0]
+    tile = tiles[min(index, len(tiles) - 1)]
+    packed = kind == "nf4"
+    constants = {
+        "BLOCK_N": tile.block_n, "BLOCK_T": tile.block_t, "BLOCK_K": matmul.BLOCK_K,
+        "STAGES": tile.num_stages, "SEGMENTS": 7, "FUSED": index == 3, "EVEN_K": True,
+        "PACKED": packed, "DOUBLE": packed, "FAST": True, "HAS_BIAS": True, "NUM_PARTS": 3,
+        "RANK": 16, "BLOCK_R": 16, "num_warps": tile.num_warps, "enable_fp_fusion": False,
+    }  # fmt: skip
+    pointers = {**POINTERS, "w_ptr": "*i32" if packed else "*bf16", "parts_ptr": "*i32"}
+    found, ptx = check(
+        matmul._matmul_kernel, pointers, constants, arch, products=True, stack_limit=80
+    )
+    assert found == {90: {"wgmma.mma"}, 100: {"tcgen05.mma"}}.get(arch, {"mma.sync"})
+    assert ("prmt.b32" in ptx) == packed
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_lora_expand(arch):
+    constants = {"BLOCK_T": 64, "NUM_PARTS": 3, "RANK": 16, "BLOCK_R": 16, **lora.EXPAND_TILE}
+    pointers = {**POINTERS, "parts_ptr": "*i32"}
+    check(lora._expand_kernel, pointers, constants, arch, products=True)
