@@ -187,8 +187,8 @@ class Linear(nn.Module):
     @property
     def is_frozen(self) -> bool:
         """Whether neither base nor bias takes a gradient."""
-        parameters = (*self.base.parameters(), *(() if self.bias is None else (self.bias,)))
-        return not any(parameter.requires_grad for parameter in parameters)
+        is_trained = isinstance(self.base, Dense) and self.base.weight.requires_grad
+        return not is_trained and (self.bias is None or not self.bias.requires_grad)
 
     def adapter(self, name: str | None) -> LoraAdapter | None:
         """The adapter of that name on this layer, if there is one."""
