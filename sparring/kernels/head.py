@@ -15,6 +15,7 @@ weight may be in 8 bits (int8.py): then pieces of it are decoded as they are nee
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,6 +27,10 @@ from sparring.kernels.int8 import Int8Matrix, decoded_slices, dequantize_int8_re
 __all__ = ["head_logits", "linear_logprob", "linear_logprob_reference", "linear_logprob_triton"]
 
 BLOCK_V = 4096
+ALIGNED = 16
+"""Products of 16-bit matrices are several times slower where a size is no multiple of 8 numbers; a
+vocabulary of another size goes through in two parts, and rows of logits begin at multiples of 16.
+"""
 NUM_WARPS = 8
 
 
@@ -227,34 +232,52 @@ class _LinearLogprobTriton(torch.autograd.Function):
                 ctx.temperature,
             )
             if grad_x is not None:
-                torch.mm(dz_RV, weight_VD, out=grad_x[chunk])
-            grad_weight = _add_product(grad_weight, dz_RV.T, x_MD[chunk])
+                _row_products(dz_RV, weight_VD, grad_x[chunk])
+            for part in _parts(len(weight_VD)):
+                _add_product(grad_weight[part], dz_RV[:, part].T, x_MD[chunk])
         return grad_x, grad_weight.to(weight_VD.dtype), None, None, None
 
 
 def _chunks(x_MD: Tensor, weight_VD: Tensor, chunk_rows: int, needs_gradient: bool):
     """(rows, float32 logits of them, room for their gradient) for each chunk of rows; one pair of
-    buffers serves all chunks. Rows begin at multiples of 16 numbers, which products want.
+    buffers serves all chunks.
     """
     size = len(weight_VD)
-    shape = (min(chunk_rows, len(x_MD)), -(-size // 16) * 16)
+    shape = (min(chunk_rows, len(x_MD)), -(-size // ALIGNED) * ALIGNED)
     logits = torch.empty(shape, dtype=torch.float32, device=x_MD.device)[:, :size]
     gradient = None
     if needs_gradient:
         gradient = torch.empty(shape, dtype=x_MD.dtype, device=x_MD.device)[:, :size]
     for start in range(0, len(x_MD), chunk_rows):
         x_RD = x_MD[start : start + chunk_rows]
-        for rows, piece in decoded_slices(weight_VD):
-            out = logits[: len(x_RD), rows]
-            if x_RD.is_cuda and x_RD.dtype != torch.float32:
-                torch.mm(x_RD, piece.T, out_dtype=torch.float32, out=out)
-            else:
-                torch.mm(x_RD.float(), piece.T.float(), out=out)
+        for rows, piece in _pieces(weight_VD):
+            _wide_product(x_RD, piece.T, logits[: len(x_RD), rows])
         yield (
             slice(start, start + len(x_RD)),
             logits[: len(x_RD)],
             None if gradient is None else gradient[: len(x_RD)],
         )
+
+
+def _parts(size: int) -> list[slice]:
+    """A vocabulary in the part that products are fast for, and the tokens left over, if any."""
+    whole = size // ALIGNED * ALIGNED
+    return [part for part in (slice(0, whole), slice(whole, size)) if part.start < part.stop]
+
+
+def _wide_product(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """left @ right in float32, into out."""
+    if left.is_cuda and left.dtype != torch.float32:
+        torch.mm(left, right, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(left.float(), right.float(), out=out)
+
+
+def _pieces(weight_VD: Tensor | Int8Matrix) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, those rows as an ordinary tensor), at most 15 rows in a piece of an odd size."""
+    for rows, piece in decoded_slices(weight_VD):
+        for part in _parts(len(piece)):
+            yield slice(rows.start + part.start, rows.start + part.stop), piece[part]
 
 
 def _launch_rows(
@@ -273,19 +296,24 @@ def _launch_rows(
 def _row_products(dz_RV: Tensor, weight_VD: Tensor | Int8Matrix, out_RD: Tensor) -> None:
     """out = dz W; pieces of a weight in 8 bits are added up in float32."""
     if isinstance(weight_VD, Tensor):
-        torch.mm(dz_RV, weight_VD, out=out_RD)
+        *large, last = reversed(_parts(len(weight_VD)))
+        first = large[0] if large else last
+        torch.mm(dz_RV[:, first], weight_VD[first], out=out_RD)
+        if large:  # the few tokens left over came first, so that the large sum is rounded once
+            out_RD.addmm_(dz_RV[:, last], weight_VD[last])
         return
     total = torch.zeros(out_RD.shape, dtype=torch.float32, device=out_RD.device)
-    for rows, piece in decoded_slices(weight_VD):
-        total = _add_product(total, dz_RV[:, rows], piece)
+    for rows, piece in _pieces(weight_VD):
+        _add_product(total, dz_RV[:, rows], piece)
     out_RD.copy_(total)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """total + left @ right, accumulated in float32."""
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, accumulated in float32."""
     if left.is_cuda and left.dtype != torch.float32:
-        return torch.addmm(total, left, right, out_dtype=torch.float32)
-    return total.addmm_(left.float(), right.float())
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(left.float(), right.float())
 
 
 def linear_logprob_triton(

@@ -221,7 +221,19 @@ def test_no_bit_on_a_card(name: str, quantised: bool):
             model.set_checkpointing(mode, offload=offload)
             for _ in range(2):  # the second time with buffers that were used before
                 assert_same_bits(loss_and_gradients(model, made), plain)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantised", [False, True])
+def test_tiles_on_a_card(quantised: bool):
+    """In float32, where another order of a sum is all that a tile changes."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = small(
+        quantised=quantised, device="cuda", head_dim=64, hidden_size=512, intermediate_size=1024
+    )
+    made = batch("cuda", longest=600)
+    plain = loss_and_gradients(model, made)
+    for mode in ("layers", "selective"):
         model.set_checkpointing(mode, offload=True, mlp_tile_tokens=256)
         for key, value in loss_and_gradients(model, made).items():
-            want = plain[key].double()
-            assert (value.double() - want).norm() <= 2e-3 * want.norm(), key
+            assert (value - plain[key]).norm() <= 1e-5 * plain[key].norm(), key
