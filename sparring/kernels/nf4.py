@@ -317,11 +317,15 @@ def block_scales(index, block, inside, absmax2_ptr, offset_ptr, map_ptr, DOUBLE:
 @jit
 def _dequantize_kernel(
     words_ptr, absmax_ptr, absmax2_ptr, offset_ptr, map_ptr, out_ptr, first_block, num_blocks,
-    BLOCKS: tl.constexpr, DOUBLE: tl.constexpr, FAST: tl.constexpr,
+    row_blocks, skipped_blocks,
+    BLOCKS: tl.constexpr, DOUBLE: tl.constexpr, FAST: tl.constexpr, SKIPS: tl.constexpr,
 ):  # fmt: skip
+    """SKIPS: only row_blocks blocks of a row are decoded, skipped_blocks lie between two rows."""
     blocks = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     inside = blocks < num_blocks
     source = blocks + first_block
+    if SKIPS:
+        source += blocks // row_blocks * skipped_blocks
     index = tl.load(absmax_ptr + source, mask=inside, other=0)
     scale = block_scales(index, source, inside, absmax2_ptr, offset_ptr, map_ptr, DOUBLE)
     at = words_ptr + source[:, None] * 8 + tl.arange(0, 8)[None, :]
@@ -344,28 +348,35 @@ def dequantize_nf4_triton(
     matrix: NF4Matrix,
     *,
     rows: slice = slice(None),
+    columns: slice = slice(None),
     dtype: torch.dtype | None = None,
     out: Tensor | None = None,
     capability: Capability | None = None,
 ) -> Tensor:
     """`dequantize_nf4_reference` in one launch, into `out` where given."""
     first, last, _ = rows.indices(matrix.shape[0])
-    columns = matrix.shape[1]
-    if columns % BLOCK:
-        raise ValueError(f"the kernel takes rows of whole blocks of {BLOCK}; K is {columns}")
+    left, right, _ = columns.indices(matrix.shape[1])
+    if matrix.shape[1] % BLOCK or left % BLOCK or right % BLOCK:
+        raise ValueError(
+            f"the kernel takes whole blocks of {BLOCK}; got columns {left} to {right} of"
+            f" {matrix.shape[1]}"
+        )
+    columns = right - left
     if out is None:
         out = torch.empty(
             last - first, columns, dtype=dtype or matrix.dtype, device=matrix.packed.device
         )
     capability = capability or capability_of(out.device)
-    num_blocks = (last - first) * (columns // BLOCK)
+    row_blocks, all_blocks = columns // BLOCK, matrix.shape[1] // BLOCK
+    num_blocks = (last - first) * row_blocks
     double = matrix.absmax2 is not None
     tile = DEQUANTIZE_TILE
     if num_blocks:
         _dequantize_kernel[(triton.cdiv(num_blocks, tile["BLOCKS"]),)](
             words_of(matrix), matrix.absmax, matrix.absmax2 if double else matrix.absmax,
             matrix.offset if double else matrix.absmax, dynamic_map_on(out.device), out,
-            first * (columns // BLOCK), num_blocks, DOUBLE=double,
+            first * all_blocks + left // BLOCK, num_blocks, row_blocks, all_blocks - row_blocks,
+            DOUBLE=double, SKIPS=row_blocks != all_blocks,
             FAST=capability.tensor_dots and out.dtype != torch.float32,
             enable_fp_fusion=False, **tile,
         )  # fmt: skip
@@ -376,17 +387,20 @@ def dequantize_nf4(
     matrix: NF4Matrix,
     *,
     rows: slice = slice(None),
+    columns: slice = slice(None),
     dtype: torch.dtype | None = None,
     out: Tensor | None = None,
     capability: Capability | None = None,
 ) -> Tensor:
-    """Decode rows (all by default) of a matrix [N, K] to `dtype` (default: the one it was quantised
-    from), into `out` [rows, K] where given; `out`'s dtype then counts.
+    """Decode rows and columns (all by default) of a matrix [N, K] to `dtype` (default: the one it
+    was quantised from), into `out` where given; `out`'s dtype then counts.
 
-    capability: the model's; left out, what the card can do.
+    columns: whole blocks of 64. capability: the model's; left out, what the card can do.
     """
     if matrix.packed.is_cuda and triton is not None and matrix.shape[1] % BLOCK == 0:
-        return dequantize_nf4_triton(matrix, rows=rows, dtype=dtype, out=out, capability=capability)
+        return dequantize_nf4_triton(
+            matrix, rows=rows, columns=columns, dtype=dtype, out=out, capability=capability
+        )
     dtype = dtype if out is None else out.dtype
-    decoded = dequantize_nf4_reference(matrix, rows=rows, dtype=dtype)
+    decoded = dequantize_nf4_reference(matrix, rows=rows, dtype=dtype)[:, columns]
     return decoded if out is None else out.copy_(decoded)

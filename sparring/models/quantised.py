@@ -12,7 +12,7 @@ and the library product alone while there is a copy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,15 @@ FUSED_ROWS = {80: 64, 86: 128, 89: 256, 90: 64, 100: 64, 120: 256}
 """Rows up to which the fused kernel is taken, by architecture."""
 
 SLICE_BYTES = 64 * 2**20
-"""Most bytes of decoded weights at a time where a product decodes to memory."""
+"""Most bytes of decoded weights at a time where a product decodes rows to memory."""
+
+COLUMN_SLICE_BYTES = 144 * 2**20
+"""The same where it decodes columns, for a gradient by the input, which is added up over all rows
+at once, so that it is rounded once.
+"""
+
+STEP = 256
+"""Rows or columns of a slice are a multiple of this, which the library's tiles divide."""
 
 
 class Quantised(nn.Module):
@@ -153,24 +161,44 @@ class Quantised(nn.Module):
 
     def _decode_and_multiply(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
         """x W^T + bias through slices of decoded rows in one scratch buffer."""
-        whole, (num_outputs, num_inputs) = self._whole, self.shape
-        assert whole is not None, "called for fused weights"
-        step = max(BLOCK, SLICE_BYTES // (num_inputs * x_TI.element_size()) // BLOCK * BLOCK)
-        step = min(step, num_outputs)
-        y_TO = torch.empty(len(x_TI), num_outputs, dtype=x_TI.dtype, device=x_TI.device)
-        scratch = torch.empty(step, num_inputs, dtype=x_TI.dtype, device=x_TI.device)
-        for first in range(0, num_outputs, step):
-            rows = slice(first, min(first + step, num_outputs))
-            part = scratch[: rows.stop - first]
-            if whole.dtype == part.dtype:
-                dequantize_nf4(whole, rows=rows, out=part, capability=self.capability)
-            else:
-                part.copy_(self._decode(whole, rows))
+        y_TO = torch.empty(len(x_TI), self.shape[0], dtype=x_TI.dtype, device=x_TI.device)
+        for rows, part in self._row_slices():
             if bias_O is None:
                 torch.mm(x_TI, part.T, out=y_TO[:, rows])
             else:
                 torch.addmm(bias_O[rows], x_TI, part.T, out=y_TO[:, rows])
         return y_TO
+
+    def _row_slices(self) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, those rows decoded) over the weight, each overwriting the one before."""
+        num_outputs, num_inputs = self.shape
+        if self._whole is None or self._cached is not None:
+            yield slice(0, num_outputs), self.dense()
+            return
+        step = self._step(num_inputs, num_outputs, SLICE_BYTES)
+        scratch = torch.empty(step, num_inputs, dtype=self.dtype, device=self.device)
+        for first in range(0, num_outputs, step):
+            rows = slice(first, min(first + step, num_outputs))
+            yield rows, self._decode(self._whole, rows, out=scratch[: rows.stop - first])
+
+    def _column_slices(self) -> Iterator[tuple[slice, Tensor]]:
+        """The same over columns."""
+        num_outputs, num_inputs = self.shape
+        if self._whole is None or self._cached is not None or num_inputs % BLOCK:
+            yield slice(0, num_inputs), self.dense()
+            return
+        step = self._step(num_outputs, num_inputs, COLUMN_SLICE_BYTES)
+        scratch = torch.empty(num_outputs * step, dtype=self.dtype, device=self.device)
+        for first in range(0, num_inputs, step):
+            columns = slice(first, min(first + step, num_inputs))
+            out = scratch[: num_outputs * (columns.stop - first)].view(num_outputs, -1)
+            yield columns, self._decode(self._whole, columns=columns, out=out)
+
+    def _step(self, other: int, size: int, most_bytes: int) -> int:
+        """Rows (or columns) of a slice: a multiple of STEP, and all slices alike if it goes."""
+        fitting = max(STEP, most_bytes // (other * self.dtype.itemsize) // STEP * STEP)
+        count = -(-size // fitting)
+        return min(size, -(-size // (count * STEP)) * STEP)
 
     def cache(self) -> None:
         """Keep the decoded weight, the same numbers in 16 bits, until `uncache`."""
@@ -188,15 +216,22 @@ class Quantised(nn.Module):
 
     def matmul_transposed(self, dy_TO: Tensor) -> Tensor:
         """dy W: [T, O] -> [T, I], the gradient of `matmul` by its input."""
-        return dy_TO @ self.dense()
+        dx_TI = torch.empty(len(dy_TO), self.shape[1], dtype=dy_TO.dtype, device=dy_TO.device)
+        for columns, part in self._column_slices():
+            torch.mm(dy_TO, part, out=dx_TI[:, columns])
+        return dx_TI
 
     def add_matmul(self, y_TO: Tensor, x_TI: Tensor) -> Tensor:
         """y += x W^T in place, rounded once; no gradient."""
-        return y_TO.addmm_(x_TI, self.dense().T)
+        for rows, part in self._row_slices():
+            y_TO[:, rows].addmm_(x_TI, part.T)
+        return y_TO
 
     def add_matmul_transposed(self, dx_TI: Tensor, dy_TO: Tensor) -> Tensor:
         """dx += dy W in place, rounded once; no gradient."""
-        return dx_TI.addmm_(dy_TO, self.dense())
+        for columns, part in self._column_slices():
+            dx_TI[:, columns].addmm_(dy_TO, part)
+        return dx_TI
 
     def dense(self, rows: slice = slice(None)) -> Tensor:
         """The decoded rows (all by default) in the compute dtype, newly made or of the copy; of a
@@ -213,8 +248,26 @@ class Quantised(nn.Module):
         ]
         return torch.cat(decoded)[rows]
 
-    def _decode(self, part: NF4Matrix, rows: slice = slice(None)) -> Tensor:
-        return dequantize_nf4(part, rows=rows, capability=self.capability).to(self.dtype)
+    def _decode(
+        self,
+        part: NF4Matrix,
+        rows: slice = slice(None),
+        columns: slice = slice(None),
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Decoded in the dtype that the matrix was quantised from, rounded to the compute dtype."""
+        is_direct = part.dtype == self.dtype
+        decoded = dequantize_nf4(
+            part,
+            rows=rows,
+            columns=columns,
+            out=out if is_direct else None,
+            capability=self.capability,
+        )
+        if is_direct:
+            return decoded
+        decoded = decoded.to(self.dtype)
+        return decoded if out is None else out.copy_(decoded)
 
 
 def cache_weights(model: nn.Module) -> None:

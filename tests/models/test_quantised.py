@@ -156,3 +156,25 @@ def test_damaged_files(plain: Path, tmp_path: Path, damage: Any, message: str):
 def test_bytes_of_a_quantised_weight(plain: Path):
     base = load_model(plain, quantization="nf4").get_submodule("layers.0.gate_up").base
     assert base.num_bytes / (2 * 192 * 128) == pytest.approx(0.5625, abs=0.06)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slices_give_the_products_of_the_whole(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype):
+    weight = Quantised((192, 64, 96), 320, device=torch.device("cpu"), dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    for index, rows in enumerate(weight.part_rows):
+        weight.quantise(index, torch.randn(rows, 320, generator=generator).to(dtype))
+    x, dy = (torch.randn(5, n, generator=generator).to(dtype) for n in (320, 352))
+    dense = weight.dense()
+    monkeypatch.setattr("sparring.models.quantised.STEP", 64)
+    monkeypatch.setattr("sparring.models.quantised.SLICE_BYTES", 320 * 70 * dtype.itemsize)
+    monkeypatch.setattr("sparring.models.quantised.COLUMN_SLICE_BYTES", 352 * 130 * dtype.itemsize)
+    assert [rows.stop for rows, _ in weight._row_slices()] == [64, 128, 192, 256, 320, 352]
+    assert [columns.stop for columns, _ in weight._column_slices()] == [128, 256, 320]
+    limit = 1e-6 if dtype == torch.float32 else 4e-3
+    for got, want in (
+        (weight.matmul_transposed(dy), dy.double() @ dense.double()),
+        (weight.add_matmul_transposed(x.clone(), dy), x.double() + dy.double() @ dense.double()),
+        (weight.add_matmul(dy.clone(), x), dy.double() + x.double() @ dense.double().T),
+    ):
+        assert (got.double() - want).norm() / want.norm() < limit
