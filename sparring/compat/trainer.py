@@ -173,8 +173,12 @@ class Trainer:
     def _recipe(self, folder: Path) -> Recipe:
         args, decoder = self.args, self.model.policy.model
         tables: dict[str, Any] = {
-            "model": {"path": self.model.policy.source},
-            "data": {"train": IN_MEMORY},
+            "model": {
+                "path": self.model.policy.source,
+                "max_tokens": self.model.policy.max_tokens,
+                "dtype": str(self.model.dtype).removeprefix("torch."),
+            },
+            "data": {"train": IN_MEMORY, "template": _recorded(self._template())},
             "optimizer": _optimizer(args, self.num_steps()),
             "train": {"steps": self.num_steps(), "checkpointing": decoder.checkpointing.mode},
             "run": {
@@ -244,6 +248,11 @@ class Trainer:
             log_history=[*rows, {**metrics, "step": steps}],
         )
         return TrainOutput(steps, metrics["train_loss"], metrics)
+
+
+def _recorded(template: ChatTemplate) -> str:
+    """A conversation format as a recipe names it."""
+    return "none" if template.source is None else template.name
 
 
 def rows_per_step(args: Any) -> int:
