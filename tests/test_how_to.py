@@ -38,3 +38,13 @@ def test_both_languages_show_the_same_commands():
     assert [line.partition("#")[0].strip() for line in english] == [
         line.partition("#")[0].strip() for line in chinese
     ]
+
+
+@pytest.mark.parametrize("place", ["how-to", "zh"])
+def test_the_recipe_of_saving_memory_is_a_recipe(place: str):
+    (text,) = blocks(DOCS / place / "save-memory.md", "toml")
+    tables = tomllib.loads(text)
+    tables |= {"data": {"train": "rows.jsonl"}, "reward": [{"name": "math"}], "run": {"dir": "r"}}
+    recipe = build_recipe(tables, command="grpo")
+    assert (recipe.train.checkpointing, recipe.train.mlp_tile_tokens) == ("layers", 8192)
+    assert recipe.train.max_mismatch_kl == 0.05
