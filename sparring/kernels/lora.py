@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sparring.kernels import Capability, capability_of, jit, rounded, tl, triton
-from sparring.kernels.matmul import LowRank, _low_rank, launch, matmul_reference
+from sparring.kernels.matmul import LowRank, _low_rank, launch, matmul, matmul_reference
 
 
 def lora_shrink_reference(x: Tensor, a: Tensor) -> Tensor:
@@ -36,10 +36,7 @@ def lora_shrink(x: Tensor, a: Tensor, capability: Capability | None = None) -> T
 
     capability: the model's; left out, what the card can do.
     """
-    capability = capability or capability_of(x.device)
-    if x.is_cuda and triton is not None and capability.tensor_dots:
-        return lora_shrink_triton(x, a, capability)
-    return lora_shrink_reference(x, a)
+    return matmul(x, a, capability=capability)
 
 
 @jit(do_not_specialize=["num_rows"])

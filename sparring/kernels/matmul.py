@@ -345,12 +345,14 @@ def matmul(
     low_rank: LowRank | None = None,
     capability: Capability | None = None,
 ) -> Tensor:
-    """x W^T + scale xa B^T + bias in 16 bits: [T, K] x [N, K] -> [T, N], no gradient.
+    """x W^T + scale xa B^T + bias: [T, K] x [N, K] -> [T, N], no gradient.
 
-    A row's bits do not depend on the other rows nor on their number. capability: the model's; left
+    A row's bits do not depend on the other rows nor on their number. Where the kernel does not run
+    (a CPU, 32 bits, odd widths) sums are in float64. capability: the model's; left
     out, what the card can do.
     """
     capability = capability or capability_of(x.device)
-    if x.is_cuda and triton is not None and capability.tensor_dots:
+    fits = x.element_size() == 2 and x.shape[1] % BLOCK == 0
+    if x.is_cuda and triton is not None and capability.tensor_dots and fits:
         return launch(x, weight, bias, low_rank, capability)
     return matmul_reference(x, weight, bias, low_rank)

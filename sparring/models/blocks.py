@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sparring.kernels.matmul import LowRank
 from sparring.kernels.swiglu import swiglu, swiglu_gradients
 from sparring.models.lora import LoraAdapter, wide_product
 
@@ -38,6 +39,11 @@ class Weight(Protocol):
     def matmul_transposed(self, dy_TO: Tensor) -> Tensor:
         """dy W."""
 
+    def fixed_product(
+        self, x_TI: Tensor, bias_O: Tensor | None, low_rank: LowRank | None
+    ) -> Tensor:
+        """x W^T + bias + an adapter's part in an order of sums that no other row changes."""
+
     def add_matmul(self, y_TO: Tensor, x_TI: Tensor) -> Tensor:
         """y += x W^T, in place and without gradient."""
 
@@ -47,11 +53,15 @@ class Weight(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Frozen:
-    """A linear layer whose base is frozen: weight, bias [O] and the adapter on it, if any."""
+    """A linear layer whose base is frozen: weight, bias [O] and the adapter on it, if any.
+
+    is_fixed: a row's result does not depend on the other rows (see Linear).
+    """
 
     weight: Weight
     bias: Tensor | None
     lora: LoraAdapter | None
+    is_fixed: bool = False
 
 
 def lora_linear(x_TI: Tensor, layer: Frozen) -> Tensor:
@@ -83,12 +93,23 @@ def _leaves(layer: Frozen) -> tuple[Tensor | None, Tensor | None]:
 def _forward(x: Tensor, layer: Frozen) -> tuple[Tensor, Tensor | None]:
     """(y, x A^T)."""
     lora = layer.lora
+    if layer.is_fixed:
+        low_rank = None if lora is None else lora.fixed_low_rank(x)
+        y = layer.weight.fixed_product(x, layer.bias, low_rank)
+        return y, None if low_rank is None else low_rank.xa
     if lora is None:
         return layer.weight.matmul(x, layer.bias), None
     a, b = lora.matrices_used()
     xa = x @ a.T
     y = lora.expand(xa, b, layer.bias)
     return layer.weight.add_matmul(y, x), xa
+
+
+def _shrink(x: Tensor, layer: Frozen) -> Tensor:
+    """x A^T as the forward pass has it."""
+    lora = layer.lora
+    assert lora is not None, "a layer with an adapter"
+    return lora.fixed_low_rank(x).xa if layer.is_fixed else x @ lora.matrices_used()[0].T
 
 
 def _backward(
@@ -151,7 +172,7 @@ class _LoraMlp(torch.autograd.Function):
         else:
             y = x.new_empty(()).expand(len(x), down.weight.shape[0])
             if down.lora is not None and needs_down_b:
-                ha = swiglu(projected) @ down.lora.matrices_used()[0].T
+                ha = _shrink(swiglu(projected), down)
         ctx.layers, ctx.has_run = (gate_up, down), False
         kept = (x if needs_a else None, projected, xa if needs_b else None)
         ctx.save_for_backward(*kept, ha if needs_down_b else None, *_matrices(gate_up, down))

@@ -9,6 +9,7 @@ were fused into it, and any adapters. No file format and no model shape is known
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from sparring.kernels import Capability, capability_of
 from sparring.kernels.lora import lora_expand
-from sparring.kernels.matmul import LowRank
+from sparring.kernels.matmul import LowRank, matmul
 from sparring.models.blocks import Frozen, lora_linear
 from sparring.models.lora import LoraAdapter, LoraConfig
 from sparring.models.quantised import Quantised
@@ -90,6 +91,12 @@ class Dense(nn.Module):
         y_TO = F.linear(x_TI, self.weight, bias_O)
         return y_TO if low_rank is None else lora_expand(y_TO, low_rank)
 
+    def fixed_product(
+        self, x_TI: Tensor, bias_O: Tensor | None, low_rank: LowRank | None
+    ) -> Tensor:
+        """`product`, a row's bits independent of the other rows (kernels/matmul.py)."""
+        return matmul(x_TI, self.weight.detach(), bias_O, low_rank)
+
     def matmul_transposed(self, dy_TO: Tensor) -> Tensor:
         """dy W: [T, O] -> [T, I], the gradient of `matmul` by its input."""
         return dy_TO @ self.weight
@@ -111,8 +118,11 @@ class Linear(nn.Module):
     """One or several matrices of equal input size, fused by rows, with bias and adapters.
 
     parts: name of each fused matrix -> its number of outputs, in order. is_quantised: the base is
-    an empty NF4 weight. capability: the model's.
+    an empty NF4 weight. capability: the model's. is_fixed, an attribute: a row's result has the
+    same bits with any number of other rows, in decoding, prefill and training.
     """
+
+    is_fixed: bool
 
     def __init__(
         self,
@@ -127,6 +137,7 @@ class Linear(nn.Module):
     ) -> None:
         super().__init__()
         self.capability = capability or capability_of(device)
+        self.is_fixed = False
         self.parts: dict[str, slice] = {}
         num_outputs = 0
         for name, size in parts.items():
@@ -170,9 +181,12 @@ class Linear(nn.Module):
 
     def forward(self, x_TI: Tensor, adapter: str | None = None) -> Tensor:
         """x W^T + bias, plus the named adapter's part where it has one: [T, I] -> [T, O]."""
-        if self.is_frozen and not self._decodes(x_TI):
+        if self.is_frozen and (self.is_fixed or not self._decodes(x_TI)):
             return lora_linear(x_TI, self.frozen(adapter))
         lora = self.adapter(adapter)
+        if self.is_fixed and lora is None and isinstance(self.base, Dense):
+            y: Tensor = _FixedMatmul.apply(x_TI, self.base.weight, self.bias)  # type: ignore[no-untyped-call]
+            return y
         if lora is not None and not torch.is_grad_enabled():
             low_rank = lora.low_rank(x_TI, self.capability)
             if low_rank is not None:
@@ -200,4 +214,27 @@ class Linear(nn.Module):
 
     def frozen(self, adapter: str | None) -> Frozen:
         """The layer as the blocks take it, where its base is frozen."""
-        return Frozen(self.base, self.bias, self.adapter(adapter))
+        return Frozen(self.base, self.bias, self.adapter(adapter), self.is_fixed)
+
+
+class _FixedMatmul(torch.autograd.Function):
+    """x W^T + bias in the fixed order; the gradients are the library's products."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return matmul(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        (x, weight), dy, needs = ctx.saved_tensors, grads[0], ctx.needs_input_grad
+        dx = dy @ weight if needs[0] else None
+        dw = dy.T @ x if needs[1] else None
+        return dx, dw, dy.sum(0) if needs[2] else None
+
+
+def fix_order(model: nn.Module, is_fixed: bool = True) -> None:
+    """Switch every linear layer of a model to products whose bits do not depend on the batch."""
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.is_fixed = is_fixed

@@ -237,6 +237,11 @@ class LoraAdapter(nn.Module):
         xa = lora_shrink(x_TI, a, capability)
         return LowRank(xa=xa, b=b, parts=self.part_table, scale=self.scale)
 
+    def fixed_low_rank(self, x_TI: Tensor) -> LowRank:
+        """`low_rank` for any number of rows, no bit of a row depending on it."""
+        a, b = self.matrices_used()
+        return LowRank(xa=lora_shrink(x_TI, a), b=b, parts=self.part_table, scale=self.scale)
+
     def forward(self, y_TO: Tensor, x_TI: Tensor) -> Tensor:
         """Add scale (x A^T) B^T to y [T, O] in place; differentiable in y, x, A and B."""
         a, b = self.matrices_used()

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from sparring.kernels import Capability, capability_of
 from sparring.kernels.lora import lora_expand
-from sparring.kernels.matmul import LowRank
+from sparring.kernels.matmul import LowRank, matmul
 from sparring.kernels.nf4 import BLOCK, NF4Matrix, dequantize_nf4, fuse_nf4, quantize_nf4
 from sparring.kernels.nf4_matmul import nf4_matmul, takes
 
@@ -31,6 +31,9 @@ Part = NF4Matrix | Tensor
 
 FUSED_ROWS = {80: 64, 86: 128, 89: 256, 90: 64, 100: 64, 120: 256}
 """Rows up to which the fused kernel is taken, by architecture."""
+
+FIXED_FUSED_ROWS = 256
+"""The same in bitwise mode, where both forms give the same bits."""
 
 SLICE_BYTES = 64 * 2**20
 """Most bytes of decoded weights at a time where a product decodes rows to memory."""
@@ -155,6 +158,15 @@ class Quantised(nn.Module):
         else:
             y_TO = self._decode_and_multiply(x_TI, bias_O)
         return y_TO if low_rank is None else lora_expand(y_TO, low_rank)
+
+    def fixed_product(
+        self, x_TI: Tensor, bias_O: Tensor | None, low_rank: LowRank | None
+    ) -> Tensor:
+        """`product`, a row's bits independent of the other rows (kernels/matmul.py)."""
+        whole = self._whole
+        if self._cached is None and whole is not None and len(x_TI) <= FIXED_FUSED_ROWS:
+            return nf4_matmul(x_TI, whole, bias_O, low_rank, self.capability)
+        return matmul(x_TI, self.dense(), bias_O, low_rank, self.capability)
 
     def _fused_rows(self) -> int:
         return FUSED_ROWS.get(self.capability.arch, 64)
