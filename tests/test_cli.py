@@ -126,7 +126,16 @@ def test_help_names_what_exists_and_nothing_else():
     text = run("--help").stdout
     commands = [line.split()[0] for line in text.partition("Commands:")[2].splitlines() if line]
     training = ["grpo", "sft", "dpo", "ppo", "pairs"]
-    assert commands == [*training, "eval", "generate", "reward", "advise", "identity", "facts"]
+    assert commands == [
+        *training,
+        "eval",
+        "generate",
+        "reward",
+        "advise",
+        "identity",
+        "facts",
+        "export",
+    ]
 
 
 def test_version():

@@ -15,11 +15,22 @@ from sparring.cli import sampling
 from sparring.cli import judging
 from sparring.cli import advising
 from sparring.cli import teaching
+from sparring.cli import exporting
 
 # isort: on
 from sparring.cli.app import app
 
-__all__ = ["advising", "app", "judging", "main", "measuring", "sampling", "teaching", "training"]
+__all__ = [
+    "advising",
+    "app",
+    "exporting",
+    "judging",
+    "main",
+    "measuring",
+    "sampling",
+    "teaching",
+    "training",
+]
 
 
 def main() -> None:

@@ -221,9 +221,18 @@ def save_policy(recipe: Recipe, policy: Policy, directory: Path) -> None:
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.chat_template = template.source
     checkpoint.save_tokenizer(tokenizer, directory)
+    write_settings(policy, directory, system_prompt=recipe.data.system_prompt)
+
+
+def write_settings(policy: Policy, directory: Path, *, system_prompt: str = "") -> None:
+    """Write beside the weights what Sparring needs to speak to them; see SETTINGS_FILE.
+
+    system_prompt: of a policy that has no template yet.
+    """
+    template = policy.template
     settings = {
         "template": _template_name(template),
-        "system_prompt": recipe.data.system_prompt if template is None else template.system_prompt,
+        "system_prompt": system_prompt if template is None else template.system_prompt,
         "max_tokens": policy.max_tokens,
         "stop_ids": list(policy.stop_ids),
     }
