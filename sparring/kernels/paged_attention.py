@@ -22,7 +22,7 @@ from torch import Tensor
 from sparring.kernels import Capability, jit, rounded, tl, triton
 from sparring.kernels.paged_plan import DecodeWorkspace, split_of
 from sparring.kernels.rotate_write import kv_dtype_of
-from sparring.kernels.splits import LOG2_E, OPTIONS, merge_factors, paged_split
+from sparring.kernels.splits import LOG2_E, OPTIONS, inverse, merge_factors, paged_split
 from sparring.layout import KVPool
 
 __all__ = ["paged_decode_reference", "paged_decode_triton"]
@@ -84,7 +84,7 @@ def _merge_row(
             peak, keep, add = merge_factors(peak, peak_new)
             total = tl.fma(total_new, add, total * keep)
             acc = tl.fma(acc_new, add[:, None], acc * keep[:, None])
-    out = tl.div_rn(acc, tl.where(total == 0.0, 1.0, total)[:, None])
+    out = acc * inverse(total)[:, None]
     tl.store(out_ptr + to, rounded(out, out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -105,6 +105,8 @@ def _decode_kernel(
     inside = (columns < E)[:, None] & (members < GROUP)[None, :]
     flat = (row * K + kv_head) * (GROUP * E)
     to = members[None, :] * E + columns[:, None]
+    q = tl.load(q_ptr + flat + to, mask=inside, other=0.0)
+    pool_ptr = tl.multiple_of(tl.load(address_ptr).to(tl.pointer_type(KV_DTYPE)), 16)
     if length <= 0:
         if split == 0:
             zeros = tl.zeros([BLOCK_E, BLOCK_M], out_ptr.dtype.element_ty)
@@ -115,9 +117,7 @@ def _decode_kernel(
     num_splits = (length + SPLIT - 1) // SPLIT
     if (split < first_split) | (split >= num_splits):
         return
-    pool_ptr = tl.multiple_of(tl.load(address_ptr).to(tl.pointer_type(KV_DTYPE)), 16)
     k_ptr = pool_ptr + (layer.to(tl.int64) * num_blocks * (2 * K) + kv_head) * (B * E)
-    q = tl.load(q_ptr + flat + to, mask=inside, other=0.0)
     low = tl.maximum(split * SPLIT, first_key // BLOCK_N * BLOCK_N)
     high = tl.minimum(length, split * SPLIT + SPLIT)
     acc, peak, total = paged_split(
@@ -126,7 +126,7 @@ def _decode_kernel(
         BLOCK_E, BLOCK_M, BLOCK_N, HAS_WINDOW,
     )  # fmt: skip
     if num_splits - first_split == 1:
-        out = tl.div_rn(acc, tl.where(total == 0.0, 1.0, total)[None, :])
+        out = acc * inverse(total)[None, :]
         tl.store(out_ptr + flat + to, rounded(out, out_ptr.dtype.element_ty), mask=inside)
         return
     place = (row * K + kv_head) * tl.num_programs(2)

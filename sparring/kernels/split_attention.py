@@ -23,6 +23,7 @@ from sparring.kernels.rotate_write import kv_dtype_of
 from sparring.kernels.splits import (
     LOG2_E,
     OPTIONS,
+    inverse,
     merge_factors,
     packed_split,
     paged_split,
@@ -69,7 +70,7 @@ def _paged_kernel(
         peak, keep, add = merge_factors(peak, peak_new)
         total = tl.fma(total_new, add, total * keep)
         acc = tl.fma(acc_new, add[None, :], acc * keep[None, :])
-    out = tl.div_rn(acc, tl.where(total == 0.0, 1.0, total)[None, :])
+    out = acc * inverse(total)[None, :]
     tl.store(out_ptr + flat, rounded(out, out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -110,13 +111,12 @@ def _packed_kernel(
         peak, keep, add = merge_factors(peak, peak_new)
         total = tl.fma(total_new, add, total * keep)
         acc = tl.fma(acc_new, add[None, :], acc * keep[None, :])
-    total = tl.where(total == 0.0, 1.0, total)
     num_heads = tl.num_programs(0)
     to = ((start + rows)[None, :] * num_heads + head) * E + columns[:, None]
-    out = tl.div_rn(acc, total[None, :])
+    out = acc * inverse(total)[None, :]
     tl.store(out_ptr + to, rounded(out, out_ptr.dtype.element_ty), mask=inside)
     at_lse = lse_ptr + head.to(tl.int64) * num_tokens + start + rows
-    tl.store(at_lse, peak + tl.log2(total), mask=rows < length)
+    tl.store(at_lse, peak + tl.log2(tl.where(total == 0.0, 1.0, total)), mask=rows < length)
 
 
 def tile_of(capability: Capability, head_size: int) -> dict[str, int]:

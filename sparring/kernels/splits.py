@@ -41,11 +41,19 @@ def merge_factors(peak, peak_new):
 
 
 @jit
+def inverse(total):
+    """1 / total [M], 0 where nothing was seen; out = acc times it."""
+    return tl.where(total == 0.0, 0.0, tl.div_rn(1.0, tl.where(total == 0.0, 1.0, total)))
+
+
+@jit
 def _softmax_step(
     acc, peak, total, q, k, v, keys, positions, num_keys, scale, window,
     HAS_WINDOW: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """One tile: q [E, M], k and v [N, E] -> acc [E, M], peak and total [M]."""
+    """One tile: q [E, M], k and v [N, E] -> acc [E, M], peak [M] and total [N, M], whose columns are
+    summed at the end of a split: sums over a tile's keys wait for every warp.
+    """
     s = product(k, q, tl.zeros([k.shape[0], q.shape[1]], tl.float32))
     seen = (keys[:, None] <= positions[None, :]) & (keys < num_keys)[:, None]
     if HAS_WINDOW:
@@ -55,7 +63,7 @@ def _softmax_step(
     level = tl.where(above == -float("inf"), 0.0, above)
     p = tl.exp2(tl.fma(s, scale, -level[None, :]))
     shrink = tl.exp2(peak - level)
-    total = tl.fma(total, shrink, tl.sum(p, axis=0))
+    total = tl.fma(total, shrink[None, :], p)
     acc = product(tl.trans(v), rounded(p, DTYPE), acc * shrink[None, :])
     return acc, above, total
 
@@ -74,7 +82,7 @@ def paged_split(
     columns = tl.arange(0, BLOCK_E)
     acc = tl.zeros([BLOCK_E, BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for start in range(low, high, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         inside = (keys < num_keys)[:, None] & (columns < E)[None, :]
@@ -91,7 +99,7 @@ def paged_split(
             acc, peak, total, q, k, v, keys, positions, num_keys, scale, window, HAS_WINDOW,
             k_ptr.dtype.element_ty,
         )  # fmt: skip
-    return acc, peak, total
+    return acc, peak, tl.sum(total, axis=0)
 
 
 @jit
@@ -106,7 +114,7 @@ def packed_split(
     columns = tl.arange(0, BLOCK_E)
     acc = tl.zeros([BLOCK_E, BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for first in range(low, high, BLOCK_N):
         keys = first + tl.arange(0, BLOCK_N)
         inside = (keys < num_keys)[:, None] & (columns < E)[None, :]
@@ -117,4 +125,4 @@ def packed_split(
             acc, peak, total, q, k, v, keys, positions, num_keys, scale, window, HAS_WINDOW,
             k_ptr.dtype.element_ty,
         )  # fmt: skip
-    return acc, peak, total
+    return acc, peak, tl.sum(total, axis=0)
