@@ -25,6 +25,7 @@ from sparring.recipe import (
 )
 from sparring.recipe.sections import SECTIONS
 from sparring.recipe.toml_text import read_toml, read_value, write_toml
+from sparring.train.inputs import evaluation_sampling
 
 GRPO = """\
 # a recipe
@@ -156,6 +157,10 @@ def test_rewards_are_overridden_by_name(write):
         ("[run]", "[rollout]\ngroup_size = 1\n[run]", ["group_size = 1", "'group'", "at least 2"]),
         ("[run]", "[rollout]\ntop_p = 0.9\n[run]", ["a.toml:31: [rollout] top_p = 0.9", "before"]),
         ("[run]", "[rollout]\ntop_k = 5\n[run]", ["top_k = 5", "two different policies"]),
+        ("[run]", "[rollout]\nmin_p = 0.1\n[run]", ["a.toml:31: [rollout] min_p = 0.1", "whole"]),
+        ("[run]", "[rollout]\nmin_p = 1\n[run]", ["min_p = 1", "less than 1"]),
+        ("[run]", "[rollout]\nlogit_bias = 1\n[run]", ["no 'logit_bias'", "another distribution"]),
+        ("[run]", "[rollout]\nmin_tokens = 1\n[run]", ["no 'min_tokens'", "group_length"]),
         ("[run]", "[rollout]\ntemperature = 0.0\n[run]", ["temperature = 0.0", "greedy"]),
         ("[run]", "[eval]\nevery = 5\n[run]", ["[eval] every = 5", "[data] eval"]),
         ("[run]", "[run]\nbitwise = true", ["not built yet", "false"]),
@@ -170,6 +175,23 @@ def test_mistakes_are_named_with_their_place(write, old, new, parts):
     assert old in GRPO
     message = refusal(write(GRPO.replace(old, new, 1)))
     assert all(part in message for part in parts), message
+
+
+CUTS = ["--rollout.top_p=0.9", "--rollout.top_k=5", "--rollout.min_p=0.1"]
+
+
+@pytest.mark.parametrize("option", CUTS)
+def test_cut_distributions_are_for_evaluation_alone(write, option):
+    source = write()
+    for command in ("grpo", "ppo", "advise"):
+        message = refusal(source, option, command=command)
+        assert "the trainer's distribution is the whole one" in message
+        assert f"{command} samples with top_p = 1.0, top_k = 0 and min_p = 0.0" in message
+    recipe = load_recipe(source, [option, "--data.eval=rows.jsonl"], command="eval")
+    sampling = evaluation_sampling(recipe)
+    assert sampling.is_cut
+    cuts = (sampling.top_p, sampling.top_k, sampling.min_p)
+    assert cuts == (recipe.rollout.top_p, recipe.rollout.top_k, recipe.rollout.min_p)
 
 
 @pytest.mark.parametrize(

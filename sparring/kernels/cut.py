@@ -10,7 +10,8 @@ that stays whole, and of the tokens of the next s the last index that stays.
 The Triton form finds them without a sort: one program a row narrows an interval of s by counts and
 masses above three values at a time. Masses are integers, 2^40 exp(s - maximum) rounded down, so a
 sum has no order and no rounding of its own; they agree with float64 probabilities to V 2^-40
-(1.4e-7 for 152,064 tokens) and the float32 exponential's 1e-6. A row without cuts costs a few loads.
+(1.4e-7 for 152,064 tokens) and the float32 exponential's 1e-6. A row without cuts costs a few
+loads.
 """
 
 from __future__ import annotations

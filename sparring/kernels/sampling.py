@@ -3,8 +3,9 @@
 s = logits / temperature in float32 (a product with the rounded 1 / temperature, as in the output
 head). The token is argmax_v of s_v - log E_v with E_v exponential noise (philox.py), which draws
 from softmax(s): an exponential race. The log-probability is s_token - logsumexp(s) over the whole
-vocabulary, the same s_token above and below; greedy rows take argmax_v of the logits and the
-log-probability of temperature 1. What holds tokens back (a minimum length, cut.py's top-k, top-p
+vocabulary; both terms are counted from the row's largest logit, so that the token's own is the same
+number above and below. Greedy rows take argmax_v of the logits and the log-probability of
+temperature 1. What holds tokens back (a minimum length, cut.py's top-k, top-p
 and min-p) bends the draw and never the log-probability.
 
 The Triton form reads the logits once. Tiles of BLOCK_V entries give their maximum, their sum of
@@ -30,6 +31,7 @@ from torch import Tensor
 from sparring.kernels import jit, tl, triton, uses_triton
 from sparring.kernels.cut import CutRules, cut_reference, find_cuts, order_key
 from sparring.kernels.philox import (
+    exp2_fast,
     exponential,
     log_exponential,
     noise_words,
@@ -39,9 +41,10 @@ from sparring.kernels.philox import (
 
 __all__ = ["DrawRules", "draw_tokens", "draw_tokens_reference", "draw_tokens_triton"]
 
-BLOCK_V = 2048
-NUM_WARPS = 4
-BUSY_PROGRAMS = 1024
+BLOCK_V = 512
+NUM_WARPS = 1
+COMBINE_WARPS = 2
+BUSY_PROGRAMS = 4096
 """Programs that keep a large card busy: with more tiles than that, a program takes several."""
 MAX_SPAN = 32
 MAX_CHUNK_ENTRIES = 1 << 22
@@ -136,55 +139,55 @@ def _tiles_kernel(
     inverse = tl.where(is_greedy, 1.0, inverse)
     draw = tl.load(draws_ptr + row)
     is_early = draw < tl.load(min_draws_ptr + row)
-    position = draw.to(tl.uint64)
-    id0 = tl.load(ids_ptr + 2 * row).to(tl.uint64)
-    id1 = tl.load(ids_ptr + 2 * row + 1).to(tl.uint64)
-    key0 = tl.load(seed_ptr).to(tl.uint64)
-    key1 = tl.load(seed_ptr + 1).to(tl.uint64)
+    position = draw.to(tl.uint32)
+    id0 = tl.load(ids_ptr + 2 * row).to(tl.uint32)
+    id1 = tl.load(ids_ptr + 2 * row + 1).to(tl.uint32)
+    key0 = tl.load(seed_ptr).to(tl.uint32)
+    key1 = tl.load(seed_ptr + 1).to(tl.uint32)
     lane = tl.arange(0, BLOCK_V)
     quads = tl.arange(0, BLOCK_V // 4)
     logits_ptr += row * stride_r
     parts_ptr += row * TILES
     best_ptr += row * TILES
     plane = tl.num_programs(0).to(tl.int64) * TILES
+    scale = inverse * 1.4426950408889634  # exp(x) = 2^(x log2 e)
     lead = -float("inf")
     for tile in range(first, min(first + SPAN, TILES)):
-        columns = tile * BLOCK_V + lane
-        z = tl.load(logits_ptr + columns, mask=columns < V, other=-float("inf"))
-        s = z.to(tl.float32) * inverse
-        top = tl.max(s, axis=0)
+        start = tile * BLOCK_V
+        z = tl.load(logits_ptr + start + lane, mask=lane < V - start, other=-float("inf"))
+        z = z.to(tl.float32)
+        top = tl.max(z, axis=0)
         base = tl.where(top == -float("inf"), 0.0, top)
-        e = tl.exp(s - base)
+        e = exp2_fast((z - base) * scale)
         total = tl.sum(e, axis=0)
         if is_early:
             for i in tl.static_range(HELD):
-                is_held = columns == tl.load(held_ptr + i)
+                is_held = lane == (tl.load(held_ptr + i) - start).to(tl.int32)
                 e = tl.where(is_held, 0.0, e)
-                s = tl.where(is_held, -float("inf"), s)
+                z = tl.where(is_held, -float("inf"), z)
         if IS_CUT:
-            key = order_key(s)
+            key = order_key(z * inverse)
             least = tl.load(keys_ptr + row)
-            stays = (key > least) | ((key == least) & (columns <= tl.load(last_ptr + row)))
+            stays = (key > least) | ((key == least) & (lane <= tl.load(last_ptr + row) - start))
             e = tl.where(stays, e, 0.0)
-            s = tl.where(stays, s, -float("inf"))
         gap = -float("inf")
-        best = tile * BLOCK_V
+        best = start
         if is_greedy:
-            peak = tl.max(s, axis=0)
+            peak = tl.max(z, axis=0)
             gap = peak - base
-            best = tl.min(tl.where(s == peak, columns, V - 1), axis=0)
+            best = start + tl.min(tl.where(z == peak, lane, V - 1 - start), axis=0)
         else:
             counters = tile * (BLOCK_V // 4) + quads
             w0, w1, w2, w3 = philox_words(counters, position, id0, id1, key0, key1)
             words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-            # the quotient that a later tile must reach; a little less, for what rounding may take
-            bar = tl.exp(lead - base) * 0.9999
+            # the quotient that this tile must reach; a little less, for what rounding may take
+            bar = tl.exp(lead - base * inverse) * 0.9999
             if tl.max(e - uniform(words) * bar, axis=0) >= 0.0:
                 quotients = e / exponential(words)
                 peak = tl.max(quotients, axis=0)
                 gap = tl.log(peak)
-                best = tl.min(tl.where(quotients == peak, columns, V - 1), axis=0)
-                lead = tl.maximum(lead, base + gap)
+                best = start + tl.min(tl.where(quotients == peak, lane, V - 1 - start), axis=0)
+                lead = tl.maximum(lead, base * inverse + gap)
         tl.store(parts_ptr + tile, top)
         tl.store(parts_ptr + plane + tile, total)
         tl.store(parts_ptr + 2 * plane + tile, gap)
@@ -207,18 +210,18 @@ def _combine_kernel(
     gaps = tl.load(parts_ptr + 2 * plane + tiles, mask=inside, other=-float("inf"))
     top = tl.max(tops, axis=0)
     base = tl.where(top == -float("inf"), 0.0, top)
-    above = tops - base
+    inverse = tl.load(inverse_ptr + row)
+    inverse = tl.where(inverse == 0.0, 1.0, inverse)
+    above = (tops - base) * inverse
     total = tl.sum(totals * tl.exp(above), axis=0)
     # a tile without finite logits has the maximum -inf, which its gap counts from 0
     scores = tl.where(tops == -float("inf"), -float("inf"), above + gaps)
     peak = tl.max(scores, axis=0)
     tile = tl.min(tl.where((scores == peak) & inside, tiles, TILES - 1), axis=0)
     token = tl.load(best_ptr + row * TILES + tile)
-    inverse = tl.load(inverse_ptr + row)
-    inverse = tl.where(inverse == 0.0, 1.0, inverse)
-    s = tl.load(logits_ptr + row * stride_r + token).to(tl.float32) * inverse
+    z = tl.load(logits_ptr + row * stride_r + token).to(tl.float32)
     tl.store(tokens_ptr + row, token.to(tl.int64))
-    tl.store(logprobs_ptr + row, s - base - tl.log(total))
+    tl.store(logprobs_ptr + row, (z - base) * inverse - tl.log(total))
 
 
 def span_of(num_rows: int, num_tiles: int) -> int:
@@ -262,7 +265,7 @@ def draw_tokens_triton(
     _combine_kernel[(num_rows,)](
         logits_RV, parts, best, rules.inverse_temperatures_R, tokens_R, logprobs_R,
         logits_RV.stride(0), TILES=num_tiles, BLOCK_T=triton.next_power_of_2(num_tiles),
-        num_warps=1, enable_fp_fusion=True,
+        num_warps=COMBINE_WARPS, enable_fp_fusion=True,
     )  # fmt: skip
     return tokens_R, logprobs_R
 

@@ -37,6 +37,8 @@ def check(source: Source, recipe: Recipe, command: Command) -> None:
         raise _refusal(source, recipe, "eval.every", reason)
     if command not in ("ppo", "eval", "advise"):
         _check_not_ppo(source, recipe, command)
+    if command in ("grpo", "ppo", "advise"):
+        _check_whole_distribution(source, recipe, command)
     if command in ("grpo", "ppo"):
         _check_rollouts(source, recipe, command)
     if command == "grpo":
@@ -71,15 +73,19 @@ def _check_not_sft(source: Source, recipe: Recipe, command: Command) -> None:
             raise _refusal(source, recipe, key, f"only sft reads it; {command} does not")
 
 
-def _check_rollouts(source: Source, recipe: Recipe, command: Command) -> None:
+def _check_whole_distribution(source: Source, recipe: Recipe, command: Command) -> None:
     reason = (
-        "log-probabilities are recorded before top_p and top_k cut the distribution, so the loss"
-        f" would compare two different policies; {command} samples with top_p = 1.0 and top_k = 0"
+        "log-probabilities are recorded before top_p, top_k and min_p cut the distribution, and"
+        " the trainer's distribution is the whole one, so the loss would compare two different"
+        f" policies; {command} samples with top_p = 1.0, top_k = 0 and min_p = 0.0. sparring eval"
+        " and generate take them"
     )
-    if recipe.rollout.top_p < 1.0:
-        raise _refusal(source, recipe, "rollout.top_p", reason)
-    if recipe.rollout.top_k > 0:
-        raise _refusal(source, recipe, "rollout.top_k", reason)
+    for key, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
+        if getattr(recipe.rollout, key) != off:
+            raise _refusal(source, recipe, f"rollout.{key}", reason)
+
+
+def _check_rollouts(source: Source, recipe: Recipe, command: Command) -> None:
     if recipe.rollout.temperature == 0.0:
         reason = "a greedy group is one completion written many times; take 1.0"
         raise _refusal(source, recipe, "rollout.temperature", reason)

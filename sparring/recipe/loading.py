@@ -103,6 +103,18 @@ def _with_knobs(model: type[BaseModel], table: Mapping[str, Any]) -> Mapping[str
     return {key: table[key] for key in own} | {"knobs": knobs}
 
 
+_BENDING = (
+    "allowed_token_ids", "bad_words", "bad_words_ids", "frequency_penalty", "logit_bias",
+    "logits_processors", "min_completion_tokens", "min_new_tokens", "min_tokens",
+    "no_repeat_ngram_size", "presence_penalty", "repetition_penalty", "suppress_tokens",
+)  # fmt: skip
+_BENDS = (
+    "holding tokens back or changing logits makes completions come from another distribution than"
+    " the one the trainer learns on. A reward can ask for length (group_length) or against loops"
+    " (repetition)"
+)
+
+
 def _explain(source: Source, kind: str, error: Mapping[str, Any]) -> str:
     """One error of pydantic as a line: place, section and key, what was found, what is allowed."""
     path: KeyPath = tuple(error["loc"])
@@ -112,7 +124,8 @@ def _explain(source: Source, kind: str, error: Mapping[str, Any]) -> str:
     place, key = source.place(path[: depth + 1]), path[depth]
     if kind == "extra_forbidden":
         known = listed(SECTIONS[section].model_fields)
-        return f"{place}: {title} takes no '{key}'; it takes {known}"
+        bends = f": {_BENDS}" if section == "rollout" and key in _BENDING else ""
+        return f"{place}: {title} takes no '{key}'{bends}; it takes {known}"
     if kind == "missing":
         return f"{place}: {title} needs a {key}"
     found = write_value(error["input"])

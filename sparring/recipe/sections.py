@@ -123,7 +123,10 @@ class RewardSection(BaseModel):
 
 
 class RolloutSection(BaseModel):
-    """[rollout]: how completions are sampled, and how many."""
+    """[rollout]: how completions are sampled, and how many.
+
+    top_p, top_k and min_p are for evaluations; grpo, ppo and advise refuse them.
+    """
 
     model_config = _FROZEN
     group_size: Count = 8
@@ -132,6 +135,7 @@ class RolloutSection(BaseModel):
     temperature: Annotated[float, Field(ge=0.0)] = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     top_k: CountOrNone = 0
+    min_p: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     stop: Names = ()
     kv_memory: Size = "auto"
     cuda_graphs: bool = True

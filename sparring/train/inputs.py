@@ -145,6 +145,9 @@ def evaluation_sampling(recipe: Recipe) -> Sampling:
     """How evaluations of this recipe sample: always with the same noise."""
     return Sampling(
         temperature=recipe.eval.temperature,
+        top_p=recipe.rollout.top_p,
+        top_k=recipe.rollout.top_k,
+        min_p=recipe.rollout.min_p,
         max_completion_tokens=recipe.rollout.max_completion_tokens,
         stop=recipe.rollout.stop,
         seed=EVAL_SEED,

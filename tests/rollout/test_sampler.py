@@ -157,6 +157,18 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, kept: set[in
     assert set(tokens.tolist()) == kept
 
 
+@pytest.mark.parametrize(
+    ("min_p", "kept"),
+    [(0.99, {2}), (0.61, {2}), (0.59, {2, 0}), (0.1, {2, 0, 3}), (0.03, {0, 1, 2, 3})],
+)
+def test_min_p_keeps_shares_of_the_likeliest(min_p: float, kept: set[int]) -> None:
+    probs = torch.tensor([0.3, 0.02, 0.5, 0.18])
+    logits = probs.log().expand(3000, -1)
+    tokens, logprobs = sample_tokens(logits, sampling(min_p=min_p), *keys(3000))
+    assert set(tokens.tolist()) == kept
+    torch.testing.assert_close(logprobs, probs.log()[tokens])
+
+
 def test_end_tokens_wait_for_the_minimum_length() -> None:
     logits = torch.tensor([[0.0, 9.0, 8.0]]).expand(4, -1)
     ids, positions = torch.zeros(4, 2, dtype=torch.int64), torch.tensor([0, 1, 2, 3])
@@ -194,6 +206,9 @@ def test_seed_matters_in_both_words() -> None:
         ({"temperature": "hot"}, "temperature is 'hot'"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"min_p": -0.1}, "min_p is -0.1"),
+        ({"min_p": 1.0}, "min_p is 1.0"),
+        ({"min_p": "low"}, "min_p is 'low'"),
         ({"top_k": -1}, "top_k is -1"),
         ({"top_k": 2.0}, "top_k is 2.0"),
         ({"max_completion_tokens": 0}, "max_completion_tokens is 0"),
