@@ -179,7 +179,6 @@ def engine_for(row: Row, model: Decoder, prompts: list[Prompt]) -> Engine:
         cuda_graphs=row.cuda_graphs,
         steps_per_sync=row.steps_per_sync,
         caches_weights=row.caches_weights,
-        **({"bitwise": True} if row.bitwise else {}),
     )
 
 
@@ -240,6 +239,7 @@ def run(row: Row) -> dict[str, Any]:
     out: dict[str, Any] = {"build seconds": time.perf_counter() - started, **ceilings}
     if not row.lora_rank:
         model.requires_grad_(False)
+    model.set_bitwise(row.bitwise)
     num_prompts, samples, prompt_tokens, output = row.work
     prompts = prompts_of(model, num_prompts, prompt_tokens, ragged=row.kind == "ragged")
     engine = engine_for(row, model, prompts)

@@ -163,7 +163,6 @@ def test_rewards_are_overridden_by_name(write):
         ("[run]", "[rollout]\nmin_tokens = 1\n[run]", ["no 'min_tokens'", "group_length"]),
         ("[run]", "[rollout]\ntemperature = 0.0\n[run]", ["temperature = 0.0", "greedy"]),
         ("[run]", "[eval]\nevery = 5\n[run]", ["[eval] every = 5", "[data] eval"]),
-        ("[run]", "[run]\nbitwise = true", ["not built yet", "false"]),
         ('path = "somewhere"', 'path = "x"\nquantization = "int4"', ["'none' or 'nf4'"]),
         ('path = "somewhere"', 'path = "x"\nmax_tokens = 512', ["leaves no room for a prompt"]),
         ('path = "somewhere"', "path = 3", ["[model] path = 3", "valid string"]),

@@ -23,6 +23,8 @@ from torch import Tensor
 
 from sparring.kernels import jit, rounded, tl, uses_triton
 from sparring.kernels.int8 import Int8Matrix, decoded_slices, dequantize_int8_reference
+from sparring.kernels.matmul import matmul
+from sparring.kernels.sampling import label_logprobs
 
 __all__ = ["head_logits", "linear_logprob", "linear_logprob_reference", "linear_logprob_triton"]
 
@@ -34,15 +36,18 @@ vocabulary of another size goes through in two parts, and rows of logits begin a
 NUM_WARPS = 8
 
 
-def head_logits(x_MD: Tensor, weight_VD: Tensor | Int8Matrix) -> Tensor:
+def head_logits(x_MD: Tensor, weight_VD: Tensor | Int8Matrix, *, is_fixed: bool = False) -> Tensor:
     """Logits [M, V] in float32 (float64 for float64 input): products accumulate and stay in
-    float32. A weight in 8 bits is decoded piece by piece.
+    float32. A weight in 8 bits is decoded piece by piece. is_fixed: a row's bits do not depend on
+    the other rows (kernels/matmul.py).
     """
     if isinstance(weight_VD, Int8Matrix):
         logits = torch.empty(len(x_MD), len(weight_VD), dtype=torch.float32, device=x_MD.device)
         for rows, piece in decoded_slices(weight_VD):
-            logits[:, rows] = head_logits(x_MD, piece)
+            logits[:, rows] = head_logits(x_MD, piece, is_fixed=is_fixed)
         return logits
+    if is_fixed and x_MD.element_size() == 2:
+        return matmul(x_MD, weight_VD, out_dtype=torch.float32)
     if x_MD.dtype in (torch.float32, torch.float64):
         return x_MD @ weight_VD.T
     if x_MD.device.type == "cuda":
@@ -187,12 +192,13 @@ class _LinearLogprobTriton(torch.autograd.Function):
         labels_M: Tensor,
         temperature: float,
         chunk_rows: int,
+        is_fixed: bool,
     ) -> tuple[Tensor, Tensor]:
         frozen = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
         logprobs_M = torch.empty(len(x_MD), dtype=torch.float32, device=x_MD.device)
         entropy_M = torch.empty_like(logprobs_M)
         rows_MD = torch.empty_like(x_MD, memory_format=torch.contiguous_format) if frozen else None
-        for chunk, logits_RV, dz_RV in _chunks(x_MD, weight_VD, chunk_rows, frozen):
+        for chunk, logits_RV, dz_RV in _chunks(x_MD, weight_VD, chunk_rows, frozen, is_fixed):
             _launch_rows(
                 logits_RV,
                 labels_M[chunk],
@@ -202,9 +208,11 @@ class _LinearLogprobTriton(torch.autograd.Function):
                 dz_RV,
                 temperature,
             )
+            if is_fixed:
+                logprobs_M[chunk] = label_logprobs(logits_RV, labels_M[chunk], 1.0 / temperature)
             if rows_MD is not None:
                 _row_products(dz_RV, weight_VD, rows_MD[chunk])
-        ctx.temperature, ctx.chunk_rows = temperature, chunk_rows
+        ctx.temperature, ctx.chunk_rows, ctx.is_fixed = temperature, chunk_rows, is_fixed
         # A frozen head needs the row gradient alone: x may die.
         kept = None if frozen else x_MD
         weight = weight_VD if ctx.needs_input_grad[1] else None
@@ -213,14 +221,15 @@ class _LinearLogprobTriton(torch.autograd.Function):
         return logprobs_M, entropy_M
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_MD, weight_VD, labels_M, rows_MD = ctx.saved_tensors
         grad_M = grads[0].contiguous()
         if rows_MD is not None:
-            return (rows_MD * grad_M.unsqueeze(1)).to(rows_MD.dtype), None, None, None, None
+            return (rows_MD * grad_M.unsqueeze(1)).to(rows_MD.dtype), None, None, None, None, None
         grad_x = torch.empty_like(x_MD) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros(weight_VD.shape, dtype=torch.float32, device=weight_VD.device)
-        for chunk, logits_RV, dz_RV in _chunks(x_MD, weight_VD, ctx.chunk_rows, True):
+        chunks = _chunks(x_MD, weight_VD, ctx.chunk_rows, True, ctx.is_fixed)
+        for chunk, logits_RV, dz_RV in chunks:
             scratch = torch.empty(2, len(logits_RV), device=grad_M.device)
             _launch_rows(
                 logits_RV,
@@ -235,10 +244,10 @@ class _LinearLogprobTriton(torch.autograd.Function):
                 _row_products(dz_RV, weight_VD, grad_x[chunk])
             for part in _parts(len(weight_VD)):
                 _add_product(grad_weight[part], dz_RV[:, part].T, x_MD[chunk])
-        return grad_x, grad_weight.to(weight_VD.dtype), None, None, None
+        return grad_x, grad_weight.to(weight_VD.dtype), None, None, None, None
 
 
-def _chunks(x_MD: Tensor, weight_VD: Tensor, chunk_rows: int, needs_gradient: bool):
+def _chunks(x_MD: Tensor, weight_VD: Tensor, chunk_rows: int, needs_gradient: bool, is_fixed: bool):
     """(rows, float32 logits of them, room for their gradient) for each chunk of rows; one pair of
     buffers serves all chunks.
     """
@@ -250,8 +259,11 @@ def _chunks(x_MD: Tensor, weight_VD: Tensor, chunk_rows: int, needs_gradient: bo
         gradient = torch.empty(shape, dtype=x_MD.dtype, device=x_MD.device)[:, :size]
     for start in range(0, len(x_MD), chunk_rows):
         x_RD = x_MD[start : start + chunk_rows]
-        for rows, piece in _pieces(weight_VD):
-            _wide_product(x_RD, piece.T, logits[: len(x_RD), rows])
+        if is_fixed:
+            logits[: len(x_RD)] = head_logits(x_RD, weight_VD, is_fixed=True)
+        else:
+            for rows, piece in _pieces(weight_VD):
+                _wide_product(x_RD, piece.T, logits[: len(x_RD), rows])
         yield (
             slice(start, start + len(x_RD)),
             logits[: len(x_RD)],
@@ -323,6 +335,7 @@ def linear_logprob_triton(
     *,
     temperature: float = 1.0,
     chunk_rows: int = 1024,
+    is_fixed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`linear_logprob_reference` with library products and one Triton pass over each chunk.
 
@@ -330,7 +343,7 @@ def linear_logprob_triton(
     chunk.
     """
     pair: tuple[Tensor, Tensor] = _LinearLogprobTriton.apply(
-        x_MD, weight_VD, labels_M.contiguous(), temperature, chunk_rows
+        x_MD, weight_VD, labels_M.contiguous(), temperature, chunk_rows, is_fixed
     )
     return pair
 
@@ -342,9 +355,12 @@ def linear_logprob(
     *,
     temperature: float = 1.0,
     chunk_rows: int = 1024,
+    is_fixed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities [M] of the labels and entropies [M] (without gradient) of softmax(x W^T /
-    temperature).
+    temperature). is_fixed: the log-probabilities have the bits that the sampler records on a GPU.
     """
-    chosen = linear_logprob_triton if uses_triton(x_MD) else linear_logprob_reference
-    return chosen(x_MD, weight_VD, labels_M, temperature=temperature, chunk_rows=chunk_rows)
+    knobs = {"temperature": temperature, "chunk_rows": chunk_rows}
+    if uses_triton(x_MD):
+        return linear_logprob_triton(x_MD, weight_VD, labels_M, **knobs, is_fixed=is_fixed)
+    return linear_logprob_reference(x_MD, weight_VD, labels_M, **knobs)

@@ -261,11 +261,13 @@ def launch(
     segments: int | None = None,
     tile: Tile | None = None,
     fused: bool | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """y [T, N] of x [T, K] and a weight [N, K]; see the module. Raises ValueError on shapes and
     dtypes that the kernel does not take.
 
-    segments, tile and fused are for tests and measurements; of them only segments changes bits.
+    out_dtype: float32 where sums are not to be rounded. segments, tile and fused are for tests and
+    measurements; of them only segments changes bits.
     """
     num_rows, num_inputs = x.shape
     packed = weight if isinstance(weight, NF4Matrix) else None
@@ -277,7 +279,7 @@ def launch(
         )
     if x.dtype != weight.dtype or x.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"x is {x.dtype} and the weight {weight.dtype}: both bfloat16 or float16")
-    out = torch.empty(num_rows, num_outputs, dtype=x.dtype, device=x.device)
+    out = torch.empty(num_rows, num_outputs, dtype=out_dtype or x.dtype, device=x.device)
     if num_rows == 0:
         return out
     capability = capability or capability_of(x.device)
@@ -316,9 +318,13 @@ MAX_SPLIT_ROWS = 256
 
 
 def matmul_reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, low_rank: LowRank | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    low_rank: LowRank | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The product in float64, rounded once to x's dtype."""
+    """The product in float64, rounded once to out_dtype (x's by default)."""
     y = x.double() @ weight.double().T
     if low_rank is not None:
         rank = low_rank.b.shape[1]
@@ -328,7 +334,7 @@ def matmul_reference(
             y[:, first:last] += low_rank.scale * (xa @ b.T)
     if bias is not None:
         y += bias.double()
-    return y.to(x.dtype)
+    return y.to(out_dtype or x.dtype)
 
 
 def matmul_triton(
@@ -344,6 +350,7 @@ def matmul(
     bias: Tensor | None = None,
     low_rank: LowRank | None = None,
     capability: Capability | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """x W^T + scale xa B^T + bias: [T, K] x [N, K] -> [T, N], no gradient.
 
@@ -354,5 +361,5 @@ def matmul(
     capability = capability or capability_of(x.device)
     fits = x.element_size() == 2 and x.shape[1] % BLOCK == 0
     if x.is_cuda and triton is not None and capability.tensor_dots and fits:
-        return launch(x, weight, bias, low_rank, capability)
-    return matmul_reference(x, weight, bias, low_rank)
+        return launch(x, weight, bias, low_rank, capability, out_dtype=out_dtype)
+    return matmul_reference(x, weight, bias, low_rank, out_dtype)

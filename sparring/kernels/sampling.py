@@ -39,7 +39,15 @@ from sparring.kernels.philox import (
     uniform,
 )
 
-__all__ = ["DrawRules", "draw_tokens", "draw_tokens_reference", "draw_tokens_triton"]
+__all__ = [
+    "DrawRules",
+    "draw_tokens",
+    "draw_tokens_reference",
+    "draw_tokens_triton",
+    "label_logprobs",
+    "label_logprobs_reference",
+    "label_logprobs_triton",
+]
 
 BLOCK_V = 512
 NUM_WARPS = 1
@@ -197,9 +205,9 @@ def _tiles_kernel(
 @jit
 def _combine_kernel(
     logits_ptr, parts_ptr, best_ptr, inverse_ptr, tokens_ptr, logprobs_ptr, stride_r,
-    TILES: tl.constexpr, BLOCK_T: tl.constexpr,
+    TILES: tl.constexpr, BLOCK_T: tl.constexpr, HAS_TOKEN: tl.constexpr,
 ):  # fmt: skip
-    """One row a program: the best tile's entry, and its log-probability."""
+    """One row a program: the best tile's entry, or the given token, and its log-probability."""
     row = tl.program_id(0).to(tl.int64)
     plane = tl.num_programs(0).to(tl.int64) * TILES
     tiles = tl.arange(0, BLOCK_T)
@@ -218,9 +226,12 @@ def _combine_kernel(
     scores = tl.where(tops == -float("inf"), -float("inf"), above + gaps)
     peak = tl.max(scores, axis=0)
     tile = tl.min(tl.where((scores == peak) & inside, tiles, TILES - 1), axis=0)
-    token = tl.load(best_ptr + row * TILES + tile)
+    token = tl.load(best_ptr + row * TILES + tile).to(tl.int64)
+    if HAS_TOKEN:
+        token = tl.load(tokens_ptr + row)
     z = tl.load(logits_ptr + row * stride_r + token).to(tl.float32)
-    tl.store(tokens_ptr + row, token.to(tl.int64))
+    if not HAS_TOKEN:
+        tl.store(tokens_ptr + row, token)
     tl.store(logprobs_ptr + row, (z - base) * inverse - tl.log(total))
 
 
@@ -236,12 +247,25 @@ def draw_tokens_triton(
     logits_RV: Tensor, sample_ids_R2: Tensor, draws_R: Tensor, rules: DrawRules
 ) -> tuple[Tensor, Tensor]:
     """`draw_tokens_reference` in two launches, one more where rules.cut is given."""
+    return _launch(logits_RV, sample_ids_R2, draws_R, rules, None)
+
+
+def _launch(
+    logits_RV: Tensor,
+    sample_ids_R2: Tensor,
+    draws_R: Tensor,
+    rules: DrawRules,
+    tokens_R: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Draws, or gives the log-probabilities of tokens_R where that is given."""
+    has_token = tokens_R is not None
     sample_ids_R2, draws_R = sample_ids_R2.contiguous(), draws_R.contiguous()
     if logits_RV.stride(1) != 1:
         logits_RV = logits_RV.contiguous()
     num_rows, vocab_size = logits_RV.shape
     device = logits_RV.device
-    tokens_R = torch.empty(num_rows, dtype=torch.int64, device=device)
+    if tokens_R is None:
+        tokens_R = torch.empty(num_rows, dtype=torch.int64, device=device)
     logprobs_R = torch.empty(num_rows, dtype=torch.float32, device=device)
     if num_rows == 0:
         return tokens_R, logprobs_R
@@ -265,7 +289,7 @@ def draw_tokens_triton(
     _combine_kernel[(num_rows,)](
         logits_RV, parts, best, rules.inverse_temperatures_R, tokens_R, logprobs_R,
         logits_RV.stride(0), TILES=num_tiles, BLOCK_T=triton.next_power_of_2(num_tiles),
-        num_warps=COMBINE_WARPS, enable_fp_fusion=True,
+        HAS_TOKEN=has_token, num_warps=COMBINE_WARPS, enable_fp_fusion=True,
     )  # fmt: skip
     return tokens_R, logprobs_R
 
@@ -281,3 +305,38 @@ def draw_tokens(
     """
     chosen = draw_tokens_triton if uses_triton(logits_RV) else draw_tokens_reference
     return chosen(logits_RV, sample_ids_R2, draws_R, rules)
+
+
+def label_logprobs_reference(
+    logits_RV: Tensor, labels_R: Tensor, inverse_temperature: float
+) -> Tensor:
+    """Log-probabilities [R] float32 of the labels under softmax(logits * inverse_temperature)."""
+    scaled_RV = logits_RV.float() * torch.tensor(inverse_temperature, dtype=torch.float32)
+    return torch.log_softmax(scaled_RV, dim=-1).gather(1, labels_R[:, None])[:, 0]
+
+
+def label_logprobs_triton(
+    logits_RV: Tensor, labels_R: Tensor, inverse_temperature: float
+) -> Tensor:
+    """`label_logprobs_reference` by the sampler's own launches: the bits that a draw records.
+
+    The race is run in vain: that costs less than a second form of the same sums would in proof.
+    """
+    device, num_rows = logits_RV.device, len(logits_RV)
+    zeros_R2 = torch.zeros(num_rows, 2, dtype=torch.int64, device=device)
+    rules = DrawRules(
+        inverse_temperatures_R=torch.full((num_rows,), inverse_temperature, device=device),
+        seed_words_2=zeros_R2.new_zeros(2),
+        held_ids_H=zeros_R2.new_empty(0),
+        min_draws_R=zeros_R2.new_zeros(num_rows),
+    )
+    labels_R = labels_R.contiguous()
+    return _launch(logits_RV, zeros_R2, zeros_R2[:, 0], rules, labels_R)[1]
+
+
+def label_logprobs(logits_RV: Tensor, labels_R: Tensor, inverse_temperature: float) -> Tensor:
+    """Log-probabilities [R] float32 of labels [R] int64 under softmax(logits *
+    inverse_temperature), on a GPU to the bit as `draw_tokens` records them.
+    """
+    chosen = label_logprobs_triton if uses_triton(logits_RV) else label_logprobs_reference
+    return chosen(logits_RV, labels_R, inverse_temperature)

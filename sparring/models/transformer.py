@@ -25,7 +25,7 @@ from sparring.models.attention import AttentionPlan, plan_attention
 from sparring.models.attention_paged_kernel import PagedKernelPlan
 from sparring.models.blocks import lora_mlp
 from sparring.models.checkpointing import MLP_TILE_TOKENS, Checkpointing
-from sparring.models.linear import Dense, Linear
+from sparring.models.linear import Dense, Linear, fix_order
 from sparring.models.lora import LoraAdapter, LoraConfig
 from sparring.models.rope import RopeConfig, inverse_frequencies, rope_tables
 from sparring.models.storage import EightBitTable, HostTable, Storage
@@ -235,6 +235,7 @@ class Decoder(nn.Module):
         self.capability = capability or capability_of(device)
         self.config, self.is_quantised = config, is_quantised
         self.head_chunk_rows = HEAD_CHUNK_ROWS
+        self.is_bitwise = False
         self.lora: dict[str, LoraConfig] = {}
         self.checkpointing = Checkpointing("none", device=device)
         self.embed = self._table(device, dtype, is_embedding=True)
@@ -287,6 +288,13 @@ class Decoder(nn.Module):
             mode, offload=offload, mlp_tile_tokens=mlp_tile_tokens, device=self.device
         )
 
+    def set_bitwise(self, is_bitwise: bool) -> None:
+        """Choose sums in fixed orders: on a GPU the trainer's log-probabilities then have the bits
+        that the sampler recorded, whatever was in its batch (docs/how-to/exact-rollouts.md).
+        """
+        self.is_bitwise = is_bitwise
+        fix_order(self, is_bitwise)
+
     def forward(
         self,
         input_ids_T: Tensor,
@@ -309,6 +317,7 @@ class Decoder(nn.Module):
             dtype=self.dtype,
             head_size=self.config.head_size,
             capability=self.capability,
+            bitwise=self.is_bitwise,
         )
         cos, sin = rope_tables(self._frequencies.to(self.device), positions_T)
         x_TD = self.embed.rows(input_ids_T)
@@ -339,7 +348,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Logits [T, V] in float32 (float64 in a float64 model), as `score` sees them."""
-        return head_logits(hidden_TD, self.head.table)
+        return head_logits(hidden_TD, self.head.table, is_fixed=self.is_bitwise)
 
     def score(self, batch: Batch, *, adapter: str | None = "policy") -> TokenScores:
         """Scores of the batch's labels, with gradient; 0 where loss_mask_T is False."""
@@ -351,6 +360,7 @@ class Decoder(nn.Module):
             batch.labels_T.index_select(0, rows_M),
             temperature=batch.temperature,
             chunk_rows=self.head_chunk_rows,
+            is_fixed=self.is_bitwise,
         )
         zeros_T = logprobs_M.new_zeros(len(batch.input_ids_T))
         return TokenScores(

@@ -10,7 +10,6 @@ from sparring.recipe.source import Source
 from sparring.recipe.toml_text import write_value
 
 _ONLY_VALUE_YET = {
-    "run.bitwise": False,
     "run.track": (),
 }
 """Keys whose other values belong to parts that do not exist yet."""

@@ -100,9 +100,9 @@ class Engine:
         steps_per_sync: int = 16,
         caches_weights: bool = False,
     ) -> None:
-        has_kernels = _has_kernels(model)
+        on_kernels = has_kernels(model)
         if block_size is None:
-            block_size = KERNEL_BLOCK_SIZE if has_kernels else CPU_BLOCK_SIZE
+            block_size = KERNEL_BLOCK_SIZE if on_kernels else CPU_BLOCK_SIZE
         _require_at_least(2, max_tokens=max_tokens)
         _require_at_least(
             1,
@@ -136,7 +136,7 @@ class Engine:
         self._captures, self._caches_weights = cuda_graphs, caches_weights
         self._num_steps = steps_per_sync
         self._graph_steps: GraphSteps | None = None
-        if has_kernels:
+        if on_kernels:
             self._address = torch.zeros(1, dtype=torch.int64, device=model.device)
         self._mean_completion_tokens = _FIRST_GUESS_TOKENS
 
@@ -311,7 +311,7 @@ class Engine:
         )
 
 
-def _has_kernels(model: Decoder) -> bool:
+def has_kernels(model: Decoder) -> bool:
     """Whether decode steps run on the project's own kernels, and so may be captured."""
     is_half = model.dtype in (torch.bfloat16, torch.float16)
     is_gpu = model.device.type == "cuda"

@@ -23,7 +23,7 @@ from sparring.models.memory import free_bytes
 from sparring.models.reference import Reference, build_reference
 from sparring.models.storage import Storage
 from sparring.models.transformer import Decoder, kv_bytes_per_token
-from sparring.rollout.engine import Engine
+from sparring.rollout.engine import Engine, has_kernels
 
 if TYPE_CHECKING:
     from sparring.recipe import Recipe
@@ -140,6 +140,13 @@ def build_policy(recipe: Recipe, *, capability: Capability | None = None) -> Pol
 def set_memory_saving(model: Decoder, recipe: Recipe) -> None:
     """Make a model keep in its training forward what [train] says, where it says."""
     section = recipe.train
+    if recipe.run.bitwise and not has_kernels(model):
+        raise RecipeError(
+            f"[run] bitwise = true needs a GPU with tensor cores and a dtype of 16 bits; this model is"
+            f" in {model.dtype} on {model.device}. Leave bitwise out: rows do not depend on each other"
+            " on a CPU but for rounding"
+        )
+    model.set_bitwise(recipe.run.bitwise)
     model.set_checkpointing(
         section.checkpointing, offload=section.offload, mlp_tile_tokens=section.mlp_tile_tokens
     )

@@ -1,0 +1,169 @@
+"""Bitwise mode on a GPU: the trainer's log-probabilities are the sampler's, to the last bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sparring.data.packing import pack_groups
+from sparring.models.checkpoint import build_model
+from sparring.models.lora import LoraConfig
+from sparring.models.quantised import Quantised
+from sparring.models.transformer import Decoder
+from sparring.rollout.engine import Engine
+from sparring.rollout.sampler import Sampling
+from sparring.types import Batch, Group, Prompt, Rollout
+
+pytestmark = pytest.mark.gpu
+
+SHAPES = {
+    "qwen2": {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 896,
+        "intermediate_size": 2368, "num_attention_heads": 7, "num_key_value_heads": 1,
+        "head_dim": 128, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "hidden_act": "silu",
+        "tie_word_embeddings": False, "vocab_size": 5000, "num_hidden_layers": 3,
+        "max_position_embeddings": 4096, "use_sliding_window": False,
+    },
+    "qwen3": {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 1024,
+        "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 8,
+        "head_dim": 128, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "hidden_act": "silu",
+        "tie_word_embeddings": True, "vocab_size": 4999, "num_hidden_layers": 3,
+        "max_position_embeddings": 4096, "use_sliding_window": False,
+    },
+}  # fmt: skip
+"""A head group and layer widths of the 7B's kind (a quarter as wide), and Qwen3-0.6B's layers."""
+
+
+def bitwise_model(name: str, quantization: str, lora: bool) -> Decoder:
+    torch.manual_seed(0)
+    is_quantised = quantization == "nf4"
+    model = build_model(
+        SHAPES[name], device="cuda", dtype=torch.bfloat16, is_quantised=is_quantised
+    )
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            parameter.fill_(1.0) if path.endswith("norm") else parameter.normal_(0.0, 0.05)
+        for linear in model.linears().values():
+            base = linear.base
+            if isinstance(base, Quantised):
+                for index, rows in enumerate(base.part_rows):
+                    weight = torch.randn(rows, base.num_inputs, device="cuda") * 0.05
+                    base.quantise(index, weight.bfloat16())
+        if lora:
+            model.add_adapter(LoraConfig(rank=16, target_modules=("q_proj", "v_proj", "o_proj")))
+            for adapter in model.adapter_modules("policy").values():
+                adapter.b.normal_(0.0, 0.05)
+            model.refresh_shadows()
+        else:
+            model.requires_grad_(not is_quantised)
+    model.set_bitwise(True)
+    return model
+
+
+def prompts(*lengths: int) -> list[Prompt]:
+    generator = torch.Generator().manual_seed(3)
+    return [
+        Prompt(
+            id=i,
+            text="",
+            token_ids=tuple(torch.randint(8, 4990, (n,), generator=generator).tolist()),
+        )
+        for i, n in enumerate(lengths)
+    ]
+
+
+def engine(model: Decoder, **changes: object) -> Engine:
+    arguments: dict[str, object] = {
+        "kv_bytes": 1 << 29, "stop_ids": (7,), "decode": lambda _: "", "max_tokens": 1024,
+        "max_running": 64,
+    }  # fmt: skip
+    return Engine(model, **{**arguments, **changes})  # type: ignore[arg-type]
+
+
+def on_gpu(batch: Batch) -> Batch:
+    fields = {name: getattr(batch, name) for name in batch.__dataclass_fields__}
+    moved = {k: v.cuda() for k, v in fields.items() if isinstance(v, torch.Tensor)}
+    return replace(batch, **moved)
+
+
+def assert_trained_on_what_was_sampled(
+    model: Decoder, asked: list[Prompt], rollouts: list[list[Rollout]], *, share: bool
+) -> None:
+    groups = [
+        Group(prompt=p, rollouts=tuple(r), rewards_G=torch.ones(len(r)), reward_parts={})
+        for p, r in zip(asked, rollouts, strict=True)
+    ]
+    batches = pack_groups(
+        groups,
+        [torch.ones(len(r)) for r in rollouts],
+        max_tokens=2048,
+        temperature=rollouts[0][0].temperature,
+        share_prompts=share,
+    )
+    compared = 0
+    for batch in map(on_gpu, batches):
+        logprobs = model.score(batch).logprobs_T.detach()
+        mask = batch.loss_mask_T
+        assert torch.equal(logprobs[mask], batch.sampler_logprobs_T[mask])
+        compared += int(mask.sum())
+    assert compared == sum(len(r.token_ids) for group in rollouts for r in group)
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("samples", [1, 8, 64])
+@pytest.mark.parametrize(
+    ("name", "quantization", "lora"),
+    [
+        ("qwen2", "nf4", True),
+        ("qwen2", "none", True),
+        ("qwen3", "none", True),
+        ("qwen3", "nf4", True),
+        ("qwen3", "none", False),
+    ],
+)
+def test_trainer_and_sampler_agree_to_the_bit(
+    name: str, quantization: str, lora: bool, samples: int, share: bool
+) -> None:
+    model = bitwise_model(name, quantization, lora)
+    asked = prompts(1, 63, 64, 65, 255, 256, 300)
+    if samples == 64:
+        asked = asked[3:5]
+    sampling = Sampling(max_completion_tokens=80, temperature=0.9)
+    rollouts = engine(model).generate(asked, sampling, num_samples=samples)
+    assert_trained_on_what_was_sampled(model, asked, rollouts, share=share)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_company_bursts_and_preemption_change_no_bit(quantization: str) -> None:
+    model = bitwise_model("qwen2", quantization, True)
+    asked = prompts(40, 130, 256)
+    sampling = Sampling(max_completion_tokens=150)
+    wide = engine(model).generate(asked, sampling, num_samples=8)
+    block_bytes = engine(model).block_bytes
+    others = [
+        engine(model, steps_per_sync=1),
+        engine(model, max_running=3),
+        engine(model, cuda_graphs=False, max_prefill_tokens=64),
+        engine(model, kv_bytes=block_bytes * 15),
+    ]
+    for other in others:
+        got = other.generate(asked, sampling, num_samples=8)
+        for one, two in zip(sum(got, []), sum(wide, []), strict=True):  # noqa: RUF017
+            assert torch.equal(one.token_ids, two.token_ids)
+            assert torch.equal(one.logprobs, two.logprobs)
+    assert others[-1].stats.num_preemptions > 0
+    assert_trained_on_what_was_sampled(model, asked, got, share=True)
+
+
+def test_cached_weights_change_no_bit() -> None:
+    model = bitwise_model("qwen2", "nf4", True)
+    asked = prompts(70)
+    sampling = Sampling(max_completion_tokens=60)
+    packed = engine(model).generate(asked, sampling, num_samples=8)
+    cached = engine(model, caches_weights=True).generate(asked, sampling, num_samples=8)
+    for one, two in zip(sum(cached, []), sum(packed, []), strict=True):  # noqa: RUF017
+        assert torch.equal(one.token_ids, two.token_ids)
+        assert torch.equal(one.logprobs, two.logprobs)
