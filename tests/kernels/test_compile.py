@@ -203,6 +203,7 @@ def test_sampling(arch):
     rows = {"V": 151936, "BLOCK_V": cut.BLOCK_V, "HELD": 2, "num_warps": cut.NUM_WARPS}
     check(cut._cut_kernel, DRAWING, rows, arch)
     constants = {"TILES": tiles, "BLOCK_T": triton.next_power_of_2(tiles), "num_warps": 1}
+    constants["HAS_TOKEN"] = False
     check(sampling._combine_kernel, DRAWING, constants, arch)
 
 
