@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from sparring.data.chat import ChatTemplate, as_template, no_template, parse_messages
-from sparring.data.prompts import bad_row_lines
+from sparring.data.prompts import bad_row_lines, too_long_line
 from sparring.data.rows import BadRows, Row, Rows
 from sparring.errors import DataError
 from sparring.types import Message
@@ -83,7 +83,7 @@ class ConversationSet:
     num_rows: rows that were there, unreadable ones included. num_bad, bad: rows skipped, and the
     first of them in words. num_split: rows that became several samples because their template
     rewrites history. num_too_long: samples dropped because they have more than max_tokens tokens;
-    longest: tokens of the longest sample found.
+    longest: tokens of the longest sample found, longest_at: its row's place.
     """
 
     conversations: tuple[Conversation, ...]
@@ -96,6 +96,7 @@ class ConversationSet:
     longest: int
     max_tokens: int
     template: ChatTemplate
+    longest_at: str = ""
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -119,8 +120,7 @@ class ConversationSet:
             )
         if self.num_too_long:
             lines.append(
-                f"  {self.num_too_long:,} dropped: longer than {self.max_tokens:,} tokens "
-                f"(the longest has {self.longest:,})"
+                too_long_line(self.num_too_long, self.max_tokens, self.longest, self.longest_at)
             )
         return lines + bad_row_lines(self.num_bad, self.bad)
 
@@ -160,7 +160,7 @@ def load_conversations(
     bad = BadRows(bad_rows)
     kept: list[Conversation] = []
     lengths: list[int] = []
-    num_split = 0
+    num_split, longest_at = 0, ""
     for index, row in enumerate(rows):
         try:
             dialogue = read(row)
@@ -176,7 +176,10 @@ def load_conversations(
             bad.add(rows.where(index), str(error))
             continue
         num_split += len(samples) > 1
-        lengths += [len(ids) for ids, _ in samples]
+        found = [len(ids) for ids, _ in samples]
+        if max(found) > max(lengths, default=0):
+            longest_at = rows.where(index)
+        lengths += found
         kept += [
             Conversation(
                 token_ids=torch.tensor(ids, dtype=torch.int64),
@@ -188,7 +191,7 @@ def load_conversations(
             if len(ids) <= max_tokens
         ]
     if not kept:
-        raise DataError(_nothing_left(rows, bad, lengths, max_tokens))
+        raise DataError(_nothing_left(rows, bad, lengths, max_tokens, longest_at))
     return ConversationSet(
         conversations=tuple(kept),
         source=rows.source,
@@ -200,6 +203,7 @@ def load_conversations(
         longest=max(lengths),
         max_tokens=max_tokens,
         template=template,
+        longest_at=longest_at,
     )
 
 
@@ -415,10 +419,13 @@ def _with_end(ids: list[int], template: ChatTemplate) -> list[int]:
     return ids if ids and ids[-1] in template.end_ids else [*ids, template.end_ids[0]]
 
 
-def _nothing_left(rows: Rows, bad: BadRows, lengths: list[int], max_tokens: int) -> str:
+def _nothing_left(
+    rows: Rows, bad: BadRows, lengths: list[int], max_tokens: int, longest_at: str
+) -> str:
     if not lengths:
         return f"{rows.source}: all {bad.num} rows are bad; the first is {bad.messages[0]}"
     return (
         f"{rows.source}: all {len(lengths)} samples are longer than {max_tokens} tokens (the "
-        f"shortest has {min(lengths)}, the longest {max(lengths)}); raise model.max_tokens"
+        f"shortest has {min(lengths)}, the longest, {longest_at}, {max(lengths)}); raise "
+        "model.max_tokens"
     )

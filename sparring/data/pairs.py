@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sparring.data.chat import ChatTemplate, as_template, no_template, parse_messages
 from sparring.data.conversations import NO_END, Dialogue, tokenise
-from sparring.data.prompts import bad_row_lines
+from sparring.data.prompts import bad_row_lines, too_long_line
 from sparring.data.rows import BadRows, Row, Rows
 from sparring.errors import DataError
 from sparring.types import Message
@@ -53,8 +53,8 @@ class PairSet:
 
     num_rows: rows that were there, unreadable ones included. num_bad, bad: rows skipped, and the
     first of them in words. num_too_long: pairs dropped because one side has more than max_tokens
-    tokens, context included; longest: tokens of the longest side found. notes: what a reader should
-    know besides.
+    tokens, context included; longest: tokens of the longest side found, longest_at: its row's
+    place. notes: what a reader should know besides.
     """
 
     pairs: tuple[Pair, ...]
@@ -67,6 +67,7 @@ class PairSet:
     max_tokens: int
     template: ChatTemplate
     notes: tuple[str, ...] = ()
+    longest_at: str = ""
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -87,8 +88,7 @@ class PairSet:
         ]
         if self.num_too_long:
             lines.append(
-                f"  {self.num_too_long:,} dropped: longer than {self.max_tokens:,} tokens "
-                f"(the longest has {self.longest:,})"
+                too_long_line(self.num_too_long, self.max_tokens, self.longest, self.longest_at)
             )
         lines += bad_row_lines(self.num_bad, self.bad)
         return lines + [f"  {note}" for note in self.notes]
@@ -123,7 +123,7 @@ def load_pairs(
     bad = BadRows(bad_rows)
     pairs: list[Pair] = []
     lengths: list[int] = []
-    num_implicit_texts = 0
+    num_implicit_texts, longest_at = 0, ""
     for index, row in enumerate(rows):
         try:
             chosen, rejected = _read(row, *columns)
@@ -141,11 +141,14 @@ def load_pairs(
         except DataError as error:
             bad.add(rows.where(index), str(error))
             continue
-        lengths.append(len(pair.context_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)))
+        length = len(pair.context_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
+        if length > max(lengths, default=0):
+            longest_at = rows.where(index)
+        lengths.append(length)
         if lengths[-1] <= max_tokens:
             pairs.append(pair)
     if not pairs:
-        raise DataError(_nothing_left(rows, bad, lengths, max_tokens))
+        raise DataError(_nothing_left(rows, bad, lengths, max_tokens, longest_at))
     return PairSet(
         pairs=tuple(pairs),
         source=rows.source,
@@ -157,6 +160,7 @@ def load_pairs(
         max_tokens=max_tokens,
         template=template,
         notes=_notes(num_implicit_texts, template),
+        longest_at=longest_at,
     )
 
 
@@ -320,10 +324,13 @@ def _notes(num_implicit_texts: int, template: ChatTemplate) -> tuple[str, ...]:
     )
 
 
-def _nothing_left(rows: Rows, bad: BadRows, lengths: list[int], max_tokens: int) -> str:
+def _nothing_left(
+    rows: Rows, bad: BadRows, lengths: list[int], max_tokens: int, longest_at: str
+) -> str:
     if not lengths:
         return f"{rows.source}: all {bad.num} rows are bad; the first is {bad.messages[0]}"
     return (
         f"{rows.source}: all {len(lengths)} pairs are longer than {max_tokens} tokens (the "
-        f"shortest has {min(lengths)}, the longest {max(lengths)}); raise model.max_tokens"
+        f"shortest has {min(lengths)}, the longest, {longest_at}, {max(lengths)}); raise "
+        "model.max_tokens"
     )

@@ -25,8 +25,8 @@ class PromptSet:
     source: what the user named. num_rows: rows that were there, unreadable ones included. num_bad:
     rows skipped because they were wrong; bad: the first of them in words. num_too_long: prompts
     dropped because they have more than max_prompt_tokens tokens; longest: tokens of the longest
-    prompt found. notes: what a reader should know besides. fingerprints: per prompt a hash of its
-    question, free of case, spacing and template.
+    prompt found, longest_at: its row's place. notes: what a reader should know besides.
+    fingerprints: per prompt a hash of its question, free of case, spacing and template.
     """
 
     prompts: tuple[Prompt, ...]
@@ -40,6 +40,7 @@ class PromptSet:
     template: ChatTemplate
     notes: tuple[str, ...]
     fingerprints: tuple[bytes, ...]
+    longest_at: str = ""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -55,11 +56,18 @@ class PromptSet:
         lines = [f"{self.source}: {len(self.prompts):,} prompts of {self.num_rows:,} rows"]
         if self.num_too_long:
             lines.append(
-                f"  {self.num_too_long:,} dropped: longer than {self.max_prompt_tokens:,} tokens "
-                f"(the longest has {self.longest:,})"
+                too_long_line(
+                    self.num_too_long, self.max_prompt_tokens, self.longest, self.longest_at
+                )
             )
         lines += bad_row_lines(self.num_bad, self.bad)
         return lines + [f"  {note}" for note in self.notes]
+
+
+def too_long_line(num: int, limit: int, longest: int, longest_at: str) -> str:
+    """A line of a report on samples that were dropped as too long, with the place of the worst."""
+    place = f", {longest_at}," if longest_at else ""
+    return f"  {num:,} dropped: longer than {limit:,} tokens (the longest{place} has {longest:,})"
 
 
 def bad_row_lines(num_bad: int, bad: Sequence[str], shown: int = 3) -> list[str]:
@@ -107,7 +115,8 @@ def load_prompts(
     bad = BadRows(bad_rows)
     prompts: list[Prompt] = []
     fingerprints: list[bytes] = []
-    num_too_long, lengths = 0, []
+    num_too_long, longest_at = 0, ""
+    lengths: list[int] = []
     names = [name for name in rows.columns if name != prompt_column]
     for index, row in enumerate(rows):
         try:
@@ -115,6 +124,8 @@ def load_prompts(
         except DataError as error:
             bad.add(rows.where(index), str(error))
             continue
+        if len(prompt.token_ids) > max(lengths, default=0):
+            longest_at = rows.where(index)
         lengths.append(len(prompt.token_ids))
         if len(prompt.token_ids) > max_prompt_tokens:
             num_too_long += 1
@@ -122,7 +133,7 @@ def load_prompts(
         prompts.append(prompt)
         fingerprints.append(_fingerprint(row[prompt_column]))
     if not prompts:
-        raise DataError(_nothing_left(rows, bad, lengths, max_prompt_tokens))
+        raise DataError(_nothing_left(rows, bad, lengths, max_prompt_tokens, longest_at))
     return PromptSet(
         prompts=tuple(prompts),
         source=rows.source,
@@ -135,6 +146,7 @@ def load_prompts(
         template=template,
         notes=_notes(rows, prompts, reference_column, template),
         fingerprints=tuple(fingerprints),
+        longest_at=longest_at,
     )
 
 
@@ -217,13 +229,15 @@ def _read_prompt(
     )
 
 
-def _nothing_left(rows: Rows, bad: BadRows, lengths: list[int], max_prompt_tokens: int) -> str:
+def _nothing_left(
+    rows: Rows, bad: BadRows, lengths: list[int], max_prompt_tokens: int, longest_at: str
+) -> str:
     if not lengths:
         return f"{rows.source}: all {bad.num} rows are bad; the first is {bad.messages[0]}"
     return (
         f"{rows.source}: all {len(lengths)} prompts are longer than {max_prompt_tokens} tokens "
-        f"(the shortest has {min(lengths)}, the longest {max(lengths)}); raise model.max_tokens or "
-        "lower rollout.max_completion_tokens"
+        f"(the shortest has {min(lengths)}, the longest, {longest_at}, {max(lengths)}); raise "
+        "model.max_tokens or lower rollout.max_completion_tokens"
     )
 
 

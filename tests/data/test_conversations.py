@@ -325,11 +325,14 @@ def test_too_long_samples_are_dropped_and_counted(make_tokenizer):
     samples = load(rows, tokenizer, max_tokens=20)
     assert [sample.row for sample in samples] == [0, 2]
     assert (samples.num_too_long, samples.longest) == (1, longest)
-    assert f"1 dropped: longer than 20 tokens (the longest has {longest})" in "\n".join(
-        samples.report()
+    assert (
+        f"1 dropped: longer than 20 tokens (the longest, data:row 2, has {longest})"
+        in "\n".join(samples.report())
     )
     assert load(rows, tokenizer, max_tokens=longest).num_too_long == 0
-    with pytest.raises(DataError, match="all 3 samples are longer than 2 tokens"):
+    with pytest.raises(
+        DataError, match=r"all 3 samples are longer than 2 .* the longest, data:row 2,"
+    ):
         load(rows, tokenizer, max_tokens=2)
 
 

@@ -152,7 +152,9 @@ def test_rows_that_are_too_long_are_dropped_and_counted(tokenizer):
     found = load([short, long], tokenizer)
     assert (len(found), found.num_too_long) == (1, 1)
     assert found.longest > 300
-    assert "1 dropped: longer than 200 tokens" in "\n".join(found.report())
+    assert "1 dropped: longer than 200 tokens (the longest, pairs:row 2, has" in "\n".join(
+        found.report()
+    )
     with pytest.raises(DataError, match="all 1 pairs are longer than 200"):
         load([long], tokenizer)
 

@@ -158,12 +158,14 @@ def test_too_long_prompts_are_dropped_and_counted_never_cut(make_tokenizer):
     assert [len(prompt.token_ids) for prompt in prompts] == [lengths[0], lengths[2]]
     assert (prompts.num_too_long, prompts.longest) == (2, lengths[3])
     assert (
-        f"2 dropped: longer than {lengths[2]} tokens (the longest has {lengths[3]})"
+        f"2 dropped: longer than {lengths[2]} tokens (the longest, data:row 4, has {lengths[3]})"
         in "\n".join(prompts.report())
     )
     with pytest.raises(DataError, match=r"all 4 prompts are longer than 1 tokens") as caught:
         load(rows, tokenizer, max_prompt_tokens=1)
-    assert f"the shortest has {lengths[0]}, the longest {lengths[3]}" in str(caught.value)
+    assert f"the shortest has {lengths[0]}, the longest, data:row 4, {lengths[3]}" in str(
+        caught.value
+    )
     assert "max_completion_tokens" in str(caught.value)
 
 
