@@ -22,6 +22,7 @@ from torch import Tensor
 from sparring.kernels import Capability, jit, rounded, tl, triton
 from sparring.kernels.paged_plan import DecodeWorkspace, split_of
 from sparring.kernels.rotate_write import kv_dtype_of
+from sparring.kernels.shared_decode import _shared_kernel, shared_mates
 from sparring.kernels.splits import LOG2_E, OPTIONS, inverse, merge_factors, paged_split
 from sparring.layout import KVPool
 
@@ -94,7 +95,7 @@ def _decode_kernel(
     table_stride, layer, num_blocks, scale, window,
     K: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr, B: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    KV_DTYPE: tl.constexpr,
+    KV_DTYPE: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
@@ -117,6 +118,15 @@ def _decode_kernel(
     num_splits = (length + SPLIT - 1) // SPLIT
     if (split < first_split) | (split >= num_splits):
         return
+    if SHARED > 0:  # more than one row's splits are done already where they are the same
+        chunk = row // SHARED * SHARED
+        mates = chunk + tl.arange(0, SHARED)
+        end = split * SPLIT + SPLIT
+        num_rows = tl.num_programs(0)
+        same = shared_mates(lengths_ptr, tables_ptr, table_stride, mates, chunk, num_rows, end, B)
+        mine = tl.sum((same & (mates == row)).to(tl.int32), axis=0)
+        if (mine > 0) & (tl.sum(same.to(tl.int32), axis=0) > 1):
+            return
     k_ptr = pool_ptr + (layer.to(tl.int64) * num_blocks * (2 * K) + kv_head) * (B * E)
     low = tl.maximum(split * SPLIT, first_key // BLOCK_N * BLOCK_N)
     high = tl.minimum(length, split * SPLIT + SPLIT)
@@ -159,12 +169,14 @@ def paged_decode_triton(
     window: int = 0,
     out: Tensor | None = None,
     workspace: DecodeWorkspace | None = None,
+    shares_prompts: bool = False,
 ) -> Tensor:
     """`paged_decode_reference` in one launch, fit for capture.
 
-    tables_RN, lengths_R: int32. max_splits: of the longest row that may come, (length + SPLIT - 1)
-    // SPLIT; more keys than that are never read. workspace: for at least R rows of exactly
-    max_splits splits; None makes one.
+    tables_RN, lengths_R: int32. max_splits: (length + SPLIT - 1) // SPLIT of the longest row that
+    may come. workspace: for at least R rows of exactly max_splits splits; None makes one.
+    shares_prompts: a launch before it computes the splits of a prompt once for neighbouring rows
+    of its group; not with a window.
     """
     assert kv_pool.address is not None, "kernels find the pool through its address"
     assert tables_RN.dtype == lengths_R.dtype == torch.int32, "tables and lengths are int32"
@@ -179,14 +191,30 @@ def paged_decode_triton(
         )
     assert workspace.partial.shape[0] >= rows, "the workspace has room for every row"
     assert workspace.partial.shape[2] == max_splits, "the workspace is laid out for max_splits"
+    constants = constants_of(kv_pool.data, num_heads) | sizes | OPTIONS
+    chunk = 0
+    q_RHE, scale = q_RHE.contiguous(), LOG2_E / math.sqrt(size)
+    if shares_prompts and not window and max_splits > 1 and sizes["SPLIT"] % constants["B"] == 0:
+        chunk = rows_together(constants["GROUP"])
+    if chunk and rows:
+        _shared_kernel[(triton.cdiv(rows, chunk), num_kv_heads, max_splits - 1)](
+            q_RHE, kv_pool.address, tables_RN, lengths_R, workspace.partial, workspace.states,
+            workspace.tickets, tables_RN.stride(0), layer, kv_pool.num_blocks, rows, max_splits,
+            scale, ROWS=chunk,
+            **constants | {"BLOCK_M": max(16, triton.next_power_of_2(chunk * constants["GROUP"]))},
+        )  # fmt: skip
     if rows:
         _decode_kernel[(rows, num_kv_heads, max_splits)](
-            q_RHE.contiguous(), kv_pool.address, tables_RN, lengths_R, out, workspace.partial,
+            q_RHE, kv_pool.address, tables_RN, lengths_R, out, workspace.partial,
             workspace.states, workspace.tickets, tables_RN.stride(0), layer, kv_pool.num_blocks,
-            LOG2_E / math.sqrt(size), window, **constants_of(kv_pool.data, num_heads), **sizes,
-            HAS_WINDOW=window > 0, **OPTIONS,
+            scale, window, SHARED=chunk, HAS_WINDOW=window > 0, **constants,
         )  # fmt: skip
     return out
+
+
+def rows_together(group: int) -> int:
+    """Neighbouring rows whose prompt is computed once: a power of two, 64 query heads at most."""
+    return 0 if group > 32 else 1 << (64 // group).bit_length() - 1
 
 
 def constants_of(data: Tensor, num_heads: int) -> dict[str, object]:

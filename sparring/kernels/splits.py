@@ -51,7 +51,7 @@ def _softmax_step(
     acc, peak, total, q, k, v, keys, positions, num_keys, scale, window,
     HAS_WINDOW: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """One tile: q [E, M], k and v [N, E] -> acc [E, M], peak [M] and total [N, M], whose columns are
+    """One tile: q [E, M], k and v [N, E] -> acc [E, M], peak [M], total [N, M]; total's columns are
     summed at the end of a split: sums over a tile's keys wait for every warp.
     """
     s = product(k, q, tl.zeros([k.shape[0], q.shape[1]], tl.float32))

@@ -9,6 +9,7 @@ from sparring.kernels import (
     paged_attention,
     paged_prefill,
     rotate_write,
+    shared_decode,
     split_attention,
 )
 from sparring.kernels.attention_plan import tile_of
@@ -36,11 +37,23 @@ def paged_constants(size: int, block_size: int) -> dict[str, object]:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("block_size", [64, pytest.param(16, marks=pytest.mark.slow)])
 def test_paged_decode(block_size, size, arch):
-    constants = paged_constants(size, block_size) | {"BLOCK_M": 16} | SPLIT_OPTIONS
+    constants = paged_constants(size, block_size) | {"BLOCK_M": 16, "SHARED": 8} | SPLIT_OPTIONS
     constants |= split_of(Capability(arch=arch, tensor_dots=True), size)
     found, ptx = check(paged_attention._decode_kernel, POINTERS, constants, arch, products=True)
     assert found == {90: {"wgmma.mma"}, 100: {"tcgen05.mma"}}.get(arch, {"mma.sync"})
     assert "cp.async.cg.shared.global" in ptx, "keys are under way while others are used"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("size", SIZES)
+def test_shared_decode(size, arch):
+    constants = paged_constants(size, 64) | {"BLOCK_M": 64, "ROWS": 8} | SPLIT_OPTIONS
+    constants |= split_of(Capability(arch=arch, tensor_dots=True), size)
+    del constants["HAS_WINDOW"]
+    found, _ = check(
+        shared_decode._shared_kernel, POINTERS, constants, arch, products=True, stack_limit=256
+    )
+    assert found == {90: {"wgmma.mma"}, 100: {"tcgen05.mma"}}.get(arch, {"mma.sync"})
 
 
 @pytest.mark.parametrize("arch", ARCHS)

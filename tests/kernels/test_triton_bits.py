@@ -18,7 +18,7 @@ from sparring.kernels.attention import (
 )
 from sparring.kernels.attention_plan import SharedPlan
 from sparring.kernels.paged_attention import paged_decode_triton
-from sparring.kernels.paged_plan import PrefillTiles, split_of
+from sparring.kernels.paged_plan import DecodeWorkspace, PrefillTiles, split_of
 from sparring.kernels.split_attention import split_attention_paged
 from sparring.layout import KVPool
 from tests.kernels.test_triton import DEVICE, LIMIT, _poisoned, check, error, pytestmark, random
@@ -147,3 +147,52 @@ def test_gradients_of_the_bitwise_forward():
         inputs,
         2 * LIMIT[torch.bfloat16],
     )
+
+
+def run_shared(heads, kv_heads, size, lengths, shared, block_size=16):
+    """Rows of which row r holds the first shared[r][1] blocks of row shared[r][0]."""
+    keys = [
+        tuple(random(max(1, n), kv_heads, size, dtype=torch.bfloat16, seed=2 * r + i)
+              for i in (0, 1))
+        for r, n in enumerate(lengths)
+    ]  # fmt: skip
+    pool, tables = pool_of(keys, block_size, torch.bfloat16)
+    for row, (leader, blocks) in shared.items():
+        tables[row, :blocks] = tables[leader, :blocks]
+    q = random(len(lengths), heads, size, dtype=torch.bfloat16, seed=99)
+    lengths_R = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    most = -(-max(lengths) // SPLIT) + 1
+    workspace = DecodeWorkspace.new(len(lengths), heads, kv_heads, size, most, DEVICE)
+    outputs = []
+    for shares_prompts in (False, True, True):
+        workspace.partial.fill_(float("nan"))
+        outputs.append(
+            paged_decode_triton(
+                q, pool, 1, tables, lengths_R, max_splits=most, capability=CAPABILITY,
+                workspace=workspace, shares_prompts=shares_prompts,
+            )
+        )  # fmt: skip
+        assert not workspace.tickets.any(), "every ticket is given back"
+    assert not outputs[0].isnan().any()
+    assert torch.equal(outputs[1], outputs[0]), "a prompt computed once changes no bit"
+    assert torch.equal(outputs[2], outputs[0])
+
+
+def test_prompts_computed_once_for_their_group():
+    s, b = SPLIT, 16
+    lengths = (2 * s + 3, s + 1, 0, 2 * s + 20, s, 3, s + 9, 2 * s)
+    # rows 1 to 4 hold row 0's prompt of one split and a block; rows 6 and 7 share only each other's
+    shared = {1: (0, s // b), 3: (0, s // b + 1), 4: (0, s // b), 7: (6, s // b)}
+    run_shared(7, 1, 64, lengths, shared)
+
+
+@SLOW
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(28, 4, 128), (14, 2, 64), (16, 8, 128)])
+def test_groups_of_rows(heads, kv_heads, size):
+    s = SPLIT
+    lengths = [2 * s + 5 + i for i in range(5)] + [s - 1] * 2 + [3 * s + i for i in range(4)]
+    shared = dict.fromkeys(range(1, 5), (0, 2 * s // 16))
+    shared |= dict.fromkeys(range(8, 11), (7, 2 * s // 16))
+    run_shared(heads, kv_heads, size, lengths, shared)
+    moved = {row + 1: (leader + 1, n) for row, (leader, n) in shared.items()}
+    run_shared(heads, kv_heads, size, [0, *lengths], moved)
