@@ -1,17 +1,17 @@
-"""What `sparring plan` predicts against what a card takes: bytes by part and seconds, six recipes.
+"""What `sparring plan` predicts against what a card takes: bytes and seconds of six recipes.
 
     python benchmarks/plan_accuracy.py OUTPUT.json [ROW ...]
 
-Random weights of real shapes, distinct prompts, advantages drawn non-zero, fixed lengths. Peak is
-the allocator's largest reserved memory since the weights are in place. A cap of N GiB limits the
-allocator to N - 1.0 GiB. Two phases after one to warm up; all are reported. The allocator's own
-events of one more phase go into OUTPUT.NAME.json.gz, so that its rounding can be replayed.
+Random weights of real shapes, distinct prompts, advantages drawn non-zero, fixed lengths. A step is
+a rollout by the engine, whose KV pool is what the plan says, and a training phase: groups on the
+host to weights updated. Peak is the allocator's largest reserved memory in a phase since the
+weights are in place; between phases free pages are given back, as a run does. A cap of N GiB limits
+the allocator to N - 1.0 GiB. Two steps after one to warm up; all are reported.
 """
 
 from __future__ import annotations
 
 import gc
-import gzip
 import json
 import sys
 import time
@@ -24,14 +24,19 @@ import triton
 
 from sparring.algorithms.losses import dapo
 from sparring.data.packing import pack_groups
-from sparring.models.lora import LoraConfig
+from sparring.models.checkpoint import family_of
+from sparring.models.lora import PROJECTIONS, LoraConfig
 from sparring.models.transformer import Decoder
+from sparring.rollout.engine import Engine
+from sparring.rollout.sampler import Sampling
+from sparring.train.cards import find_card
 from sparring.train.optimizer import Optimizer, build_optimizer
+from sparring.train.plan import predict
+from sparring.train.plan_job import CONTEXT_BYTES, Job, Settings, Trained, Work
 from sparring.train.step import train_step
 from sparring.types import Group, Prompt, Rollout
 
 GIB = 2**30
-CONTEXT_BYTES = 1.0 * GIB
 ROWS: dict[str, dict[str, Any]] = {
     "0.5b-full": {
         "shape": "qwen2.5-0.5b", "quantization": "none", "targets": None, "cap_gib": None,
@@ -59,7 +64,6 @@ ROWS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """work: prompts, samples of each, prompt tokens, completion tokens."""
-RECORDED = ("0.5b-full", "1.5b-nf4", "7b-nf4", "7b-lora")
 
 
 def groups(prompts: int, size: int, prompt_tokens: int, completion_tokens: int) -> list[Group]:
@@ -114,6 +118,28 @@ def peaks() -> dict[str, int]:
     }
 
 
+def job_of(row: dict[str, Any]) -> tuple[Job, Settings]:
+    """The row as the plan takes it."""
+    shape = shapes.SHAPES[row["shape"]]
+    targets = row["targets"] or ()
+    prompts, size, prompt_tokens, completion_tokens = row["work"]
+    model = Trained(
+        config=family_of(shape).config(shape),
+        is_quantised=row["quantization"] == "nf4",
+        rank=16 if targets else 0,
+        targets=frozenset(PROJECTIONS if targets == "all-linear" else targets),
+    )
+    work = Work(
+        prompts=prompts, group_size=size, prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+    )  # fmt: skip
+    settings = Settings(
+        checkpointing=row["checkpointing"], micro_batch_tokens=row["micro_batch_tokens"],
+        caches_weights=row.get("caches_weights", False), max_running=prompts * size,
+    )  # fmt: skip
+    return Job(policy=model, work=work), settings
+
+
 def training(model: Decoder, optimizer: Optimizer, row: dict[str, Any], made: list[Group]) -> float:
     """Seconds of one training phase: groups on the host to weights updated."""
     advantages = [torch.randn(row["work"][1]) + 0.1 for _ in made]
@@ -125,43 +151,93 @@ def training(model: Decoder, optimizer: Optimizer, row: dict[str, Any], made: li
     return time.perf_counter() - start
 
 
-def measured(name: str, row: dict[str, Any], output: Path) -> dict[str, Any]:
-    """Everything measured of one recipe."""
+def rollout(engine: Engine, row: dict[str, Any], made: list[Group], step: int) -> float:
+    """Seconds of one rollout of the row's work."""
+    engine.weights_changed(policy_version=step)
+    sampling = Sampling(temperature=1.0, max_completion_tokens=row["work"][3])
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    engine.generate([group.prompt for group in made], sampling, num_samples=row["work"][1])
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measured(row: dict[str, Any]) -> dict[str, Any]:
+    """Everything measured of one recipe, beside what is predicted."""
     gc.collect()
     torch.cuda.empty_cache()
     cap = row["cap_gib"]
+    budget = None if cap is None else cap * GIB
     total = torch.cuda.get_device_properties(0).total_memory
-    limit = total if cap is None else cap * GIB - CONTEXT_BYTES
+    limit = total if budget is None else budget - CONTEXT_BYTES
     torch.cuda.set_per_process_memory_fraction(limit / total)
+    job, settings = job_of(row)
+    plan = predict(job, settings, budget=budget, card=find_card("H200"), exact=True)
     stages = [counters(stage="before")]
-    start = time.perf_counter()
     model = built(row)
-    stages.append(counters(stage="weights", seconds=time.perf_counter() - start))
     optimizer = build_optimizer(
         model.trainable_parameters(), learning_rate=1e-5, num_steps=10, compute_dtype=model.dtype
     )
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    stages.append(counters(stage="optimizer"))
+    stages.append(counters(stage="resident"))
     made = groups(*row["work"])
-    first = training(model, optimizer, row, made)
-    stages.append(counters(stage="first step", **peaks()))
-    seconds = [training(model, optimizer, row, made) for _ in range(2)]
-    stages.append(counters(stage="end", **peaks()))
-    found = {**row, "stages": stages, "first seconds": first, "seconds": seconds, **peaks()}
-    if name in RECORDED:
-        torch.cuda.memory._record_memory_history(context=None, max_entries=400000)
-        training(model, optimizer, row, made)
-        events = torch.cuda.memory._snapshot()["device_traces"][0]
-        torch.cuda.memory._record_memory_history(enabled=None)
-        brief = [[event["action"], event["addr"], event["size"]] for event in events]
-        with gzip.open(output.with_suffix(f".{name}.json.gz"), "wt") as file:
-            json.dump(brief, file)
-    return found
+    engine = Engine(
+        model, kv_bytes=plan.settings.kv_bytes, stop_ids=(), decode=lambda _: "",
+        max_tokens=row["work"][2] + row["work"][3], max_running=settings.max_running,
+        caches_weights=bool(settings.caches_weights),
+    )  # fmt: skip
+    seconds: dict[str, list[float]] = {"rollout": [], "training": [], "handing over": []}
+    found: dict[str, dict[str, int]] = {}
+    for step in range(3):
+        torch.cuda.reset_peak_memory_stats()
+        seconds["rollout"].append(rollout(engine, row, made, step))
+        _keep_peaks(found, "rollout")
+        start = time.perf_counter()
+        engine.make_room()
+        torch.cuda.empty_cache()
+        seconds["handing over"].append(time.perf_counter() - start)
+        stages.append(counters(stage=f"after rollout {step}"))
+        torch.cuda.reset_peak_memory_stats()
+        seconds["training"].append(training(model, optimizer, row, made))
+        _keep_peaks(found, "training")
+        torch.cuda.empty_cache()
+        stages.append(counters(stage=f"after training {step}"))
+    assert plan.rollout is not None, "the rows sample"
+    assert plan.seconds is not None, "a card is named"
+    return {
+        **row, "stages": stages, "peaks": found, "seconds": seconds,
+        "predicted": {
+            "rollout": {"reserved": plan.rollout.reserved, "parts": dict(plan.rollout.parts)},
+            "training": {"reserved": plan.training.reserved, "parts": dict(plan.training.parts)},
+            "seconds": {
+                "rollout": plan.seconds.prefill + plan.seconds.decode,
+                "training": plan.seconds.training,
+            },
+        },
+    }  # fmt: skip
+
+
+def _keep_peaks(found: dict[str, dict[str, int]], phase: str) -> None:
+    before = found.get(phase, {})
+    found[phase] = {name: max(size, before.get(name, 0)) for name, size in peaks().items()}
+
+
+def table_line(name: str, row: dict[str, Any]) -> str:
+    """A row for people: measured, predicted and their ratio, bytes and seconds, both phases."""
+    cells = []
+    for phase in ("rollout", "training"):
+        took, said = row["peaks"][phase]["peak reserved"], row["predicted"][phase]["reserved"]
+        best, plan = min(row["seconds"][phase][1:]), row["predicted"]["seconds"][phase]
+        cells.append(
+            f"{phase}: {took / GIB:.2f} GiB, plan {said / GIB:.2f} ({said / took - 1:+.1%});"
+            f" {best:.2f} s, plan {plan:.2f} ({plan / best - 1:+.0%})"
+        )
+    return f"{name:10} " + " | ".join(cells)
 
 
 def main() -> None:
     torch.manual_seed(0)
+    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     output, wanted = Path(sys.argv[1]), sys.argv[2:] or list(ROWS)
     result: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"), "device": torch.cuda.get_device_name(),
@@ -169,14 +245,11 @@ def main() -> None:
     }  # fmt: skip
     for name in wanted:
         try:
-            result["rows"][name] = measured(name, ROWS[name], output)
+            result["rows"][name] = measured(ROWS[name])
+            print(table_line(name, result["rows"][name]), flush=True)
         except Exception as problem:  # noqa: BLE001 - one row must not lose the others
             result["rows"][name] = {**ROWS[name], "failed": repr(problem)[:400]}
-        found = result["rows"][name]
-        shown = {
-            key: round(value / GIB, 3) for key, value in found.items() if key.startswith("peak")
-        }
-        print(name, found.get("failed", ""), shown, found.get("seconds"), flush=True)
+            print(name, "failed", repr(problem)[:400], flush=True)
         output.write_text(json.dumps(result, indent=1))
 
 

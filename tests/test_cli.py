@@ -132,6 +132,7 @@ def test_help_names_what_exists_and_nothing_else():
         "generate",
         "reward",
         "advise",
+        "plan",
         "identity",
         "facts",
         "export",

@@ -14,6 +14,7 @@ from sparring.cli import measuring
 from sparring.cli import sampling
 from sparring.cli import judging
 from sparring.cli import advising
+from sparring.cli import planning
 from sparring.cli import teaching
 from sparring.cli import exporting
 
@@ -27,6 +28,7 @@ __all__ = [
     "judging",
     "main",
     "measuring",
+    "planning",
     "sampling",
     "teaching",
     "training",

@@ -12,6 +12,8 @@ from typing import Any
 
 from sparring.deadline import within
 from sparring.errors import CheckpointError
+from sparring.models.adapter_files import adapter_base
+from sparring.models.files import read_json
 
 HUB_SECONDS = 25.0
 """How long the Hub may take to say whether a model is there and readable."""
@@ -48,6 +50,48 @@ def resolve(path: str | Path, *, endpoint: str | None = None, seconds: float = H
             "safetensors, a run directory, or a Hub id such as Qwen/Qwen2.5-0.5B-Instruct"
         )
     return _download(name, folder, endpoint, seconds)
+
+
+def config_of(path: str | Path, *, seconds: float = HUB_SECONDS) -> dict[str, Any]:
+    """The config.json of a model, nothing else of it read or fetched.
+
+    path: as in `resolve`, where a folder needs no weights, or a JSON file itself. An adapter's is
+    its base's. Of a Hub id the cache's is taken where there is one. Raises CheckpointError.
+    """
+    folder = Path(str(path)).expanduser()
+    if folder.suffix == ".json" and folder.is_file():
+        return read_json(folder)
+    if folder.is_dir():
+        found = _model_folder(folder)
+        if (found / "config.json").is_file():
+            return read_json(found / "config.json")
+        return config_of(adapter_base(found), seconds=seconds)
+    if isinstance(path, Path) or folder.exists() or not _HUB_ID.fullmatch(str(path)):
+        resolve(path)  # says what is wrong
+    return _fetched_config(str(path), seconds)
+
+
+def _fetched_config(name: str, seconds: float) -> dict[str, Any]:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return read_json(Path(hf_hub_download(name, "config.json", local_files_only=True)))
+    except LocalEntryNotFoundError:
+        pass
+    try:
+        file = within(
+            seconds, lambda: hf_hub_download(name, "config.json", etag_timeout=seconds / 3)
+        )
+    except Exception as error:  # the client raises errors of several libraries, reported here
+        if not _is_unreachable(error):
+            raise CheckpointError(_refusal(repr(name), name, error)) from error
+        raise CheckpointError(
+            f"{name!r} is no folder, so it was taken for a Hub id, but the Hub cannot be reached"
+            f" ({type(error).__name__}: {_first_line(error)}), and its config.json is not in the"
+            " cache; give a local folder"
+        ) from error
+    return read_json(Path(file))
 
 
 def _model_folder(folder: Path) -> Path:

@@ -25,7 +25,7 @@ def check(source: Source, recipe: Recipe, command: Command) -> None:
         reason = "nothing is quantised; set [model] quantization = 'nf4'"
         raise _refusal(source, recipe, "model.keep_16bit", reason)
     limit, longest = recipe.model.max_tokens, recipe.rollout.max_completion_tokens
-    if limit and command not in ("sft", "dpo", "advise") and limit <= longest:
+    if limit and command not in ("sft", "dpo", "advise", "plan") and limit <= longest:
         reason = (
             f"rollout.max_completion_tokens = {longest} leaves no room for a prompt (the limit of a"
             " prompt is max_tokens - max_completion_tokens)"
@@ -34,7 +34,7 @@ def check(source: Source, recipe: Recipe, command: Command) -> None:
     if recipe.eval.every and not recipe.data.eval:
         reason = "there is nothing to evaluate on; set [data] eval"
         raise _refusal(source, recipe, "eval.every", reason)
-    if command not in ("ppo", "eval", "advise"):
+    if command not in ("ppo", "eval", "advise", "plan"):
         _check_not_ppo(source, recipe, command)
     if command in ("grpo", "ppo", "advise"):
         _check_whole_distribution(source, recipe, command)
@@ -49,7 +49,7 @@ def check(source: Source, recipe: Recipe, command: Command) -> None:
         raise _refusal(source, recipe, "advantage.name", reason)
     if command == "dpo":
         _check_dpo(source, recipe)
-    if command not in ("sft", "eval", "advise"):
+    if command not in ("sft", "eval", "advise", "plan"):
         _check_not_sft(source, recipe, command)
     if command == "sft" and recipe.loss != LossSection(name="sft"):
         reason = "sft has one loss, 'sft', and it takes no knobs; remove the section"

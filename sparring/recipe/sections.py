@@ -9,9 +9,9 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
-Command = Literal["sft", "grpo", "dpo", "ppo", "eval", "advise"]
+Command = Literal["sft", "grpo", "dpo", "ppo", "eval", "advise", "plan"]
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 _UNITS = {"": 1, "b": 1}
@@ -54,6 +54,13 @@ Modules = Annotated[tuple[str, ...] | Literal["all-linear"], BeforeValidator(_mo
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=1)]
 CountOrNone = Annotated[int, Field(ge=0)]
+CountOrAuto = Annotated[
+    int,
+    Field(ge=0),
+    BeforeValidator(lambda value: 0 if value == "auto" else value),
+    PlainSerializer(lambda value: value or "auto", return_type=int | str),
+]
+"""A count, or "auto", which is 0 in the code."""
 
 
 class ModelSection(BaseModel):
@@ -126,6 +133,7 @@ class RolloutSection(BaseModel):
     """[rollout]: how completions are sampled, and how many.
 
     top_p, top_k and min_p are for evaluations; grpo, ppo and advise refuse them.
+    cache_weights: four-bit weights are kept decoded while sampling ("auto": where they fit).
     """
 
     model_config = _FROZEN
@@ -138,6 +146,7 @@ class RolloutSection(BaseModel):
     min_p: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     stop: Names = ()
     kv_memory: Size = "auto"
+    cache_weights: bool | Literal["auto"] = "auto"
     cuda_graphs: bool = True
 
 
@@ -200,17 +209,18 @@ class TrainSection(BaseModel):
     Memory: checkpointing keeps all activations ("none"), each layer's input ("layers"), or that and
     attention's output ("selective"), and computes the rest again; offload keeps them in host memory
     (on a GPU); with checkpointing the feed-forward takes mlp_tile_tokens tokens at a time (0: all).
+    micro_batch_tokens and checkpointing may be "auto": the fastest that fits into run.memory.
     max_mismatch_kl: stop where trainer and sampler differ by more (0: never); see mismatch_kl.
     """
 
     model_config = _FROZEN
     steps: Count = 1
-    micro_batch_tokens: Count = 8192
+    micro_batch_tokens: CountOrAuto = 8192
     conversations_per_step: Count = 32
     pairs_per_step: Count = 32
     passes: Count = 1
     mini_steps: Count = 1
-    checkpointing: Literal["none", "layers", "selective"] = "none"
+    checkpointing: Literal["none", "layers", "selective", "auto"] = "none"
     offload: bool = False
     mlp_tile_tokens: CountOrNone = 8192
     max_mismatch_kl: Annotated[float, Field(ge=0.0)] = 0.0
@@ -284,6 +294,7 @@ REQUIRED: dict[Command, tuple[str, ...]] = {
     "ppo": (*_TRAINING, "reward.name"),
     "eval": ("model.path", "data.eval", "reward.name"),
     "advise": ("data.train",),
+    "plan": ("model.path",),
 }
 """Keys without a default, by command."""
 

@@ -1,10 +1,14 @@
 """PyTorch's caching allocator as a calculation: what it would reserve for a series of requests.
 
-Numbers only, no GPU and no torch. The rules are those of the CUDA allocator's defaults (no
-expandable segments): a request is rounded up to 512 bytes; up to 1 MiB it is served from segments
-of 2 MiB, below 10 MiB from segments of 20 MiB, above from a segment of its own in whole 2 MiB. The
-smallest free block that fits is taken and split where more than 1 MiB (small ones: 512 bytes) would
-be left; free neighbours join. At a limit, segments that are free as a whole are given back first.
+Numbers only, no GPU and no torch. The rules are those of the CUDA allocator's defaults: a request
+is rounded up to 512 bytes; up to 1 MiB it is served from segments of 2 MiB, below 10 MiB from
+segments of 20 MiB, above from a segment of its own in whole 2 MiB. The smallest free block that
+fits is taken and split where more than 1 MiB (small ones: 512 bytes) would be left; free neighbours
+join. At a limit, segments that are free as a whole are given back first.
+
+With expandable segments there is one segment for small and one for large requests, which grows by
+pages of 2 and 20 MiB; its end is used only where no free block fits, every rest is split off, and
+at a limit free pages are given back wherever they lie.
 """
 
 from __future__ import annotations
@@ -58,6 +62,9 @@ class _Pool:
         self.blocks[block.key] = block
         block.is_free = True
 
+    last: _Block | None = None
+    """The block at the end of an expandable segment."""
+
     def remove(self, block: _Block) -> None:
         del self.keys[bisect.bisect_left(self.keys, block.key)]
         del self.blocks[block.key]
@@ -65,17 +72,20 @@ class _Pool:
 
     def best(self, size: int) -> _Block | None:
         at = bisect.bisect_left(self.keys, (size, -1, -1))
+        if at < len(self.keys) and self.blocks[self.keys[at]] is self.last:
+            at += at + 1 < len(self.keys)  # the end is the largest block: it may still grow
         return self.blocks[self.keys[at]] if at < len(self.keys) else None
 
 
 class CachingAllocator:
     """Serves requests in order. limit: most bytes it may reserve, None for no limit.
 
-    allocated counts whole blocks, as PyTorch's counter does; peaks hold since `reset_peaks`.
+    expandable: with expandable segments. allocated counts whole blocks, as PyTorch's counter does;
+    peaks hold since `reset_peaks`.
     """
 
-    def __init__(self, limit: int | None = None) -> None:
-        self.limit = limit
+    def __init__(self, limit: int | None = None, *, expandable: bool = False) -> None:
+        self.limit, self.expandable = limit, expandable
         self.allocated = self.reserved = 0
         self.peak_allocated = self.peak_reserved = 0
         self._pools = (_Pool(), _Pool())
@@ -88,17 +98,20 @@ class CachingAllocator:
         pool = self._pools[is_small]
         block = pool.best(size)
         if block is None:
-            block = self._segment(size, is_small)
+            grow = self._grown if self.expandable else self._segment
+            block = grow(size, is_small)
         else:
             pool.remove(block)
         left = block.size - size
-        if left >= ROUND if is_small else left > SMALL_REQUEST:
+        if left >= ROUND if is_small or self.expandable else left > SMALL_REQUEST:
             rest = _Block(
                 block.segment, block.offset + size, left, is_small, before=block, after=block.after
             )
             if rest.after is not None:
                 rest.after.before = rest
             block.after, block.size = rest, size
+            if pool.last is block:
+                pool.last = rest
             pool.put(rest)
         self.allocated += block.size
         self.peak_allocated = max(self.peak_allocated, self.allocated)
@@ -111,6 +124,8 @@ class CachingAllocator:
         before, after = block.before, block.after
         if after is not None and after.is_free:
             pool.remove(after)
+            if pool.last is after:
+                pool.last = block
             block.size += after.size
             block.after = after.after
             if block.after is not None:
@@ -121,6 +136,8 @@ class CachingAllocator:
             before.after = block.after
             if before.after is not None:
                 before.after.before = before
+            if pool.last is block:
+                pool.last = before
             block = before
         pool.put(block)
 
@@ -135,6 +152,45 @@ class CachingAllocator:
     def reset_peaks(self) -> None:
         """Peaks count from now on."""
         self.peak_allocated, self.peak_reserved = self.allocated, self.reserved
+
+    def _grown(self, size: int, is_small: bool) -> _Block:
+        """The end of the one segment, grown until the request fits."""
+        pool = self._pools[is_small]
+        page = SMALL_SEGMENT if is_small else MIDDLE_SEGMENT
+        last = pool.last
+        if last is None or not last.is_free:
+            offset = 0 if last is None else last.offset + last.size
+            block = _Block(int(is_small), offset, 0, is_small, before=last)
+            if last is not None:
+                last.after = block
+        else:
+            block = last
+            pool.remove(block)
+        wanted = -(-(size - block.size) // page) * page
+        if self.limit is not None and self.reserved + wanted > self.limit:
+            self.reserved = self._touched()
+            if self.reserved + wanted > self.limit:
+                raise LimitReached(size)
+        block.size += wanted
+        pool.last = block
+        self.reserved += wanted
+        self.peak_reserved = max(self.peak_reserved, self.reserved)
+        return block
+
+    def _touched(self) -> int:
+        """Bytes of the pages that something is allocated in."""
+        total = 0
+        for pool, page in zip(self._pools, (MIDDLE_SEGMENT, SMALL_SEGMENT), strict=True):
+            block, end = pool.last, 0
+            while block is not None:
+                if not block.is_free:
+                    first, stop = block.offset // page, -(-(block.offset + block.size) // page)
+                    total += (stop - first) * page
+                    if end and stop > end:
+                        total -= page  # the page is shared with the block behind
+                    end = first
+                block = block.before
+        return total
 
     def _segment(self, size: int, is_small: bool) -> _Block:
         if is_small:

@@ -25,6 +25,7 @@ from sparring.train.inputs import load_optimizer
 from sparring.train.interrupt import Interruptions
 from sparring.train.optimizer import Optimizer
 from sparring.train.order import rows_of_step
+from sparring.train.plan_recipe import fit_memory
 from sparring.train.policy import Policy, build_policy
 from sparring.train.session import Session, open_session
 from sparring.train.step import score_values, train_step
@@ -62,6 +63,7 @@ def train(
     checkpoint of the last whole step.
     """
     with Interruptions() as interruptions, open_session(recipe, "dpo", resume=resume) as session:
+        recipe = fit_memory(recipe, "dpo", session.say, policy)
         policy = policy or build_policy(recipe)
         if pairs is not None:
             policy = policy.speaking(pairs.template)

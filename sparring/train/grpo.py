@@ -35,9 +35,11 @@ from sparring.rollout.engine import Engine
 from sparring.rollout.sampler import Sampling
 from sparring.train.inputs import load_optimizer, load_rewards, sandbox_levels, trainer_state
 from sparring.train.interrupt import Interruptions
+from sparring.train.memory import give_back_free_pages
 from sparring.train.metrics import Watch, rollout_metrics, rollout_rows
 from sparring.train.optimizer import Optimizer
 from sparring.train.order import rows_of_step
+from sparring.train.plan_recipe import fit_memory
 from sparring.train.policy import Policy, build_engine, build_policy, build_reference_policy
 from sparring.train.sampled import measure_accuracy, open_prompts
 from sparring.train.session import Session, open_session
@@ -84,6 +86,7 @@ def train(
     begun, a checkpoint of the last whole step is there.
     """
     with Interruptions() as interruptions, open_session(recipe, "grpo", resume=resume) as session:
+        recipe = fit_memory(recipe, "grpo", session.say, policy)
         judges = list(rewards) or load_rewards(recipe, secrets)
         session.record_sandbox(sandbox_levels(judges))
         try:
@@ -130,6 +133,7 @@ def _steps(
     try:
         for step in range(start, recipe.train.steps):
             with session.phase("rollout"), interruptions.interruptible():
+                give_back_free_pages()
                 prompts = rows_of_step(
                     parts.train.prompts,
                     step=step,
@@ -149,6 +153,7 @@ def _steps(
                 )
             with session.phase("train"):
                 engine.make_room()
+                give_back_free_pages()
                 groups = _judged(judgement.groups, parts.min_judged)
                 advantages = parts.advantage(groups)
                 batches = pack_groups(

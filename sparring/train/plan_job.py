@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from sparring.models.lora import PROJECTIONS
+from sparring.models.quantised import SLICE_BYTES
 from sparring.models.transformer import HEAD_CHUNK_ROWS, TransformerConfig
 from sparring.train.tape import Tape
 
@@ -56,7 +57,8 @@ class Trained:
     """A model and how it is trained.
 
     item: bytes of a number in the compute dtype. rank 0: every weight is trained. targets: names
-    out of PROJECTIONS. has_head: False for a critic's trunk. optimizer: as in the recipe.
+    out of PROJECTIONS. has_head: False for a critic's trunk. optimizer, keeps_16bit (kinds alone),
+    head and embedding: as in the recipe.
     """
 
     config: TransformerConfig
@@ -66,6 +68,9 @@ class Trained:
     targets: frozenset[str] = frozenset(PROJECTIONS)
     has_head: bool = True
     optimizer: str = "adamw"
+    keeps_16bit: frozenset[str] = frozenset()
+    head: str = "16bit"
+    embedding: str = "device"
 
     @property
     def is_full(self) -> bool:
@@ -92,7 +97,10 @@ class Trained:
                 adapted=tuple(rows for part, rows in parts.items() if part in self.targets)
                 if self.rank
                 else (),
-                is_quantised=self.is_quantised and inputs % 64 == 0,
+                is_quantised=self.is_quantised
+                and inputs % 64 == 0
+                and not self.keeps_16bit.issuperset(parts),
+                kept=sum(rows for part, rows in parts.items() if part in self.keeps_16bit),
             )
             for name, (inputs, parts, has_bias) in sizes.items()
         }
@@ -121,13 +129,17 @@ class Trained:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearSize:
-    """A fused linear layer: its inputs, the outputs of each part, and of each adapted part."""
+    """A fused linear layer: its inputs, the outputs of each part, and of each adapted part.
+
+    kept: outputs of parts that stay in 16 bits although the others are in NF4.
+    """
 
     inputs: int
     parts: Mapping[str, int]
     has_bias: bool
     adapted: tuple[int, ...]
     is_quantised: bool
+    kept: int = 0
 
     @property
     def outputs(self) -> int:
@@ -138,6 +150,11 @@ class LinearSize:
         """Bytes of its decoded matrix where it is in NF4, else 0: nothing is decoded."""
         return self.inputs * self.outputs * item if self.is_quantised else 0
 
+    def decoded_slice(self, item: int) -> int:
+        """Bytes of the slice of rows that is decoded at once where that will do."""
+        rows = max(64, SLICE_BYTES // (self.inputs * item) // 64 * 64)
+        return min(rows, self.outputs) * self.inputs * item if self.is_quantised else 0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
@@ -145,7 +162,8 @@ class Settings:
 
     offload: what checkpoints keep waits in host memory. mlp_tile_tokens: see the recipe. kv_bytes,
     max_running: of the rollout engine. caches_weights: NF4 weights are kept decoded during
-    rollouts.
+    rollouts; None: where they fit, if a proposal is asked for. expandable: the allocator's segments
+    are.
     """
 
     micro_batch_tokens: int = 8192
@@ -154,7 +172,8 @@ class Settings:
     mlp_tile_tokens: int = 8192
     kv_bytes: int = 0
     max_running: int = 512
-    caches_weights: bool = False
+    caches_weights: bool | None = None
+    expandable: bool = True
     head_chunk_rows: int = HEAD_CHUNK_ROWS
 
 
@@ -165,6 +184,7 @@ class Job:
     reference: "none", "base" (the adapter switched off), "adapter" or "weights" (a frozen copy).
     critic: PPO's, None otherwise; shares_trunk: it has an adapter and a head on the policy's trunk.
     passes, mini_steps: of PPO. samples: whether there are rollouts at all (SFT and DPO have none).
+    most_completions: that may be asked for at once, in evaluations too (0: those of a step).
     """
 
     policy: Trained
@@ -175,12 +195,17 @@ class Job:
     passes: int = 1
     mini_steps: int = 1
     samples: bool = True
+    most_completions: int = 0
 
 
 def take_weights(tape: Tape, model: Trained, part: str) -> None:
     """The weights of a model, tensor by tensor, as they are loaded."""
     config, item = model.config, model.item
-    tape.take(part, config.vocab_size * config.width * item)
+    table = config.vocab_size * config.width
+    if config.tied_head:
+        _take_head(tape, model, part)
+    elif model.embedding == "device":
+        tape.take(part, table * item)
     for _ in range(config.num_layers):
         for size in model.linears().values():
             for num_bytes in _matrix(size, item):
@@ -192,7 +217,16 @@ def take_weights(tape: Tape, model: Trained, part: str) -> None:
             tape.take(part, numbers * item)
     tape.take(part, config.width * item)
     if model.has_head and not config.tied_head:
-        tape.take(part, config.vocab_size * config.width * item)
+        _take_head(tape, model, part)
+
+
+def _take_head(tape: Tape, model: Trained, part: str) -> None:
+    config = model.config
+    if model.head == "8bit":
+        tape.take(part, config.vocab_size * config.width)
+        tape.take(part, config.vocab_size * 4)
+    else:
+        tape.take(part, config.vocab_size * config.width * model.item)
 
 
 def _matrix(size: LinearSize, item: int) -> Iterator[int]:
@@ -201,6 +235,9 @@ def _matrix(size: LinearSize, item: int) -> Iterator[int]:
     if not size.is_quantised:
         yield numbers * item
         return
+    if size.kept:
+        yield size.inputs * size.kept * item
+        numbers -= size.inputs * size.kept
     blocks = numbers // 64
     yield numbers // 2
     if any(size.inputs * rows // 64 % 256 for rows in size.parts.values()) and len(size.parts) > 1:
@@ -254,7 +291,7 @@ def take_masters(tape: Tape, model: Trained) -> None:
 def take_moments(tape: Tape, model: Trained) -> None:
     """The optimizer's moments: there from the first update on."""
     for numbers, _ in trained_sizes(model):
-        if model.optimizer == "adamw8bit" and numbers >= 4096:
+        if model.optimizer == "adamw_8bit" and numbers >= 4096:
             for _ in range(2):
                 tape.take(OPTIMIZER, numbers)
                 tape.take(OPTIMIZER, -(-numbers // 256) * 4)

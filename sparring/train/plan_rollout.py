@@ -20,65 +20,79 @@ from sparring.train.tape import Tape
 
 PREFILL_TOKENS = 8192
 """Most tokens of one prefill step, as the engine's own default."""
-BLOCK_TOKENS = 16
-"""Tokens of a block of the KV pool, as the engine's own default."""
+BLOCK_TOKENS = 64
+"""Tokens of a block of the KV pool, as the engine's own default on a GPU."""
+
+
+def take_graphs(tape: Tape, model: Trained, work: Work, settings: Settings, workspace: int) -> None:
+    """What captured decode steps keep: a step's tensors and a library workspace, twice.
+
+    Once for the run before a capture, on a stream of its own, once in the graphs' pool.
+    """
+    rows = min(settings.max_running, max(1, work.num_completions))
+    config = model.config
+    step = rows * (3 * config.ffn_width + 8 * config.width) * model.item
+    for _ in range(2):
+        tape.take(GRAPHS, workspace)
+        tape.take(GRAPHS, rows * config.vocab_size * 4)
+        tape.take(GRAPHS, step)
 
 
 def take_rollout(tape: Tape, model: Trained, work: Work, settings: Settings) -> None:
-    """KV pool, a prefill step and a decode step; everything is given back at the end."""
+    """KV pool, decoded weights and a prefill step; everything is given back at the end."""
     item, linears = model.item, model.linears()
     cached: list[int] = []
+    pool = tape.take(KV, settings.kv_bytes)
     if settings.caches_weights:
         for _ in range(model.config.num_layers):
             cached += [
-                tape.take(DECODED, size.decoded(item)) for size in linears.values()
+                tape.take(DECODED, size.decoded(item))
+                for size in linears.values()
                 if size.is_quantised
-            ]  # fmt: skip
-    pool = tape.take(KV, settings.kv_bytes)
-    rows = min(settings.max_running, work.num_completions)
-    prefill = max(1, min(PREFILL_TOKENS, work.prompts * work.prompt_tokens))
-    _forward(tape, model, prefill, work.prompts, settings)
-    _forward(tape, model, rows, rows, settings)
+            ]
+    tokens = max(1, min(PREFILL_TOKENS, work.prompts * work.prompt_tokens))
+    prompts = min(work.prompts, max(1, tokens // work.prompt_tokens))
+    _prefill(tape, model, tokens, prompts, settings)
     tape.give(pool, *cached)
 
 
-def _forward(tape: Tape, model: Trained, tokens: int, drawn: int, settings: Settings) -> None:
-    """One step without gradient; `drawn` rows of logits are sampled from."""
+def _prefill(tape: Tape, model: Trained, tokens: int, prompts: int, settings: Settings) -> None:
+    """A prefill step without gradient; the last row of each prompt is drawn from."""
     config, item = model.config, model.item
-    linears = model.linears()
+    width = tokens * config.width * item
 
-    def decoded(name: str) -> int:
-        return 0 if settings.caches_weights else linears[name].decoded(item)
+    def product(name: str) -> int:
+        size = model.linears()[name]
+        y = tape.take(WORKING, tokens * size.outputs * item)
+        if not settings.caches_weights:
+            whole = size.decoded(item) if size.adapted else size.decoded_slice(item)
+            if whole:
+                tape.brief(DECODED, whole)
+        return y
 
-    def rows(numbers: int) -> int:
-        return tokens * numbers * item
-
-    x, normed = tape.take(WORKING, rows(config.width)), tape.take(WORKING, rows(config.width))
-    with tape.during(DECODED, decoded("qkv")):
-        qkv = tape.take(WORKING, rows(linears["qkv"].outputs))
-    with tape.during(WORKING, rows(linears["qkv"].outputs)):
-        attended = tape.take(WORKING, rows(linears["output"].inputs))
-    tape.give(qkv, normed)
-    with tape.during(DECODED, decoded("output")):
-        added = tape.take(WORKING, rows(config.width))
-    tape.give(attended)
-    normed = tape.take(WORKING, rows(config.width))
-    with tape.during(DECODED, decoded("gate_up")):
-        gate_up = tape.take(WORKING, rows(2 * config.ffn_width))
-    hidden = tape.take(WORKING, rows(config.ffn_width))
+    heads = tokens * config.num_heads * config.head_size * item
+    tape.brief(WORKING, tokens * config.head_size * 4 * 3)  # angles
+    x, normed = tape.take(WORKING, width), tape.take(WORKING, width)
+    qkv = product("qkv")
+    with tape.during(WORKING, heads):
+        attended = tape.take(WORKING, heads)
+    added = product("output")
+    tape.give(qkv, attended, normed)
+    normed, summed = tape.take(WORKING, width), tape.take(WORKING, width)
+    tape.give(added, x)
+    gate_up = product("gate_up")
+    hidden = tape.take(WORKING, tokens * config.ffn_width * item)
     tape.give(gate_up)
-    with tape.during(DECODED, decoded("down")):
-        tape.brief(WORKING, rows(config.width))
-    tape.give(hidden, added, normed)
-    with tape.during(LOGITS, drawn * config.vocab_size * 4):
-        tape.brief(LOGITS, drawn * config.vocab_size * 4)
-    tape.brief(GRAPHS, drawn * config.num_heads * 8 * (config.head_size + 1) * 4)
-    tape.give(x)
+    down = product("down")
+    tape.give(hidden, normed)
+    with tape.during(WORKING, width):
+        tape.give(down, summed)
+        for _ in range(2):
+            tape.brief(LOGITS, prompts * config.vocab_size * 4)
 
 
-def kv_tokens(work: Work, *, running: int) -> int:
+def kv_tokens(work: Work, running: int) -> int:
     """Tokens of keys and values of `running` completions of full length, in whole blocks."""
-    running = min(running, work.num_completions)
     prompts = -(-running // work.group_size)
     block = BLOCK_TOKENS
     each = -(-(work.prompt_tokens % block + work.completion_tokens) // block) * block

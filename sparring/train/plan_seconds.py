@@ -14,16 +14,21 @@ from sparring.train.cards import Card
 from sparring.train.plan_job import Job, Settings, Trained, Work, trained_sizes
 from sparring.train.plan_training import MicroBatch
 
-MATMUL_SHARE, HEAD_SHARE = 0.92, 0.77
+MATMUL_SHARE, HEAD_SHARE = 0.90, 0.77
 ATTENTION_FORWARD_SHARE, ATTENTION_BACKWARD_SHARE = 0.42, 0.30
 """Of the card's tensor peak (for the H200 the measured 801 TFLOP/s)."""
+SKINNY_SHARE = 0.6
+"""Of the bandwidth, that products with an adapter's narrow matrices reach."""
 BANDWIDTH_SHARE = 0.88
-LAYER_SECONDS = {"forward": 0.5e-3, "backward": 1.6e-3}
-"""What the host takes to launch a layer: below it the card waits."""
+KERNEL_SECONDS, OPERATION_SECONDS = 130e-6, 51e-6
+"""What the host takes to launch a Triton kernel, and a library call with its views: a layer costs
+so many of each, and below that the card waits (2 rows on the H200's host; others may be faster)."""
 STEP_SECONDS = 0.02
 """A step's packing, clipping and reading of metrics."""
-DECODE_STEP_SECONDS, DECODE_ROW_SECONDS = 0.25e-3, 1.5e-6
-"""A decode step beyond its bytes and FLOP: kernels' starts, sampling, the host's look."""
+DECODE_LAYER_SECONDS, DECODE_ROW_SECONDS = 37e-6, 3e-6
+"""Starts of kernels in a captured decode step, and what a row costs in sampling and the host."""
+DECODE_SHARE = 0.94
+"""Of a copy's bandwidth, that products of a few rows reach."""
 NF4_BYTES = 0.5159
 NF4_WEIGHTS_PER_SECOND = 2.6e12
 """How fast weights are decoded inside a fused product, by instructions (H200, kernels measured)."""
@@ -103,8 +108,24 @@ def _update_seconds(
         device += head / (card.flops * HEAD_SHARE)
     if model.is_full:
         device += model.num_linear * (12 if model.item == 2 else 8) / _bandwidth(card)
-    launches = LAYER_SECONDS["forward"] * (2 if recomputes else 1) + LAYER_SECONDS["backward"]
-    return max(device, config.num_layers * launches)
+    return max(device, config.num_layers * _launch_seconds(model, recomputes))
+
+
+def _launch_seconds(model: Trained, recomputes: bool) -> float:
+    """What the host takes for a layer, forward and backward; counted in traces of the code."""
+    sizes = model.linears().values()
+    kernels = 18 if recomputes else 13
+    decoded = sum(size.is_quantised for size in sizes)
+    kernels += (3 * decoded - 1 if recomputes else 2 * decoded) if decoded else 0
+    if model.is_full:
+        operations = 34.0 if recomputes else 29.0
+    else:
+        adapted = sum(bool(size.adapted) for size in sizes)
+        parts = sum(len(size.adapted) for size in sizes)
+        operations = (
+            18 + 5.5 * adapted + 4 * parts if recomputes else 14 + 4.5 * adapted + 3 * parts
+        )
+    return kernels * KERNEL_SECONDS + operations * OPERATION_SECONDS
 
 
 def _pass_seconds(
@@ -121,7 +142,8 @@ def _pass_seconds(
     if with_head:
         head = 2 * config.width * config.vocab_size * batch.loss_rows
         device += head / (card.flops * HEAD_SHARE)
-    return max(device, config.num_layers * LAYER_SECONDS["forward"])
+    launches = 5 * KERNEL_SECONDS + 12 * OPERATION_SECONDS
+    return max(device, config.num_layers * launches)
 
 
 def _optimizer_seconds(model: Trained, card: Card) -> float:
@@ -144,21 +166,23 @@ def _forward_bytes(model: Trained) -> float:
     """Bytes that a token moves through memory between the products of a layer."""
     config = model.config
     heads = (config.num_heads + config.num_kv_heads) * config.head_size
-    moved = 18 * config.width + 4 * heads + 6 * config.ffn_width
+    moved = 18.0 * config.width + 4 * heads + 6 * config.ffn_width
     if config.qk_norm:
         moved += 4 * heads
     for size in model.linears().values():
-        moved += 4 * sum(size.adapted)
+        if size.adapted:
+            moved += 4 * sum(size.adapted) + 2 * size.inputs / SKINNY_SHARE
     return moved * model.item / 2
 
 
 def _elementwise_bytes(model: Trained, recomputes: bool) -> float:
     config = model.config
     heads = (config.num_heads + config.num_kv_heads) * config.head_size
-    moved = 30 * config.width + 12 * heads + 10 * config.ffn_width
+    moved = 30.0 * config.width + 12 * heads + 10 * config.ffn_width
     for size in model.linears().values():
         if size.adapted:
-            moved += 6 * size.inputs
+            moved += 4 * size.inputs
+            moved += (4 * sum(size.adapted) + 2 * size.inputs) / SKINNY_SHARE
     return moved * model.item / 2 + _forward_bytes(model) * (2 if recomputes else 1)
 
 
@@ -195,7 +219,8 @@ def _decode_step(model: Trained, work: Work, rows: int, settings: Settings, card
     context = work.prompt_tokens + work.completion_tokens / 2
     attention = rows * context * model.kv_bytes_per_token / bandwidth
     logits = 2.0 * rows * config.vocab_size * 4 / bandwidth
-    return products + attention + logits + DECODE_STEP_SECONDS + rows * DECODE_ROW_SECONDS
+    starts = config.num_layers * DECODE_LAYER_SECONDS + rows * DECODE_ROW_SECONDS
+    return (products + attention + logits) / DECODE_SHARE + starts
 
 
 def _bandwidth(card: Card) -> float:

@@ -187,8 +187,9 @@ class TrainingTape:
         """A product; with an adapter its part comes first and the base's is added to it."""
         tape, size = self.tape, self.linears[name]
         if not size.adapted:
-            with tape.during(DECODED, size.decoded(self.item)):
-                return tape.take(WORKING, rows * size.outputs * self.item)
+            y = tape.take(WORKING, rows * size.outputs * self.item)
+            with tape.during(DECODED, size.decoded_slice(self.item)):
+                return y
         xa = self._taken_xa(name, rows)
         y = tape.take(WORKING, rows * size.outputs * self.item)
         if size.is_quantised:
@@ -226,7 +227,7 @@ class TrainingTape:
         head = None
         if self.model.is_full:
             d_rows = tape.take(LOGITS, loss_rows * width * item)
-            head = self._trained_head(chunk, loss_rows)
+            head = self._trained_head(chunk)
             tape.give(chosen)
         else:
             with tape.during(LOGITS, loss_rows * width * 4):
@@ -237,17 +238,14 @@ class TrainingTape:
         tape.give(d_rows, scalars)
         return head, g
 
-    def _trained_head(self, chunk: int, loss_rows: int) -> int:
+    def _trained_head(self, chunk: int) -> int:
         """The head's weight gradient, added up in float32 chunk by chunk."""
         tape, config = self.tape, self.config
         size = config.vocab_size * config.width
         total = tape.take(LOGITS, size * 4)
-        with tape.during(LOGITS, chunk * 4), tape.during(LOGITS, chunk * 2):
-            for _ in range(min(3, -(-loss_rows // self.settings.head_chunk_rows))):
-                before, total = total, tape.take(LOGITS, size * 4)
-                tape.give(before)
-            rounded = tape.take(LOGITS, size * self.item)
-            tape.give(total)
+        logits, d_logits = tape.take(LOGITS, chunk * 4), tape.take(LOGITS, chunk * 2)
+        rounded = tape.take(LOGITS, size * self.item)
+        tape.give(total, logits, d_logits)
         if config.tied_head:
             return rounded  # waits for the embedding's part
         self._weight_gradient(rounded, size)

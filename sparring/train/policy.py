@@ -189,8 +189,8 @@ def build_reference_policy(policy: Policy, kl_coef: float) -> Reference | None:
 def build_engine(recipe: Recipe, policy: Policy, *, most_rollouts: int) -> Engine:
     """The rollout engine on the policy's own weights, inside rollout.kv_memory bytes.
 
-    "auto" is what `most_rollouts` sequences of full length could use, at most half of the memory
-    that is free now.
+    On a GPU the plan has decided these (see `fit_memory`). Where it has not, "auto" is what
+    `most_rollouts` sequences of full length could use, at most half of the memory that is free now.
     """
     section, model = recipe.rollout, policy.model
     kv_bytes = section.kv_memory
@@ -210,6 +210,8 @@ def build_engine(recipe: Recipe, policy: Policy, *, most_rollouts: int) -> Engin
         decode=policy.decode,
         max_tokens=policy.max_tokens,
         max_running=MAX_RUNNING,
+        cuda_graphs=section.cuda_graphs,
+        caches_weights=section.cache_weights is True and model.is_quantised,
     )
 
 

@@ -38,10 +38,12 @@ from sparring.rollout.engine import Engine
 from sparring.rollout.sampler import Sampling
 from sparring.train.inputs import load_optimizer, load_rewards, sandbox_levels, trainer_state
 from sparring.train.interrupt import Interruptions
+from sparring.train.memory import give_back_free_pages
 from sparring.train.metrics import Watch, rollout_metrics, rollout_rows
 from sparring.train.mismatch import check_mismatch, mismatch
 from sparring.train.optimizer import Optimizer
 from sparring.train.order import rows_of_step
+from sparring.train.plan_recipe import fit_memory
 from sparring.train.policy import (
     Policy,
     build_engine,
@@ -94,6 +96,7 @@ def train(
     Interrupted after a signal; checkpoints are of whole steps.
     """
     with Interruptions() as interruptions, open_session(recipe, "ppo", resume=resume) as session:
+        recipe = fit_memory(recipe, "ppo", session.say)
         rewards = load_rewards(recipe, secrets)
         session.record_sandbox(sandbox_levels(rewards))
         try:
@@ -138,6 +141,7 @@ def _steps(
     try:
         for step in range(start, recipe.train.steps):
             with session.phase("rollout"), interruptions.interruptible():
+                give_back_free_pages()
                 prompts = rows_of_step(
                     parts.train.prompts,
                     step=step,
@@ -157,6 +161,7 @@ def _steps(
                 )
             with session.phase("train"):
                 parts.engine.make_room()
+                give_back_free_pages()
                 counts = judged_counts(judgement.groups)
                 groups = [g for g, n in zip(judgement.groups, counts, strict=True) if n]
                 split, values = _experience(recipe, parts, groups)

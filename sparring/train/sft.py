@@ -21,6 +21,7 @@ from sparring.train.inference import training_template
 from sparring.train.interrupt import Interruptions
 from sparring.train.optimizer import Optimizer, build_optimizer
 from sparring.train.order import rows_of_step
+from sparring.train.plan_recipe import fit_memory
 from sparring.train.policy import Policy, build_policy
 from sparring.train.session import Session, open_session
 from sparring.train.step import score_loss, train_step
@@ -42,6 +43,7 @@ def train(
     a checkpoint of the last whole step.
     """
     with Interruptions() as interruptions, open_session(recipe, "sft", resume=resume) as session:
+        recipe = fit_memory(recipe, "sft", session.say, policy)
         policy = policy or build_policy(recipe)
         if rows is not None:
             policy = policy.speaking(rows.template)

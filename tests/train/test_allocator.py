@@ -73,3 +73,30 @@ def test_books_balance_over_random_requests() -> None:
         allocator.give(block)
     allocator.release()
     assert allocator.allocated == allocator.reserved == 0
+
+
+def test_an_expandable_segment_grows_by_pages_and_keeps_its_end_for_last() -> None:
+    allocator = CachingAllocator(expandable=True)
+    first, second = allocator.take(30 * MIB), allocator.take(5 * MIB)
+    assert allocator.reserved == 40 * MIB
+    assert allocator.take(500).size == 512
+    assert allocator.reserved == 42 * MIB
+    allocator.give(first)
+    third = allocator.take(4 * MIB)  # the hole of 30 MiB, although the end would be tighter
+    assert third.offset == 0
+    assert allocator.take(26 * MIB + 1).offset == 35 * MIB  # the hole's rest is a byte too small
+    assert allocator.reserved == 82 * MIB
+    allocator.give(second)
+    assert allocator.take(31 * MIB).offset == 4 * MIB
+    assert allocator.reserved == 82 * MIB
+
+
+def test_at_a_limit_free_pages_inside_an_expandable_segment_are_given_back() -> None:
+    allocator = CachingAllocator(limit=120 * MIB, expandable=True)
+    held = [allocator.take(20 * MIB) for _ in range(5)]
+    for block in held[:4:2]:
+        allocator.give(block)
+    allocator.take(40 * MIB)  # two holes of 20 MiB, nowhere 40
+    assert allocator.reserved <= 120 * MIB
+    with pytest.raises(LimitReached):
+        allocator.take(40 * MIB)

@@ -122,7 +122,7 @@ def traced(model: Decoder, batch: Batch, loss_rows: int) -> Peak:
         with tape:
             for _ in range(2):
                 dapo(model.score(batch), batch).loss.backward()
-    return play([Event(*event, "") for event in tape.events], CachingAllocator())
+    return play([Event(*event, "") for event in tape.events], CachingAllocator(expandable=True))
 
 
 def planned(model: Trained, settings: Settings, batch: MicroBatch) -> Peak:
@@ -131,7 +131,7 @@ def planned(model: Trained, settings: Settings, batch: MicroBatch) -> Peak:
     training.micro_batch(batch)
     later = {"has_gradients": True, "rows": batch.rows, "loss_rows": batch.loss_rows}
     training.micro_batch(MicroBatch(groups=batch.groups, **later))
-    return play(tape.events, CachingAllocator())
+    return play(tape.events, CachingAllocator(expandable=True))
 
 
 @pytest.mark.parametrize(
@@ -168,5 +168,4 @@ def test_the_tape_asks_for_what_the_code_asks_for(
     code = traced(model, batch, micro_batch.loss_rows)
     plan = planned(trained, Settings(checkpointing=mode), micro_batch)
     assert 0.99 * code.allocated < plan.allocated < 1.03 * code.allocated
-    # where single requests of a MiB lie decides how large blocks are split
-    assert 0.97 * code.reserved < plan.reserved < 1.12 * code.reserved
+    assert 0.96 * code.reserved < plan.reserved < 1.06 * code.reserved

@@ -1,0 +1,88 @@
+"""The command before a run that tells its bytes and seconds: plan."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sparring.cli.app import PASS_ON, Traceback, Words, app, load
+from sparring.cli.terminal import emit, reporting, say
+from sparring.errors import UserError
+
+if TYPE_CHECKING:
+    from sparring.recipe import Recipe
+    from sparring.train.cards import Card
+    from sparring.train.plan_job import Job
+
+MEASURED = "H200"
+
+
+@app.command(context_settings=PASS_ON)
+def plan(
+    words: Words,
+    memory: Annotated[
+        str, typer.Option(help="The budget, such as 24GiB; else run.memory, or the card's.")
+    ] = "",
+    card: Annotated[str, typer.Option(help="A card of the table, such as 4090.")] = "",
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the longest prompt.", min=0)] = 0,
+    algorithm: Annotated[
+        str, typer.Option("--for", help="grpo, ppo, sft or dpo; else what the recipe is for.")
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    traceback: Traceback = False,
+) -> None:
+    """Predict a RECIPE's bytes by part and seconds a step, and propose settings that fit."""
+    with reporting(traceback):
+        if algorithm not in ("", "grpo", "ppo", "sft", "dpo"):
+            raise UserError(f"--for {algorithm} is not known; known: grpo, ppo, sft, dpo")
+        recipe = load(words, "plan")
+        from sparring.train.cards import find_card
+        from sparring.train.plan_recipe import job_of, plan_recipe, proposal_lines
+        from sparring.train.plan_table import as_dict, plan_lines
+
+        chosen = find_card(card or MEASURED)
+        budget = _budget(recipe, memory, chosen if card else None)
+        job = job_of(recipe, algorithm=algorithm or None, prompt_tokens=prompt_tokens)  # type: ignore[arg-type]
+        asked, best = plan_recipe(recipe, job, budget=budget, card=chosen)
+        if as_json:
+            plans = {"recipe": asked, "proposal": best}
+            emit({k: None if v is None else as_dict(v) for k, v in plans.items()}, sys.stdout)
+            return
+        _say_job(recipe, job, prompt_tokens)
+        lines = [] if asked is None else plan_lines(asked, "the recipe as it stands")
+        if best is not None:
+            lines += plan_lines(best, f"the fastest that fits into {budget / 2**30:g} GiB")  # type: ignore[operator]
+            lines += ["to paste:", *(f"  {line}" for line in proposal_lines(best))]
+        else:
+            lines.append("give --memory 24GiB or --card NAME for the settings that fit")
+        for line in lines:
+            say(line)
+
+
+def _budget(recipe: Recipe, memory: str, card: Card | None) -> int | None:
+    """Bytes of --memory, of run.memory, or of the card that was named; None: no limit."""
+    from sparring.recipe import parse_size
+
+    if memory:
+        try:
+            return parse_size(memory)
+        except ValueError as error:
+            raise UserError(f"--memory {memory}: {error}") from error
+    if recipe.run.memory != "auto":
+        return int(recipe.run.memory)
+    return None if card is None else card.memory
+
+
+def _say_job(recipe: Recipe, job: Job, prompt_tokens: int) -> None:
+    policy, work = job.policy, job.work
+    bits = "NF4" if policy.is_quantised else "16 bits" if policy.item == 2 else "32 bits"
+    trained = f"an adapter of rank {policy.rank}" if policy.rank else "all weights"
+    assumed = "" if prompt_tokens or not job.samples else " (assumed; --prompt-tokens N tells)"
+    say(
+        f"{recipe.model.path}: {policy.num_linear / 1e9:.2f} thousand million weights in linear"
+        f" layers, {bits}, {trained} trained; a step: {work.prompts} prompts x {work.group_size}"
+        f" completions, {work.prompt_tokens} tokens a prompt{assumed},"
+        f" {work.completion_tokens} a completion"
+    )

@@ -1,0 +1,328 @@
+"""A recipe as a plan's job, and a run made to fit its memory before anything is loaded.
+
+Only config.json of a model is read. On a CPU nothing is planned: host memory has no such phases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+
+from sparring.algorithms.registry import find_loss, knob_defaults
+from sparring.errors import MemoryBudgetError
+from sparring.models import checkpoint
+from sparring.models.hub import config_of
+from sparring.models.lora import LoraConfig
+from sparring.models.memory import free_bytes
+from sparring.models.nf4_files import stored_as_nf4
+from sparring.models.transformer import Decoder
+from sparring.recipe import Recipe
+from sparring.train.cards import Card, all_cards, find_card
+from sparring.train.plan import MODES, Plan, gib, micro_batches, predict, propose
+from sparring.train.plan_job import CONTEXT_BYTES, Job, Settings, Trained, Work
+from sparring.train.policy import MAX_RUNNING, Policy, pick_device
+
+Algorithm = Literal["grpo", "ppo", "sft", "dpo"]
+ASSUMED_PROMPT_TOKENS = 256
+"""Of a prompt, where neither the recipe's limits nor the user say less."""
+DEFAULT_TOKENS, DEFAULT_MODE = 8192, "none"
+"""What "auto" is where nothing is planned."""
+
+
+def algorithm_of(recipe: Recipe) -> Algorithm:
+    """The command that a recipe is for, as its sections tell."""
+    if recipe.value is not None:
+        return "ppo"
+    if recipe.loss.name == "sft" or not recipe.reward:
+        return "sft"
+    return "grpo"
+
+
+def trained_of(recipe: Recipe, path: str = "") -> Trained:
+    """The policy of a recipe by its config.json; path: another model than model.path."""
+    section = recipe.model
+    config = config_of(path or section.path)
+    shape = checkpoint.family_of(config).config(config)
+    lora = recipe.lora
+    return Trained(
+        config=shape,
+        item=4 if _dtype_name(recipe, config) == "float32" else 2,
+        is_quantised=section.quantization == "nf4" or stored_as_nf4(config),
+        rank=lora.rank if lora is not None else 0,
+        targets=LoraConfig(target_modules=lora.target_modules).targets()
+        if lora is not None
+        else frozenset(),
+        optimizer=recipe.optimizer.name,
+        keeps_16bit=frozenset(section.keep_16bit),
+        head=section.head,
+        embedding=section.embedding,
+    )
+
+
+def _trained_as(recipe: Recipe, model: Decoder) -> Trained:
+    """A loaded policy as it stands."""
+    lora = model.lora.get("policy")
+    return Trained(
+        config=model.config,
+        item=model.dtype.itemsize,
+        is_quantised=model.is_quantised,
+        rank=0 if lora is None else lora.rank,
+        targets=frozenset() if lora is None else lora.targets(),
+        optimizer=recipe.optimizer.name,
+        keeps_16bit=frozenset(recipe.model.keep_16bit),
+        head=recipe.model.head,
+        embedding=recipe.model.embedding,
+    )
+
+
+def _dtype_name(recipe: Recipe, config: Any) -> str:
+    if recipe.model.dtype != "auto":
+        return recipe.model.dtype
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    return name.removeprefix("torch.").replace("float64", "float32")
+
+
+def job_of(
+    recipe: Recipe,
+    *,
+    algorithm: Algorithm | None = None,
+    prompt_tokens: int = 0,
+    model: Decoder | None = None,
+) -> Job:
+    """What a recipe asks for; prompt_tokens 0: an assumption within the recipe's limits.
+
+    model: the policy itself, where it is loaded.
+    """
+    algorithm = algorithm or algorithm_of(recipe)
+    policy = trained_of(recipe) if model is None else _trained_as(recipe, model)
+    work = _work(recipe, algorithm, policy, prompt_tokens)
+    critic = _critic(recipe, policy) if algorithm == "ppo" else None
+    return Job(
+        policy=policy,
+        work=work,
+        reference=_reference(recipe, algorithm),
+        critic=critic,
+        shares_trunk=critic is not None and not (recipe.value and recipe.value.path),
+        passes=recipe.train.passes,
+        mini_steps=recipe.train.mini_steps,
+        samples=algorithm in ("grpo", "ppo"),
+        most_completions=MAX_RUNNING if recipe.data.eval else 0,
+    )
+
+
+def _work(recipe: Recipe, algorithm: Algorithm, policy: Trained, prompt_tokens: int) -> Work:
+    train, limit = recipe.train, recipe.model.max_tokens or policy.config.max_tokens
+    if algorithm in ("sft", "dpo"):
+        rows = train.conversations_per_step if algorithm == "sft" else train.pairs_per_step
+        longest = min(limit, train.micro_batch_tokens or DEFAULT_TOKENS)
+        size = 1 if algorithm == "sft" else 2
+        return Work(
+            prompts=rows, group_size=size, prompt_tokens=1, completion_tokens=longest // size
+        )
+    rollout = recipe.rollout
+    room = max(1, limit - rollout.max_completion_tokens)
+    return Work(
+        prompts=rollout.prompts_per_step,
+        group_size=rollout.group_size,
+        prompt_tokens=prompt_tokens or min(room, ASSUMED_PROMPT_TOKENS),
+        completion_tokens=rollout.max_completion_tokens,
+    )
+
+
+def _reference(recipe: Recipe, algorithm: Algorithm) -> str:
+    loss = recipe.loss
+    if algorithm == "ppo":
+        coefficient = recipe.advantage.knobs.get("kl_coef", 0.0)
+    elif algorithm == "dpo":
+        coefficient = 0.0 if loss.knobs.get("reference_free") else 1.0
+    elif algorithm == "grpo":
+        defaults = knob_defaults(find_loss(loss.name))
+        coefficient = loss.knobs.get("kl_coef", defaults.get("kl_coef", 0.0))
+    else:
+        coefficient = 0.0
+    if not coefficient:
+        return "none"
+    if recipe.lora is None:
+        return "weights"
+    return "adapter" if recipe.model.adapter else "base"
+
+
+def _critic(recipe: Recipe, policy: Trained) -> Trained:
+    """The critic of [value]: on the policy's trunk, or on a model of its own."""
+    section = recipe.value
+    path, rank = ("", 16) if section is None else (section.path, section.rank)
+    everywhere = LoraConfig().targets()
+    if not path:
+        # rank 0: the head alone is trained; no layer has an adapter
+        targets = everywhere if rank else frozenset()
+        return replace(policy, rank=max(rank, 1), targets=targets, has_head=False)
+    own = trained_of(recipe, path)
+    return replace(
+        own, rank=rank, targets=everywhere, is_quantised=False, has_head=False, head="16bit"
+    )
+
+
+def settings_of(recipe: Recipe) -> Settings:
+    """The settings that a recipe names; 0 and "auto" stand for what is to be chosen."""
+    train, rollout = recipe.train, recipe.rollout
+    return Settings(
+        micro_batch_tokens=train.micro_batch_tokens or DEFAULT_TOKENS,
+        checkpointing=DEFAULT_MODE if train.checkpointing == "auto" else train.checkpointing,
+        offload=train.offload,
+        mlp_tile_tokens=train.mlp_tile_tokens,
+        kv_bytes=0 if rollout.kv_memory == "auto" else int(rollout.kv_memory),
+        max_running=MAX_RUNNING,
+        caches_weights=None if rollout.cache_weights == "auto" else rollout.cache_weights,
+    )
+
+
+def plan_recipe(
+    recipe: Recipe, job: Job, *, budget: int | None, card: Card
+) -> tuple[Plan | None, Plan | None]:
+    """The plan of the recipe as it stands, and the fastest that fits the budget.
+
+    The first is None where the recipe leaves a choice to the plan, the second where there is no
+    budget. Raises MemoryBudgetError where nothing fits.
+    """
+    wanted = settings_of(recipe)
+    asked = None
+    if recipe.train.micro_batch_tokens and recipe.train.checkpointing != "auto":
+        try:
+            asked = predict(job, wanted, budget=budget, card=card)
+        except MemoryBudgetError:
+            asked = replace(predict(job, wanted, card=card), budget=budget)
+    best = None if budget is None else propose(job, wanted, budget=budget, card=card)
+    return asked, best
+
+
+def fit_memory(
+    recipe: Recipe, algorithm: Algorithm, say: Callable[[str], None], loaded: Policy | None = None
+) -> Recipe:
+    """The recipe with every "auto" of memory decided, and the allocator held to run.memory.
+
+    Call it before anything is on the device; loaded: a policy that is there all the same. On a GPU
+    run.memory becomes bytes: what it says, or what is free now, read here once. Raises
+    MemoryBudgetError, with the proposal, where micro_batch_tokens and checkpointing as the recipe
+    has them do not fit.
+    """
+    device = pick_device() if loaded is None else loaded.model.device
+    if device.type != "cuda":
+        return _decided(recipe, settings_of(recipe))
+    if loaded is None:
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    budget = _budget(recipe, device, say)
+    recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"memory": budget})})
+    model = None if loaded is None else loaded.model
+    job = job_of(recipe, algorithm=algorithm, model=model)
+    if job.policy.item != 2:
+        say("memory is not planned for float32 on a GPU: attention runs in plain torch there")
+        return _decided(recipe, settings_of(recipe))
+    chosen = _chosen(recipe, job, budget, _card_of(device))
+    say(_told(chosen))
+    return _decided(recipe, chosen.settings)
+
+
+def _budget(recipe: Recipe, device: torch.device, say: Callable[[str], None]) -> int:
+    """Bytes that the run may take, context included; the allocator is told."""
+    total = int(torch.cuda.get_device_properties(device).total_memory)
+    free = free_bytes(device) + torch.cuda.memory_reserved(device)
+    if recipe.run.memory == "auto":
+        return free
+    budget = int(recipe.run.memory)
+    if budget > total:
+        raise MemoryBudgetError(
+            f"[run] memory = {gib(budget)}, but {torch.cuda.get_device_name(device)} has"
+            f' {gib(total)}; give it at most that, or "auto"'
+        )
+    if budget > free + CONTEXT_BYTES:
+        say(f"run.memory is {gib(budget)}, but only {gib(free)} are free now: others use the card")
+    torch.cuda.set_per_process_memory_fraction(max(0, budget - CONTEXT_BYTES) / total, device)
+    return budget
+
+
+def _chosen(recipe: Recipe, job: Job, budget: int, card: Card) -> Plan:
+    """The recipe's own settings where they fit, its open ones decided; else MemoryBudgetError."""
+    wanted = settings_of(recipe)
+    train = recipe.train
+    if train.micro_batch_tokens and train.checkpointing != "auto":
+        try:
+            return propose(
+                job, wanted, budget=budget, card=card, modes=(train.checkpointing,),
+                tokens=(train.micro_batch_tokens,),
+            )  # fmt: skip
+        except MemoryBudgetError:
+            reason = f"they take {gib(predict(job, wanted, card=card).total)}"
+        best = propose(job, wanted, budget=budget, card=card)
+        lines = "\n".join(proposal_lines(best))
+        raise MemoryBudgetError(
+            f"micro_batch_tokens = {train.micro_batch_tokens} with checkpointing ="
+            f' "{train.checkpointing}" do not fit into {gib(budget)}: {reason}. The fastest that'
+            f' fits (or write "auto"):\n{lines}'
+        )
+    modes = MODES if train.checkpointing == "auto" else (train.checkpointing,)
+    if train.micro_batch_tokens:
+        return propose(
+            job, wanted, budget=budget, card=card, modes=modes, tokens=(train.micro_batch_tokens,)
+        )
+    return propose(job, wanted, budget=budget, card=card, modes=modes)
+
+
+def proposal_lines(plan: Plan) -> list[str]:
+    """Recipe lines to paste."""
+    settings = plan.settings
+    lines = []
+    if plan.budget is not None:
+        lines += ["[run]", f'memory = "{plan.budget / 2**30:g}GiB"']
+    lines += [
+        "[train]",
+        f"micro_batch_tokens = {settings.micro_batch_tokens}",
+        f'checkpointing = "{settings.checkpointing}"',
+    ]
+    if settings.offload:
+        lines.append("offload = true")
+    return lines
+
+
+def _told(plan: Plan) -> str:
+    settings = plan.settings
+    kv = f", {gib(settings.kv_bytes)} for keys and values" if plan.rollout is not None else ""
+    return (
+        f"memory: {gib(plan.total)} of {gib(plan.budget or plan.total)} planned;"
+        f" {settings.micro_batch_tokens} tokens a micro-batch, checkpointing"
+        f" {settings.checkpointing}{kv}"
+    )
+
+
+def _decided(recipe: Recipe, settings: Settings) -> Recipe:
+    """The recipe with the settings in the place of what it left open."""
+    train = recipe.train.model_copy(
+        update={
+            "micro_batch_tokens": settings.micro_batch_tokens,
+            "checkpointing": settings.checkpointing,
+        }
+    )
+    rollout = recipe.rollout
+    if settings.kv_bytes:
+        found = {"kv_memory": settings.kv_bytes, "cache_weights": bool(settings.caches_weights)}
+        rollout = rollout.model_copy(update=found)
+    return recipe.model_copy(update={"train": train, "rollout": rollout})
+
+
+def _card_of(device: torch.device) -> Card:
+    """The table's card of that name, or one with this one's arch; it ranks settings, no more."""
+    name = torch.cuda.get_device_name(device)
+    major, minor = torch.cuda.get_device_capability(device)
+    try:
+        card = find_card(name)
+    except ValueError:
+        card = all_cards()["H200"]
+    return replace(card, arch=10 * major + minor)
+
+
+__all__ = [
+    "algorithm_of", "fit_memory", "job_of", "micro_batches", "plan_recipe", "proposal_lines",
+    "settings_of", "trained_of",
+]  # fmt: skip

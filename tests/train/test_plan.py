@@ -1,0 +1,230 @@
+"""The plan: bytes by part worked out by hand, proposals that fit, refusals with numbers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparring.errors import MemoryBudgetError
+from sparring.models.checkpoint import build_model, family_of
+from sparring.models.lora import LoraConfig
+from sparring.recipe import build_recipe, load_recipe, recipe_text
+from sparring.train.cards import find_card
+from sparring.train.optimizer import build_optimizer
+from sparring.train.plan import MODES, micro_batches, predict, propose
+from sparring.train.plan_job import (
+    ADAPTERS,
+    CONTEXT,
+    KV,
+    OPTIMIZER,
+    PARTS,
+    WEIGHTS,
+    Job,
+    Settings,
+    Trained,
+    Work,
+)
+from sparring.train.plan_recipe import algorithm_of, fit_memory, job_of, plan_recipe
+from sparring.train.plan_table import as_dict, plan_lines
+
+GIB = 2**30
+CONFIG = {
+    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 512,
+    "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 8,
+    "num_key_value_heads": 2, "vocab_size": 32000, "tie_word_embeddings": True,
+    "max_position_embeddings": 4096, "torch_dtype": "bfloat16",
+}  # fmt: skip
+WORK = Work(prompts=4, group_size=8, prompt_tokens=100, completion_tokens=300)
+H200 = find_card("H200")
+
+
+def model(**changes: Any) -> Trained:
+    return Trained(config=family_of(CONFIG).config(CONFIG), **changes)
+
+
+def recipe_for(folder: Path, **tables: Any) -> Any:
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return build_recipe(
+        {
+            "model": {"path": str(folder), "max_tokens": 400},
+            "lora": {"rank": 8},
+            "reward": [{"name": "math"}],
+            "rollout": {"prompts_per_step": 4, "max_completion_tokens": 300},
+            **tables,
+        },
+        command="plan",
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 16])
+def test_what_stays_is_what_the_model_and_the_optimizer_hold(rank: int) -> None:
+    built = build_model(CONFIG, device="cpu", dtype=torch.bfloat16)
+    if rank:
+        built.add_adapter(LoraConfig(rank=rank))
+    tensors = [*built.parameters(), *(b for b in built.buffers())]
+    held = sum(t.numel() * t.element_size() for t in tensors)
+    trained = built.trainable_parameters()
+    optimizer = build_optimizer(trained, learning_rate=1e-3, num_steps=1)
+    for p in trained.values():
+        p.grad = torch.zeros_like(p)
+        if p.dtype == torch.bfloat16:
+            p.backward(torch.zeros_like(p))
+    optimizer.step(gradient_norm=1.0, max_grad_norm=1.0)
+    state = optimizer.state_tensors()
+    moments = sum(t.numel() * t.element_size() for t in state.values())
+    plan = predict(Job(policy=model(rank=rank), work=WORK), Settings())
+    assert plan.rollout is not None
+    parts = plan.rollout.parts
+    # blocks of 512 bytes: vectors and counts take a whole one, small tables are not counted
+    assert (
+        0.999 * held <= parts[WEIGHTS] + parts.get(ADAPTERS, 0) <= 1.01 * held + 512 * len(tensors)
+    )
+    assert moments <= parts[OPTIMIZER] <= 1.01 * moments + 512 * len(state)
+
+
+def test_parts_add_up_to_the_total_and_are_known() -> None:
+    plan = predict(Job(policy=model(), work=WORK), Settings(), budget=8 * GIB, card=H200)
+    for phase in (plan.rollout, plan.training):
+        assert phase is not None
+        assert set(phase.parts) <= set(PARTS)
+        assert sum(phase.parts.values()) == phase.total
+        assert phase.parts[CONTEXT] == GIB
+    assert KV not in plan.training.parts
+    assert plan.fits
+    assert plan.seconds is not None
+    assert min(plan.seconds.prefill, plan.seconds.decode, plan.seconds.training) > 0
+
+
+def test_micro_batches_are_those_that_packing_makes() -> None:
+    # a group is 99 + 8 x 300 rows; two of 2,499 fit into 5,000
+    batches = micro_batches(WORK, 5000, exact=True)
+    assert [batch.rows for batch in batches] == [4998, 4998]
+    assert batches[0].groups == ((99, 8), (99, 8))
+    split = micro_batches(WORK, 1000, exact=True)
+    assert sum(batch.loss_rows for batch in split) == 4 * 8 * 300
+    assert max(batch.rows for batch in split) == 99 + 3 * 300
+    open_ended = micro_batches(WORK, 1000)
+    assert sum(batch.rows for batch in open_ended) == WORK.num_tokens
+    assert max(batch.rows for batch in open_ended) == 1000
+    # a completion longer than the limit has a micro-batch to itself
+    assert micro_batches(WORK, 100)[0].rows == 99 + 300
+
+
+def test_less_is_kept_with_checkpoints_and_less_still_with_offload() -> None:
+    job = Job(policy=model(rank=8), work=replace(WORK, prompts=32, completion_tokens=1000))
+    totals = {
+        mode: predict(job, Settings(checkpointing=mode, micro_batch_tokens=32768)).training.total
+        for mode in MODES
+    }
+    assert totals["none"] > totals["selective"] > totals["layers"]
+    offloaded = Settings(checkpointing="layers", micro_batch_tokens=32768, offload=True)
+    assert predict(job, offloaded).training.total < totals["layers"]
+
+
+def test_a_proposal_fits_and_more_memory_is_never_slower() -> None:
+    job = Job(policy=model(rank=8), work=replace(WORK, prompts=16, completion_tokens=1500))
+    seconds = []
+    for budget in (2.2 * GIB, 3 * GIB, 8 * GIB, 40 * GIB):
+        plan = propose(job, Settings(), budget=int(budget), card=H200)
+        assert plan.fits
+        assert plan.total <= budget
+        assert plan.seconds is not None
+        seconds.append(plan.seconds.training)
+    assert seconds == sorted(seconds, reverse=True)
+    assert seconds[0] > seconds[-1]
+
+
+def test_nothing_fits_is_said_with_the_numbers() -> None:
+    job = Job(policy=model(rank=0), work=WORK)
+    with pytest.raises(MemoryBudgetError, match=r"nothing fits into 1\.20 GiB.*weights 0\.0.*nf4"):
+        propose(job, Settings(), budget=int(1.2 * GIB), card=H200)
+
+
+def test_keys_and_values_take_what_is_left_and_no_more_than_is_useful() -> None:
+    job = Job(policy=model(rank=8), work=replace(WORK, prompts=64, completion_tokens=3000))
+    wide = predict(job, Settings(), budget=80 * GIB)
+    each = job.policy.kv_bytes_per_token
+    assert wide.settings.kv_bytes // each >= 64 * 100 + 512 * 3000
+    tight = predict(job, Settings(), budget=3 * GIB)
+    assert tight.rollout is not None
+    assert tight.settings.kv_bytes < wide.settings.kv_bytes
+    assert 0.93 * 3 * GIB < tight.rollout.total <= 3 * GIB
+
+
+def test_a_recipe_is_read_with_its_reference_and_its_critic(tmp_path: Path) -> None:
+    plain = recipe_for(tmp_path)
+    assert algorithm_of(plain) == "grpo"
+    assert job_of(plain).reference == "none"
+    with_kl = recipe_for(tmp_path, loss={"name": "grpo", "kl_coef": 0.1})
+    assert job_of(with_kl).reference == "base"
+    ppo = recipe_for(tmp_path, value={"rank": 4}, train={"passes": 4})
+    job = job_of(ppo)
+    assert algorithm_of(ppo) == "ppo"
+    assert job.critic is not None
+    assert job.shares_trunk
+    assert job.work == Work(prompts=4, group_size=8, prompt_tokens=100, completion_tokens=300)
+    apart = recipe_for(tmp_path, value={"rank": 0, "path": str(tmp_path)})
+    larger = predict(replace(job_of(apart), samples=False), Settings()).training.total
+    assert larger > predict(replace(job, samples=False), Settings()).training.total
+    assert predict(replace(job, samples=False), Settings()).training.total > (
+        predict(replace(job_of(plain), samples=False), Settings()).training.total
+    )
+
+
+def test_auto_is_decided_on_a_cpu_and_kept_in_the_record(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, train={"micro_batch_tokens": "auto", "checkpointing": "auto"})
+    assert 'micro_batch_tokens = "auto"' in recipe_text(recipe)
+    (tmp_path / "recipe.toml").write_text(recipe_text(recipe))
+    assert load_recipe(str(tmp_path / "recipe.toml"), command="plan") == recipe
+    said: list[str] = []
+    decided = fit_memory(recipe, "grpo", said.append)
+    if not torch.cuda.is_available():
+        assert (decided.train.micro_batch_tokens, decided.train.checkpointing) == (8192, "none")
+        assert decided.rollout.kv_memory == "auto"
+        assert said == []
+
+
+def test_a_recipe_that_does_not_fit_is_shown_beside_one_that_does(tmp_path: Path) -> None:
+    recipe = recipe_for(
+        tmp_path, rollout={"prompts_per_step": 32, "max_completion_tokens": 300},
+        train={"micro_batch_tokens": 32768},
+    )  # fmt: skip
+    job = job_of(recipe)
+    asked, best = plan_recipe(recipe, job, budget=3 * GIB, card=find_card("4090"))
+    assert asked is not None
+    assert best is not None
+    assert not asked.fits
+    assert best.fits
+    text = "\n".join(plan_lines(asked, "asked") + plan_lines(best, "best"))
+    assert "does NOT fit" in text
+    assert "RTX 4090 (estimate)" in text
+    assert json.loads(json.dumps(as_dict(best)))["card"]["is_measured"] is False
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(
+    ("name", "quantization", "least", "most"),
+    [
+        ("Qwen2.5-7B-Instruct", "nf4", 5.0, 5.4),
+        ("Qwen2.5-7B-Instruct", "none", 14.1, 14.3),
+        ("Llama-3.1-8B", "none", 14.9, 15.1),
+        ("Qwen3-8B", "nf4", 5.5, 6.3),
+    ],
+)
+def test_real_configs(name: str, quantization: str, least: float, most: float) -> None:
+    path = Path(__file__).resolve().parents[3] / "shared" / "configs" / f"{name}.json"
+    recipe = build_recipe(
+        {
+            "model": {"path": str(path), "quantization": quantization, "max_tokens": 1024},
+            "lora": {"rank": 16},
+            "reward": [{"name": "math"}],
+        },
+        command="plan",
+    )
+    plan = predict(job_of(recipe), Settings(checkpointing="layers"))
+    assert least < plan.training.parts[WEIGHTS] / GIB < most
