@@ -57,8 +57,8 @@ golden: $(DEV_READY)
 	$(BIN)/python benchmarks/golden.py $(REV)
 
 check-kernels: $(DEV_READY)
-	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/kernels -m "not gpu" $(TEST_ARGS)
-	$(PYTEST) -n 2 tests/kernels/test_compile.py -m "not gpu" $(TEST_ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/kernels/test_triton*.py -m "not gpu" $(TEST_ARGS)
+	$(PYTEST) -n 2 tests/kernels/test_compile*.py tests/kernels/test_every_kernel.py -m "not gpu" $(TEST_ARGS)
 
 policy: $(DEV_READY)
 	$(BIN)/python -m quickstart.make

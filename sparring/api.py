@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparring.data.chat import ChatTemplate, parse_messages
+from sparring.data.chat import ChatTemplate
 from sparring.data.packing import pack_sequences, unpack
 from sparring.errors import UserError
 from sparring.models import checkpoint
@@ -19,10 +19,16 @@ from sparring.models.storage import Storage
 from sparring.models.transformer import Decoder
 from sparring.recipe import locate_model
 from sparring.rollout.sampler import Sampling
-from sparring.train.inference import open_policy, sampling_engine, template_of, tokenizer_settings
+from sparring.train.inference import (
+    build_prompt,
+    open_policy,
+    sampling_engine,
+    template_of,
+    tokenizer_settings,
+)
 from sparring.train.policy import Policy
 from sparring.train.step import to_device
-from sparring.types import Message, Prompt, Rollout
+from sparring.types import Message, Rollout
 
 SCORE_TOKENS = 8192
 """Tokens that `score` packs into one forward pass."""
@@ -71,6 +77,8 @@ def generate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     top_k: int = 0,
+    min_p: float = 0.0,
+    min_completion_tokens: int = 0,
     stop: Sequence[str] = (),
     seed: int = 0,
     system_prompt: str = "",
@@ -79,7 +87,8 @@ def generate(
     """Sample completions: a list over prompts of lists over samples.
 
     prompts: a text is continued as it stands; a list of messages goes through the chat template.
-    temperature 0 is greedy. A prompt and its completion share the model's limit of tokens. What is
+    temperature 0 is greedy; top_p, top_k and min_p cut the distribution; no completion ends before
+    min_completion_tokens. A prompt and its completion share the model's limit of tokens. What is
     sampled depends on seed, a prompt's place in the list and the sample's index alone. Raises
     UserError (a ValueError) for prompts or settings that cannot be used.
     """
@@ -91,12 +100,14 @@ def generate(
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
+        min_p=min_p,
+        min_completion_tokens=min_completion_tokens,
         max_completion_tokens=max_completion_tokens,
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         seed=seed,
     )
     template = template_of(tokenizer, system_prompt=system_prompt)
-    asked = [_prompt(index, prompt, template) for index, prompt in enumerate(prompts)]
+    asked = [build_prompt(index, prompt, template) for index, prompt in enumerate(prompts)]
     policy = _policy(model, tokenizer, template)
     longest = max(len(prompt.token_ids) for prompt in asked)
     engine = sampling_engine(
@@ -130,20 +141,6 @@ def score(
         moved = [to_device(batch, model.device) for batch, _ in packed]
         scores = [model.score(batch).logprobs_T.float().cpu() for batch in moved]
     return unpack(packed, scores, len(sequences))
-
-
-def _prompt(index: int, prompt: str | Sequence[Message], template: ChatTemplate) -> Prompt:
-    if isinstance(prompt, str):
-        return Prompt(id=index, token_ids=tuple(template.encode_plain(prompt)), text=prompt)
-    messages = parse_messages(prompt)
-    rendered = template.render(messages, add_generation_prompt=True)
-    return Prompt(
-        id=index,
-        token_ids=tuple(template.encode(rendered.text)),
-        text=rendered.text,
-        messages=messages,
-        prefill=rendered.prefill,
-    )
 
 
 def _policy(model: Decoder, tokenizer: Any, template: ChatTemplate) -> Policy:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -32,11 +32,18 @@ def generate(
     ] = "",
     system_prompt: Annotated[str, typer.Option(metavar="TEXT")] = "",
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it stands.")] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Talk; answers appear as they are written.")
+    ] = False,
     num_samples: int = 1,
-    max_completion_tokens: int = 512,
+    max_completion_tokens: Annotated[
+        int | None, typer.Option(help="512; with --chat 4096.", show_default=False)
+    ] = None,
+    min_completion_tokens: Annotated[int, typer.Option(help="No end before it.")] = 0,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest of this share.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Keep so many; 0: all.")] = 0,
+    min_p: Annotated[float, typer.Option(help="Keep from this share of the likeliest.")] = 0.0,
     stop: Annotated[
         list[str] | None, typer.Option(help="A text that ends a completion.", metavar="TEXT")
     ] = None,
@@ -46,45 +53,94 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON rows.")] = False,
     traceback: Traceback = False,
 ) -> None:
-    """Sample completions of one prompt or of a file of prompts."""
+    """Sample completions of one prompt or of a file of prompts, or talk to the model."""
+    knobs: dict[str, Any] = {
+        "max_completion_tokens": max_completion_tokens,
+        "min_completion_tokens": min_completion_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "stop": tuple(stop or ()),
+        "seed": seed,
+    }
+    if max_completion_tokens is None:
+        knobs["max_completion_tokens"] = 4096 if chat else 512
+    opening = {"adapter": adapter or None, "dtype": dtype, "device": device}
     with reporting(traceback):
+        if chat:
+            _refuse_with_chat(
+                {
+                    "--prompt": prompt, "--input": input_file, "--output": output_file,
+                    "--raw": raw, "--json": as_json, "--num-samples": num_samples != 1,
+                }
+            )  # fmt: skip
+            _chat(model, opening, system_prompt, knobs)
+            return
         if bool(prompt) == bool(input_file):
-            raise UserError("generate takes either --prompt TEXT or --input FILE.jsonl")
+            raise UserError("generate takes one of --prompt TEXT, --input FILE.jsonl and --chat")
         if output_file and not input_file:
             raise UserError("--output goes with --input; one --prompt is printed")
         rows = _prompt_rows(prompt, input_file)
         with opened(output_file) as target:
-            import sparring
-            from sparring.train.inference import system_prompt_note, template_of
-
-            policy, tokenizer = sparring.load(
-                model, adapter=adapter or None, dtype=dtype, device=device
+            groups = _sample(
+                model, opening, rows, system_prompt, raw, {**knobs, "num_samples": num_samples}
             )
-            if note := system_prompt_note(tokenizer, system_prompt):
-                say(note)
-            has_template = template_of(tokenizer, system_prompt=system_prompt).source is not None
-            as_message = has_template and not raw
-            with progress("sampling") as on_progress:
-                groups = sparring.generate(
-                    policy,
-                    tokenizer,
-                    [_asked(row["prompt"], as_message) for row in rows],
-                    num_samples=num_samples,
-                    max_completion_tokens=max_completion_tokens,
-                    temperature=temperature,
-                    top_p=top_p,
-                    top_k=top_k,
-                    stop=stop or (),
-                    seed=seed,
-                    system_prompt=system_prompt,
-                    on_progress=on_progress,
-                )
             if prompt and not as_json:
                 _print_texts(groups[0])
                 return
             for row, group in zip(rows, groups, strict=True):
                 for rollout in group:
                     emit({**row, **_completion(rollout)}, target or sys.stdout)
+
+
+def _sample(
+    model: str,
+    opening: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    system_prompt: str,
+    raw: bool,
+    knobs: Mapping[str, Any],
+) -> list[list[Rollout]]:
+    """The completions of every row's prompt."""
+    import sparring
+    from sparring.train.inference import system_prompt_note, template_of
+
+    policy, tokenizer = sparring.load(model, **opening)
+    if note := system_prompt_note(tokenizer, system_prompt):
+        say(note)
+    has_template = template_of(tokenizer, system_prompt=system_prompt).source is not None
+    with progress("sampling") as on_progress:
+        return sparring.generate(
+            policy,
+            tokenizer,
+            [_asked(row["prompt"], has_template and not raw) for row in rows],
+            system_prompt=system_prompt,
+            on_progress=on_progress,
+            **knobs,
+        )
+
+
+def _refuse_with_chat(given: Mapping[str, Any]) -> None:
+    if wrong := [name for name, value in given.items() if value]:
+        raise UserError(f"--chat takes its messages as you type; leave out {', '.join(wrong)}")
+
+
+def _chat(
+    model: str, opening: Mapping[str, Any], system_prompt: str, knobs: Mapping[str, Any]
+) -> None:
+    from sparring.cli.chatting import talk
+    from sparring.recipe import locate_model
+    from sparring.rollout.sampler import Sampling
+    from sparring.train.conversation import Conversation
+    from sparring.train.inference import open_policy, system_prompt_note, template_of
+
+    sampling = Sampling(**knobs)
+    policy = open_policy(locate_model(model), **opening)
+    if note := system_prompt_note(policy.tokenizer, system_prompt):
+        say(note)
+    template = template_of(policy.tokenizer, system_prompt=system_prompt)
+    talk(Conversation(policy, template, sampling))
 
 
 def _prompt_rows(prompt: str, input_file: str) -> list[dict[str, Any]]:

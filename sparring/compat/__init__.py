@@ -20,8 +20,14 @@ from sparring.compat.sampling import SamplingParams
 from sparring.compat.sft import SFTTrainer, train_on_responses_only
 from sparring.compat.sft_table import DPOConfig, SFTConfig
 from sparring.compat.templates import get_chat_template
+from sparring.compat.transformers import (
+    AutoModelForCausalLM,
+    get_peft_model,
+    prepare_model_for_kbit_training,
+)
 
 __all__ = [
+    "AutoModelForCausalLM",
     "DPOConfig",
     "DPOTrainer",
     "FastLanguageModel",
@@ -35,8 +41,10 @@ __all__ = [
     "SFTTrainer",
     "SamplingParams",
     "get_chat_template",
+    "get_peft_model",
     "is_bf16_supported",
     "is_bfloat16_supported",
+    "prepare_model_for_kbit_training",
     "train_on_responses_only",
 ]
 

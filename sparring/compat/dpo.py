@@ -15,7 +15,7 @@ from sparring.data.chat import ChatTemplate
 from sparring.data.packing import pack_pairs
 from sparring.data.pairs import PairSet
 from sparring.errors import UserError
-from sparring.models.reference import build_reference
+from sparring.models.reference import Reference, build_reference
 from sparring.recipe import Recipe
 from sparring.train import dpo
 from sparring.train.step import score_values
@@ -69,6 +69,7 @@ class DPOTrainer(Trainer):
             held_out = read_rows(eval_dataset, "eval_dataset")
             self.eval_pairs = read_pairs(held_out, self._pair_template, self._max_tokens)
         self._source = rows
+        self._reference: Reference | None = None
         self._recipe(Path("unused"))  # what the recipe refuses is told before the run
 
     def _tables(self) -> dict[str, Any]:
@@ -91,6 +92,8 @@ class DPOTrainer(Trainer):
         return self._pair_template
 
     def _train(self, recipe: Recipe, *, resume: bool) -> None:
+        if self.model.policy.model.has_adapter():
+            self._reference = build_reference(self.model.policy.model)
         dpo.train(
             recipe,
             resume=resume,
@@ -104,12 +107,19 @@ class DPOTrainer(Trainer):
             raise UserError("evaluate: the trainer was given no eval_dataset")
         loss = build_preference_loss(recipe.loss.name, recipe.loss.knobs)
         model = self.model.policy.model
-        is_free = bool(loss.keywords.get("reference_free"))
+        reference = None
+        if not loss.keywords.get("reference_free"):
+            if self._reference is None and self.run_dir is not None:
+                raise UserError(
+                    "evaluate: the reference of a model whose weights are all trained is let go with"
+                    " its run; set eval_strategy, and the run evaluates as it goes"
+                )
+            reference = (self._reference or build_reference(model)).logprobs
         return score_values(
             model,
             pack_pairs(self.eval_pairs.pairs, max_tokens=recipe.train.micro_batch_tokens),
             loss,
-            reference=None if is_free else build_reference(model).logprobs,
+            reference=reference,
         )
 
 

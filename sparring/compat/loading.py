@@ -172,12 +172,12 @@ def take_model(
     UserError for anything else.
     """
     if isinstance(given, str):
-        given = _load_by_name(given, peft_config, settings, quantization_config)
+        given = load_by_name(given, peft_config, settings, quantization_config)
     elif not isinstance(given, FastModel):
         raise UserError(
             f"model is a {type(given).__module__}.{type(given).__name__}: its weights would have to"
-            " be held twice, there and here, and drift apart; give the name or folder it was loaded"
-            " from, or what FastLanguageModel.from_pretrained of sparring.compat returns"
+            " be held twice, there and here, and drift apart; import AutoModelForCausalLM (or"
+            " FastLanguageModel) from sparring.compat, or give the name or folder it came from"
         )
     elif quantization_config is not None:
         raise UserError("quantization_config is for a model given by its name; this one is loaded")
@@ -190,9 +190,10 @@ def take_model(
     return taken
 
 
-def _load_by_name(
+def load_by_name(
     path: str, peft_config: Any, settings: Mapping[str, Any], quantization_config: Any
 ) -> FastModel:
+    """A model by its name with model_init_kwargs and the dtype that the arguments name."""
     init = with_defaults("model_init_kwargs", MODEL_INIT, settings.get("model_init_kwargs") or {})
     dtype = dtype_name(init["dtype"] or init["torch_dtype"])
     if dtype == "auto" and settings.get("fp16"):

@@ -41,6 +41,26 @@ class LoraRequest:
     lora_path: str
 
 
+class ModelConfig:
+    """A checkpoint's config.json as attributes. What is set on it afterwards changes nothing."""
+
+    def __init__(self, source: Mapping[str, Any]) -> None:
+        vars(self).update(source)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("use_cache", "pretraining_tp", "pad_token_id", "bos_token_id"):
+            raise UserError(
+                f"model.config.{name} cannot be set: the weights were made for the value that"
+                " config.json says; change the file and load it again"
+            )
+        say_once(f"model.config.{name} = {value!r} changes nothing here")
+        vars(self)[name] = value
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole of it."""
+        return dict(vars(self))
+
+
 class FastModel:
     """A policy under the names that scripts use.
 
@@ -60,6 +80,7 @@ class FastModel:
     ) -> None:
         self.policy, self.kv_share, self.max_rank = policy, kv_share, max_rank
         self.trains_all = trains_all
+        self.config = ModelConfig(policy.model.config.source)
         self._seeds = random.Random(seed)
         self._adapters: dict[str, str] = {}
 
@@ -74,11 +95,6 @@ class FastModel:
         return self.policy.model.dtype
 
     @property
-    def config(self) -> Mapping[str, Any]:
-        """The checkpoint's config.json."""
-        return self.policy.model.config.source
-
-    @property
     def max_seq_length(self) -> int:
         """Tokens of a prompt and its completion together."""
         return self.policy.max_tokens
@@ -90,6 +106,27 @@ class FastModel:
     def eval(self) -> FastModel:
         """Nothing to switch: no layer behaves otherwise in training."""
         return self
+
+    def to(self, device: Any = None, **given: Any) -> FastModel:
+        """The model itself: it stays where, and in the dtype in which, it was loaded."""
+        wanted = device if device is not None else given.get("device")
+        here = self.device
+        if given.get("dtype") is not None or isinstance(wanted, torch.dtype):
+            raise UserError("a model keeps the dtype that it was loaded in; give dtype there")
+        if wanted is not None and torch.device(wanted).type != here.type:
+            raise UserError(f"the model is on {here} and stays there; give device_map to load it")
+        return self
+
+    def cuda(self) -> FastModel:
+        """As to("cuda")."""
+        return self.to("cuda")
+
+    def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
+        """Layers are computed again in backward."""
+        self.policy.model.set_checkpointing("layers")
+
+    def enable_input_require_grads(self) -> None:
+        """Nothing to switch: gradients reach an adapter anyway."""
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """Every parameter."""
@@ -109,10 +146,17 @@ class FastModel:
     def make_trainable(self) -> None:
         """Let train what is to be trained: the adapter, or every weight; UserError if neither."""
         model = self.policy.model
+        if model.has_adapter("reference"):
+            model.remove_adapter("reference")  # of an earlier run: this one has its own
         if model.has_adapter():
             model.requires_grad_(False)
             for adapter in model.adapter_modules(POLICY).values():
                 adapter.requires_grad_(True)
+        elif self.trains_all and model.is_quantised:
+            raise UserError(
+                "weights of four bits cannot be trained themselves: put an adapter on the model by"
+                " get_peft_model or peft_config, or load it without quantisation"
+            )
         elif self.trains_all:
             model.requires_grad_(True)
         else:

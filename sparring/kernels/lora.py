@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparring.kernels import Capability, capability_of, jit, rounded, tl, triton
+from sparring.kernels import Capability, jit, rounded, tl, triton
 from sparring.kernels.matmul import LowRank, _low_rank, launch, matmul, matmul_reference
 
 
@@ -87,7 +87,10 @@ def lora_expand_triton(y: Tensor, low_rank: LowRank) -> Tensor:
 
 
 def lora_expand(y: Tensor, low_rank: LowRank) -> Tensor:
-    """y [T, N] + scale xa B^T in place, every part of a fused weight at once, no gradient."""
-    if y.is_cuda and triton is not None and capability_of(y.device).tensor_dots:
+    """y [T, N] + scale xa B^T in place, every part of a fused weight at once, no gradient.
+
+    A LowRank is made only where the model's capability allows the kernel's dots.
+    """
+    if y.is_cuda and triton is not None:
         return lora_expand_triton(y, low_rank)
     return lora_expand_reference(y, low_rank)

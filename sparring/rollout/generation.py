@@ -26,6 +26,9 @@ from sparring.types import FinishReason, Prompt, Rollout
 Progress = Callable[[int, int, int], None]
 """Called after every step with (finished completions, all completions, tokens sampled so far)."""
 
+OnTokens = Callable[[int, int, Sequence[int]], None]
+"""Called with (prompt, sample, its new tokens) as they arrive: a few at a time, never twice."""
+
 
 class Generation:
     """Samples the completions of some prompts.
@@ -66,18 +69,21 @@ class Generation:
         )
         self.end_ids = end_id_tensor(stop_ids, model.config.vocab_size, model.device)
         self.owners: list[Prompt] = []
+        self.places: list[tuple[int, int]] = []
         self.sample_ids: list[tuple[int, int]] = []
-        for prompt, noise_offset, limits_G in zip(
-            prompts, _noise_offsets(prompts, limits), limits, strict=True
+        for place, (prompt, noise_offset, limits_G) in enumerate(
+            zip(prompts, _noise_offsets(prompts, limits), limits, strict=True)
         ):
             scheduler.add(prompt_length=len(prompt.token_ids), max_completion_tokens=limits_G)
             for sample_index in range(len(limits_G)):
                 self.owners.append(prompt)
+                self.places.append((place, sample_index))
                 noise_index = noise_offset + sample_index
                 self.sample_ids.append(sample_id(policy_version, prompt.id, noise_index))
         self.token_ids: list[list[int]] = [[] for _ in self.owners]
         self.logprobs: list[list[float]] = [[] for _ in self.owners]
         self.finish_reasons: list[FinishReason | None] = [None] * len(self.owners)
+        self._on_tokens: OnTokens | None = None
         self.num_finished = 0
         self.num_completion_tokens = 0
         self.num_prefill_tokens = 0
@@ -86,8 +92,11 @@ class Generation:
         self.prefill_seconds = 0.0
         self.decode_seconds = 0.0
 
-    def run(self, on_progress: Progress | None = None) -> list[list[Rollout]]:
+    def run(
+        self, on_progress: Progress | None = None, on_tokens: OnTokens | None = None
+    ) -> list[list[Rollout]]:
         """All rollouts, by prompt and sample, in the order asked for."""
+        self._on_tokens = on_tokens
         scheduler = self.scheduler
         while scheduler.has_work:
             while chunks := scheduler.next_prefill():
@@ -182,6 +191,8 @@ class Generation:
             count, reason = self._take(sequence, tokens[: counts[row]], logprobs)
             sequence.num_completion_tokens += count
             total += count
+            if self._on_tokens is not None and count:
+                self._on_tokens(*self.places[sequence.index], tokens[:count])
             if is_cached:
                 sequence.num_cached += count
             if reason is not None:

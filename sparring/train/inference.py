@@ -7,12 +7,12 @@ tokenizer, in its own settings, and is taken from there when text is rendered.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparring.data.chat import ChatTemplate, build_template
+from sparring.data.chat import ChatTemplate, build_template, parse_messages
 from sparring.errors import UserError
 from sparring.models import checkpoint
 from sparring.models.memory import free_bytes
@@ -26,6 +26,7 @@ from sparring.train.policy import (
     Policy,
     pick_device,
 )
+from sparring.types import Prompt
 
 if TYPE_CHECKING:
     from sparring.recipe import Recipe
@@ -145,6 +146,23 @@ def tokenizer_settings(tokenizer: Any) -> Mapping[str, Any]:
     """What travels with a tokenizer that `open_policy` loaded; empty for any other."""
     found = getattr(tokenizer, "init_kwargs", {}).get(SETTINGS_KEY, {})
     return found if isinstance(found, Mapping) else {}
+
+
+def build_prompt(
+    index: int, prompt: str | Sequence[Mapping[str, Any]], template: ChatTemplate
+) -> Prompt:
+    """A text as it stands, or messages through the template. Raises DataError."""
+    if isinstance(prompt, str):
+        return Prompt(id=index, token_ids=tuple(template.encode_plain(prompt)), text=prompt)
+    messages = parse_messages(prompt)
+    rendered = template.render(messages, add_generation_prompt=True)
+    return Prompt(
+        id=index,
+        token_ids=tuple(template.encode(rendered.text)),
+        text=rendered.text,
+        messages=messages,
+        prefill=rendered.prefill,
+    )
 
 
 def sampling_engine(

@@ -20,6 +20,9 @@ from sparring.train.adamw import RULES, build_rule, fitting, load_moments, momen
 SCHEDULES = ("constant", "cosine", "linear")
 HALF = (torch.bfloat16, torch.float16)
 
+_COLLECTOR = "gradient_collector"
+"""Attribute of a 16-bit parameter: the hook of the optimizer that trains it."""
+
 FIRST_LOSS_SCALE = 2.0**16
 MAX_LOSS_SCALE = 2.0**24
 LOSS_SCALE_GROWTH_STEPS = 200
@@ -259,7 +262,12 @@ def _master(parameter: nn.Parameter) -> Tensor:
 
 
 def _collect_gradients(parameter: nn.Parameter, master: Tensor) -> None:
-    """Move each gradient that arrives at a 16-bit parameter into its master's, in float32."""
+    """Move each gradient that arrives at a 16-bit parameter into its master's, in float32.
+
+    What an earlier optimizer over this parameter had set up is taken off: it has been replaced.
+    """
+    if (earlier := getattr(parameter, _COLLECTOR, None)) is not None:
+        earlier.remove()
 
     def move(arrived: Tensor) -> None:
         assert arrived.grad is not None, "called when a gradient has arrived"
@@ -267,4 +275,4 @@ def _collect_gradients(parameter: nn.Parameter, master: Tensor) -> None:
         master.grad = gradient if master.grad is None else master.grad.add_(gradient)
         arrived.grad = None
 
-    parameter.register_post_accumulate_grad_hook(move)
+    setattr(parameter, _COLLECTOR, parameter.register_post_accumulate_grad_hook(move))

@@ -323,3 +323,73 @@ def test_foreign_models_and_hooks_are_refused_with_the_way(model_path: str):
         GRPOTrainer(model_path, len, GRPOConfig(), texts(), callbacks=[object()])
     with pytest.raises(UserError, match="takes no 'model_kwargs'"):
         GRPOTrainer(model_path, len, GRPOConfig(), texts(), model_kwargs=1)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trls_own_rewards_run_unchanged(tiny: ModuleType, model_path: str):
+    pytest.importorskip("trl")
+    from trl.rewards import (
+        accuracy_reward,
+        get_soft_overlong_punishment,
+        reasoning_accuracy_reward,
+        think_format_reward,
+    )
+
+    rows = [
+        {"prompt": tiny.as_messages(f"{n}+1="), "solution": f"$\\boxed{{{n + 1}}}$"}
+        for n in range(4)
+    ]
+    overlong = get_soft_overlong_punishment(6, 3)
+    functions = [accuracy_reward, reasoning_accuracy_reward, think_format_reward, overlong]
+    trainer = trainer_of(model_path, functions, rows, max_steps=1)
+    trainer.train()
+    row = trainer.state.log_history[0]
+    assert row["rewards/accuracy_reward/mean"] == 0.0
+    assert row["rewards/think_format_reward/mean"] == 0.0
+    assert row[f"rewards/{overlong.__name__}/mean"] < 0.0
+
+
+def test_names_of_transformers_and_peft(model_path: str, own_folder: Path):
+    from peft import LoraConfig
+    from transformers import AutoTokenizer
+
+    from sparring.compat import (
+        AutoModelForCausalLM,
+        get_peft_model,
+        prepare_model_for_kbit_training,
+    )
+
+    model = AutoModelForCausalLM.from_pretrained(
+        model_path, torch_dtype="float32", device_map="auto", attn_implementation="sdpa"
+    )
+    model.config.use_cache = False
+    assert model.config.hidden_size == 64
+    with pytest.raises(UserError, match=r"model\.config\.hidden_size cannot be set"):
+        model.config.hidden_size = 3
+    assert model.to("cpu") is model
+    with pytest.raises(UserError, match="is on cpu and stays there"):
+        model.cuda()
+    model = prepare_model_for_kbit_training(model)
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"]))
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    tokenizer.pad_token = tokenizer.eos_token
+    trainer = GRPOTrainer(
+        model=model,
+        processing_class=tokenizer,
+        reward_funcs=[lambda completions, **kwargs: [float(len(text)) for text in completions]],
+        args=GRPOConfig(output_dir="run", **SMALL),
+        train_dataset=texts(),
+    )
+    trainer.train()
+    assert json.loads((own_folder / "run/final/adapter_config.json").read_text())["r"] == 4
+    with pytest.raises(UserError, match="weights of four bits cannot be trained themselves"):
+        GRPOTrainer(
+            AutoModelForCausalLM.from_pretrained(
+                model_path, quantization_config={"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+            ),
+            len,
+            GRPOConfig(),
+            texts(),
+        )
+    with pytest.raises(UserError, match="quantization_config is refused unless it is load_in_4bit"):
+        AutoModelForCausalLM.from_pretrained(model_path, quantization_config={"load_in_8bit": True})

@@ -314,3 +314,42 @@ def test_chat_templates_are_the_tokenizers_own(tiny: ModuleType, model_path: str
     assert "<|im_start|>user" in made.apply_chat_template(CHAT[:1], tokenize=False)
     with pytest.raises(UserError, match="mapping is refused"):
         get_chat_template(tokenizer, "chatml", mapping={"role": "from"})
+
+
+def test_each_run_has_its_own_reference(model_path: str):
+    model, _ = FastLanguageModel.from_pretrained(model_path, load_in_4bit=False)
+    model = FastLanguageModel.get_peft_model(model, r=4)
+    settings = {"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
+    for turn in range(2):
+        trainer = DPOTrainer(
+            model,
+            args=DPOConfig(output_dir="run", logging_steps=1, **settings),
+            train_dataset=[PAIR, PAIR],
+            eval_dataset=[PAIR],
+        )
+        assert trainer.evaluate()["eval_rewards/margins"] == pytest.approx(0.0, abs=1e-6), turn
+        trainer.train()
+        assert trainer.state.log_history[0]["rewards/margins"] == pytest.approx(0.0, abs=1e-6)
+        assert trainer.evaluate()["eval_rewards/margins"] > 0.001
+
+
+def test_full_weights_of_16_bits_are_trained_twice(model_path: str):
+    model, _ = FastLanguageModel.from_pretrained(
+        model_path, full_finetuning=True, dtype=torch.bfloat16
+    )
+    losses = []
+    for _ in range(2):
+        args = SFTConfig(output_dir="run", max_steps=3, learning_rate=1e-2)
+        trainer = SFTTrainer(model, args, [{"text": "hello"} for _ in range(8)])
+        losses.append(trainer.train().training_loss)
+    assert losses[1] < losses[0]
+    trainer = DPOTrainer(
+        model,
+        args=DPOConfig(output_dir="run", max_steps=1, beta=0.2),
+        train_dataset=[PAIR, PAIR],
+        eval_dataset=[PAIR],
+    )
+    trainer.evaluate()
+    trainer.train()
+    with pytest.raises(UserError, match="the reference of a model whose weights are all trained"):
+        trainer.evaluate()

@@ -38,6 +38,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 ARCHS = [pytest.param(a, marks=[] if a == 90 else pytest.mark.slow) for a in SHARED_LIMIT]
+T4 = 75
+SHARED_LIMIT[T4] = 65536
 OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion"}
 
 
@@ -256,3 +258,31 @@ def test_lora_expand(arch):
     constants = {"BLOCK_T": 64, "NUM_PARTS": 3, "RANK": 16, "BLOCK_R": 16, **lora.EXPAND_TILE}
     pointers = {**POINTERS, "parts_ptr": "*i32"}
     check(lora._expand_kernel, pointers, constants, arch, products=True)
+
+
+@pytest.mark.slow
+def test_what_a_t4_runs():
+    """Everything without dots, in float16; NF4 decoded by arithmetic."""
+    half = {name: "*fp16" if kind == "*bf16" else kind for name, kind in POINTERS.items()}
+    constants = {"D": 3584, "HAS_RESIDUAL": True, **norm.tile_of(3584)}
+    check(norm._forward_kernel, half, constants, T4)
+    constants |= {"TILES": 4, "NEEDS_WEIGHT": True}
+    check(norm._backward_kernel, half, constants, T4)
+    tile = rope.tile_of(32, 64)
+    check(rope._rotate_kernel, half, {"HALF": 64, "BACKWARD": True, **tile}, T4)
+    constants = {"F": 18944, "BLOCK_F": swiglu.BLOCK_F, "num_warps": swiglu.NUM_WARPS}
+    check(swiglu._forward_kernel, half, constants, T4)
+    check(swiglu._backward_kernel, half, {**constants, "KEEPS_H": True}, T4)
+    constants = {"V": 152064, "BLOCK_V": head.BLOCK_V, "num_warps": head.NUM_WARPS}
+    constants |= {"NEEDS_GRADIENT": True, "HAS_GRAD": True}
+    check(head._rows_kernel, half, constants, T4)
+    constants = {"DOUBLE": True, "FAST": False, "SKIPS": True, "enable_fp_fusion": False}
+    constants |= nf4.DEQUANTIZE_TILE
+    check(nf4._dequantize_kernel, half, constants, T4)
+    constants = {"K": 3584, "BLOCK_K": int8.BLOCK_K, "num_warps": int8.NUM_WARPS}
+    pointers = {**half, "values_ptr": "*i8", "scale_ptr": "*fp32"}
+    check(int8._dequantize_kernel, pointers, {**constants, "enable_fp_fusion": False}, T4)
+    tiles = triton.cdiv(151936, sampling.BLOCK_V)
+    constants = {"V": 151936, "TILES": tiles, "BLOCK_V": sampling.BLOCK_V, "SPAN": 8, "HELD": 2}
+    constants |= {"IS_CUT": True, "num_warps": sampling.NUM_WARPS}
+    check(sampling._tiles_kernel, DRAWING, constants, T4)

@@ -1,4 +1,8 @@
-"""The interpreter's tests in a process of their own: the switch must be set before the import."""
+"""The interpreter's tests in processes of their own, where every kernel must have been launched.
+
+The switch TRITON_INTERPRET must be set before the kernels' import. Two processes share the files,
+so that a machine of two cores is done sooner.
+"""
 
 from __future__ import annotations
 
@@ -9,55 +13,45 @@ from pathlib import Path
 
 import pytest
 
+from tests.kernels.test_every_kernel import KERNELS
+
 ROOT = Path(__file__).resolve().parents[2]
+FOLDER = Path(__file__).parent
+FILES = {
+    path.stem.removeprefix("test_triton").strip("_") for path in FOLDER.glob("test_triton*.py")
+}
+FIRST = {"", "attention"}
+"""What one of the two processes runs; the other runs all the rest."""
 
 
-def test_kernels_in_the_interpreter():
-    pytest.importorskip("triton")
+def start(names: set[str], launches: Path) -> subprocess.Popen[str]:
+    files = [f"tests/kernels/test_triton{name and '_' + name}.py" for name in sorted(names)]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    names = ("triton", "triton_attention")
-    outcome = subprocess.run(
-        [*command, *(f"tests/kernels/test_{name}.py" for name in names)],
+    return subprocess.Popen(
+        [*command, "-p", "tests.kernels.launches", "--launches", str(launches), *files],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=170,
-        check=False,
     )
-    assert outcome.returncode == 0, outcome.stdout[-4000:] + outcome.stderr[-1000:]
-    assert " passed" in outcome.stdout
 
 
-def test_decode_kernels_in_the_interpreter():
+def test_every_kernel_in_the_interpreter(tmp_path: Path):
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    files = ("test_triton_sampling.py", "test_triton_decode_state.py", "test_triton_matmul.py")
-    outcome = subprocess.run(
-        [*command, *(f"tests/kernels/{name}" for name in files)],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=170,
-        check=False,
-    )
-    assert outcome.returncode == 0, outcome.stdout[-4000:] + outcome.stderr[-1000:]
-    assert " passed" in outcome.stdout
-
-
-def test_attention_over_blocks_in_the_interpreter():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    files = ("test_triton_paged.py", "test_triton_bits.py")
-    outcome = subprocess.run(
-        [*command, *(f"tests/kernels/{name}" for name in files)],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=170,
-        check=False,
-    )
-    assert outcome.returncode == 0, outcome.stdout[-4000:] + outcome.stderr[-1000:]
-    assert " passed" in outcome.stdout
+    lists = [tmp_path / "first", tmp_path / "second"]
+    processes = [
+        start(names, launches)
+        for names, launches in zip((FIRST, FILES - FIRST), lists, strict=True)
+    ]
+    try:
+        printed = [process.communicate(timeout=400)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, text in zip(processes, printed, strict=True):
+        assert process.returncode == 0, text[-4000:]
+        assert " passed" in text
+    launched = {line for launches in lists for line in launches.read_text().splitlines()}
+    missing = KERNELS - launched
+    assert not missing, f"no test in tests/kernels/test_triton*.py launches {sorted(missing)}"

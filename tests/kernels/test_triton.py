@@ -255,10 +255,9 @@ def test_dequantize_nf4_bits(shape, dtype, double):
         assert torch.equal(nf4.dequantize_nf4_triton(matrix, dtype=out), want)
         rows = slice(1, shape[0] - 1)
         assert torch.equal(nf4.dequantize_nf4_triton(matrix, dtype=out, rows=rows), want[rows])
-        columns = slice(64, shape[1] - 64) if shape[1] > 128 else slice(0, 64)
-        for some in (slice(None), rows):
-            part = nf4.dequantize_nf4_triton(matrix, dtype=out, rows=some, columns=columns)
-            assert torch.equal(part, want[some, columns])
+    columns = slice(64, 320) if shape[1] > 320 else slice(0, 64)
+    part = nf4.dequantize_nf4_triton(matrix, dtype=out, rows=rows, columns=columns)
+    assert torch.equal(part, want[rows, columns])
 
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32])

@@ -246,3 +246,14 @@ def test_bad_settings_are_refused(settings: dict[str, object], message: str) -> 
 def test_nothing_to_train_is_an_error() -> None:
     with pytest.raises(ValueError, match="no parameter to train"):
         build_optimizer({}, learning_rate=0.1, num_steps=1)
+
+
+def test_a_later_optimizer_over_16_bit_parameters_takes_the_gradients() -> None:
+    parameters = make_parameters(torch.bfloat16)
+    first = build_optimizer(parameters, learning_rate=0.1, num_steps=4)
+    update(first, parameters, seed=0)
+    second = build_optimizer(parameters, learning_rate=0.1, num_steps=4)
+    before = parameters["norm"].detach().clone()
+    update(second, parameters, seed=1)
+    assert not torch.equal(parameters["norm"], before)
+    assert not first.gradients()
