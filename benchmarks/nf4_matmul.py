@@ -26,7 +26,7 @@ from itertools import product
 import torch
 import triton
 
-from sparring.kernels import capability_of, lora, matmul, nf4
+from sparring.kernels import capability_of, lora, matmul, nf4, nf4_matmul
 from sparring.kernels.matmul import LowRank, Tile
 
 MATRICES = {"qkv": (4608, 3584), "o": (3584, 3584), "gate_up": (37888, 3584), "down": (3584, 18944)}
@@ -44,7 +44,7 @@ SWEEP = {
     128: [(64, 4, 2), (64, 4, 3), (128, 8, 2), (128, 8, 3)],
     256: [(64, 8, 3), (128, 8, 2)],
 }
-SEGMENTS = {"qkv": (4, 7, 14), "o": (4, 7, 14), "gate_up": (1,), "down": (4, 7, 14)}
+SEGMENTS = {"qkv": (4, 7, 14), "o": (4, 7, 14), "gate_up": (1, 2, 4), "down": (4, 7, 14)}
 
 
 def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -97,7 +97,7 @@ def weights_of(name: str) -> list[nf4.NF4Matrix]:
 
 def adapter(name: str, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> LowRank:
     table = TABLES[name]
-    return LowRank(xa=lora.lora_shrink(x, a), b=b, parts=table, scale=1.0)
+    return LowRank(xa=lora.lora_shrink(x, a), b=b, parts=table, scale=1.0, granule=512)
 
 
 TABLES: dict[str, torch.Tensor] = {}
@@ -112,14 +112,14 @@ def check() -> dict[str, float]:
         reference = nf4.dequantize_nf4_reference(weight)
         assert torch.equal(dense, reference), "decoded bits"
         x = normal(256, num_inputs)
-        whole = matmul.launch(x, weight, None, None)
+        whole = nf4_matmul.launch(x, weight)
         for num_rows in (1, 7, 16, 33, 64, 100, 256):
-            part = matmul.launch(x[:num_rows], weight, None, None)
+            part = nf4_matmul.launch(x[:num_rows], weight)
             out[f"{name} {num_rows} rows: rows that differ"] = int(
                 (part != whole[:num_rows]).any(dim=1).sum()
             )
         out[f"{name} decoded before: rows that differ"] = int(
-            (matmul.launch(x, dense, None, None) != whole).any(dim=1).sum()
+            (nf4_matmul.nf4_matmul(torch.cat([x, x]), weight)[256:] != whole).any(dim=1).sum()
         )
         want = x.double() @ dense.double().T
         out[f"{name} error"] = ((whole.double() - want).norm() / want.norm()).item()
@@ -151,11 +151,9 @@ def one_row(name: str, num_rows: int, weights: list, decoded: list, bnb: object)
     num_outputs, num_inputs = MATRICES[name]
     x = normal(num_rows, num_inputs)
     row: dict[str, object] = {"matrix": name, "rows": num_rows}
-    row["fused us"] = timed([partial(matmul.launch, x, w, None, None) for w in weights])
+    row["fused us"] = timed([partial(nf4_matmul.launch, x, w) for w in weights])
     row["library us"] = timed([partial(torch.mm, x, w.T) for w in decoded])
-    row["16-bit fixed order us"] = timed(
-        [partial(matmul.launch, x, w, None, None) for w in decoded]
-    )
+    row["16-bit fixed order us"] = timed([partial(matmul.launch, x, w) for w in decoded])
     scratch = torch.empty_like(decoded[0])
 
     def decode_and_multiply(w: nf4.NF4Matrix) -> torch.Tensor:
@@ -167,7 +165,7 @@ def one_row(name: str, num_rows: int, weights: list, decoded: list, bnb: object)
         b = normal(num_outputs, 16, scale=0.02)
 
         def with_adapter(w: nf4.NF4Matrix) -> torch.Tensor:
-            return matmul.launch(x, w, None, adapter(name, x, a, b))
+            return nf4_matmul.launch(x, w, None, adapter(name, x, a, b))
 
         row["fused + adapter us"] = timed([partial(with_adapter, w) for w in weights])
     if bnb is not None:
@@ -190,26 +188,23 @@ def bitsandbytes_time(bnb: object, weights: list[nf4.NF4Matrix], x: torch.Tensor
     return timed([lambda p=p: bitsandbytes.matmul_4bit(x, p[0].t(), p[1]) for p in pairs])
 
 
-def candidates() -> list[tuple[str, int, int, Tile, bool]]:
+def candidates() -> list[tuple[str, int, int, Tile]]:
     out = []
     for num_rows, tiles in SWEEP.items():
         for (bn, warps, stages), name in product(tiles, MATRICES):
             for segments in SEGMENTS[name]:
                 tile = Tile(bn, num_rows, warps, stages)
-                out.append((name, num_rows, segments, tile, segments == 1))
+                out.append((name, num_rows, segments, tile))
     return out
 
 
 def compile_some(which: int, of: int) -> None:
     """Fill Triton's cache: every of-th kernel of the sweep, once."""
-    seen = sorted({(t, r, s) for _, r, s, t, _ in candidates()}, key=str)
+    seen = sorted({(t, r, min(s, 2)) for _, r, s, t in candidates()}, key=str)
     weight = nf4.quantize_nf4(normal(4608, 3584, scale=0.02))
     for tile, num_rows, segments in seen[which::of]:
         try:
-            matmul.launch(
-                normal(num_rows, 3584), weight, None, None, tile=tile, segments=segments,
-                fused=segments == 1,
-            )  # fmt: skip
+            nf4_matmul.launch(normal(num_rows, 3584), weight, tile=tile, segments=segments)
         except Exception as problem:  # noqa: BLE001 - reported again by the sweep
             print(tile, repr(problem)[:100])
 
@@ -220,12 +215,12 @@ def sweep() -> list[dict[str, object]]:
     rows = []
     for name in MATRICES:
         weights = weights_of(name)
-        for _, num_rows, segments, tile, fused in (c for c in candidates() if c[0] == name):
+        for _, num_rows, segments, tile in (c for c in candidates() if c[0] == name):
             x = normal(num_rows, MATRICES[name][1])
             row = {"matrix": name, "rows": num_rows, "tile": str(tile), "segments": segments}
-            call = partial(matmul.launch, x, tile=tile, segments=segments, fused=fused)
+            call = partial(nf4_matmul.launch, x, tile=tile, segments=segments)
             try:
-                row["us"] = timed([partial(call, w, None, None) for w in weights])
+                row["us"] = timed([partial(call, w) for w in weights])
             except Exception as problem:  # noqa: BLE001 - one tile must not lose the others
                 row["failed"] = repr(problem)[:200]
             rows.append(row)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sparring.kernels import Capability, jit, rounded, tl, triton
-from sparring.kernels.matmul import LowRank, _low_rank, launch, matmul, matmul_reference
+from sparring.kernels.matmul import LowRank, add_low_rank, launch, matmul, matmul_reference
 
 
 def lora_shrink_reference(x: Tensor, a: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def _expand_kernel(
     inside = (n < num_outputs)[:, None] & (t < num_rows)[None, :]
     at = y_ptr + t.to(tl.int64)[None, :] * stride_yt + n[:, None]
     y = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    y = _low_rank(
+    y = add_low_rank(
         y, xa_ptr, b_ptr, parts_ptr, scale, n, t, num_rows, stride_xat, RANK, BLOCK_R, NUM_PARTS
     )
     tl.store(at, rounded(y, y_ptr.dtype.element_ty), mask=inside)

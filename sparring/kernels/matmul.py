@@ -1,24 +1,24 @@
-"""Products of a few rows with a weight, each row's bits independent of how many rows there are.
+"""Products with a 16-bit weight, each row's bits independent of how many rows there are.
 
     y[t, n] = round(sum_k x[t, k] W[n, k] + scale (xa[t] B[n]) + bias[n])
 
-x [T, K] and y [T, N] in 16 bits, W [N, K] in 16 bits or NF4 (kernels/nf4.py), float32 sums, one
-rounding. The middle term is a low-rank adapter (kernels/lora.py), xa = round(x A^T).
+x [T, K] and y [T, N] in 16 bits, W [N, K] in 16 bits (NF4: kernels/nf4_matmul.py), float32 sums,
+one rounding. The middle term is a low-rank adapter (kernels/lora.py), xa = round(x A^T).
 
 The weight is the left operand of the matrix instruction (y^T = W x^T), so 1 row and 4,096 rows use
-the same instruction; k is summed in steps of BLOCK_K from 0 up. Where a weight has too few rows to
-fill a card, k is cut into segments, a number fixed by the weight's shape: their sums are added in
-order, by the program that finishes last (FUSED = False, decode) or by one program that computes
-them all (FUSED = True, many rows). So a row's bits do not depend on T, on the tile, on FUSED, nor
-on whether W was NF4 or the same values decoded before.
+the same instruction; k is summed from 0 up. Where a weight has too few rows to fill a card, k is
+cut into segments, a number fixed by the weight's shape: their sums are added in order, by the
+program that finishes last (few rows) or by one program that computes them all (many rows). So a
+row's bits do not depend on T, on the tile, nor on the form.
 
-Bytes: W once per tile of BLOCK_T rows: 2 or 0.516 a weight; FLOP 2 T N K.
+Bytes: W once per tile of BLOCK_T rows; FLOP 2 T N K.
 
-Not here: which form a layer uses (models/quantised.py), gradients.
+Not here: which form a layer uses (models/), gradients.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -26,14 +26,9 @@ import torch
 from torch import Tensor
 
 from sparring.kernels import Capability, capability_of, dot, jit, rounded, tl, triton
-from sparring.kernels.nf4 import (
-    BLOCK,
-    NF4Matrix,
-    block_scales,
-    decode_nf4,
-    dynamic_map_on,
-    words_of,
-)
+
+BLOCK = 64
+"""Columns are a multiple of this."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -42,13 +37,15 @@ class LowRank:
 
     xa 16 bits [T, sum of ranks], b 16 bits [sum of adapted outputs, rank]. parts int32 [P, 4] on
     the device: first and last output of the part (exclusive), its first row in b, its first
-    column in xa.
+    column in xa. granule: what all those outputs are multiples of; with tiles that divide it a
+    program meets one part only.
     """
 
     xa: Tensor
     b: Tensor
     parts: Tensor
     scale: float
+    granule: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,63 +61,110 @@ class Tile:
 BLOCK_K = 128
 
 _SMALL = (Tile(64, 16, 4, 4), Tile(64, 32, 4, 4), Tile(64, 64, 4, 3))
-TILES: dict[tuple[str, int], tuple[Tile, ...]] = {
-    ("nf4", 0): _SMALL,
-    ("nf4", 90): (*_SMALL, Tile(64, 128, 4, 3)),
-    ("nf4", 100): (*_SMALL, Tile(64, 128, 4, 3)),
-    ("16-bit", 0): (*_SMALL, Tile(128, 128, 8, 2)),
-    ("16-bit", 90): (*_SMALL, Tile(128, 128, 8, 3)),
-    ("16-bit", 100): (*_SMALL, Tile(128, 128, 8, 3)),
+TILES = {
+    0: (*_SMALL, Tile(128, 128, 8, 2)),
+    90: (*_SMALL, Tile(128, 128, 8, 3)),
+    100: (*_SMALL, Tile(128, 128, 8, 3)),
 }
-"""By kind of weight and architecture (0: all others): the first tile whose block_t holds the rows,
-else the last, repeated.
+"""By architecture (0: all others): the first whose block_t holds the rows, else the last, repeated.
 """
+
+INTERPRETED_TILE = Tile(64, 32, 4, 2)
 
 NUM_SMS = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
 """Multiprocessors of a typical card: a constant, so that segments depend on the shape alone."""
 
+SEGMENT_UNIT = 256
+"""Columns that a segment has a whole number of."""
 
-def tile_of(capability: Capability, num_rows: int, kind: str) -> Tile:
-    """The tile for a number of rows; kind "nf4" or "16-bit"."""
+MAX_SPLIT_ROWS = 256
+"""More rows fill the card without segments side by side, and their sums would take much memory."""
+
+
+def tile_of(capability: Capability, num_rows: int) -> Tile:
+    """The tile for a number of rows."""
     if not capability.tensor_dots:
-        return Tile(64, 32, 4, 2)
-    tiles = TILES.get((kind, capability.arch)) or TILES[kind, 0]
+        return INTERPRETED_TILE
+    return first_that_holds(TILES.get(capability.arch, TILES[0]), num_rows)
+
+
+def first_that_holds(tiles: Sequence[Tile], num_rows: int) -> Tile:
+    """The first tile that holds the rows, else the last."""
     return next((tile for tile in tiles if tile.block_t >= num_rows), tiles[-1])
 
 
-def segments_of(capability: Capability, num_outputs: int, num_inputs: int) -> int:
+def segments_of(
+    capability: Capability, num_outputs: int, num_inputs: int, block_n: int = 64
+) -> int:
     """Into how many pieces k is cut: few weight rows must still fill the card.
 
-    Of 1 to 16 pieces, the number with the least time in steps: the steps of the busiest
+    Of 1 to 16 pieces, the number with the least time in units of k: those of the busiest
     multiprocessor, but at least three times those of one program (so many hide each other's
-    waiting), and the sum of the pieces. 1 where there are four programs a multiprocessor anyway.
+    waiting), and something for the sum of the pieces.
     """
-    steps = -(-num_inputs // BLOCK_K)
-    programs = -(-num_outputs // 64)
+    steps = -(-num_inputs // SEGMENT_UNIT)
+    programs = -(-num_outputs // block_n)
     sms = NUM_SMS.get(capability.arch, 132)
-    if programs >= 4 * sms:
+    if programs >= 16 * sms:
         return 1
 
     def cost(pieces: int) -> float:
         length, turns = -(-steps // pieces), -(-programs * pieces // sms)
-        return length * max(turns, 3) + 0.2 * pieces
+        return length * max(turns, 3) + (0.2 * pieces + 1 if pieces > 1 else 0)
 
     return min(range(1, min(16, steps) + 1), key=lambda n: (cost(n), n))
 
 
+def steps_of(num_inputs: int, segments: int) -> int:
+    """Blocks of 64 columns in a segment."""
+    units = -(-num_inputs // SEGMENT_UNIT)
+    return -(-units // segments) * (SEGMENT_UNIT // BLOCK)
+
+
 @jit
-def _low_rank(
+def part_of(parts_ptr, n, NUM_PARTS: tl.constexpr):
+    """The part that output n is in: its row of B (negative: in none) and first column of xa."""
+    row = -1
+    column = 0
+    for part in tl.static_range(NUM_PARTS):
+        first = tl.load(parts_ptr + 4 * part)
+        here = (n >= first) & (n < tl.load(parts_ptr + 4 * part + 1))
+        row = tl.where(here, tl.load(parts_ptr + 4 * part + 2) + n - first, row)
+        column = tl.where(here, tl.load(parts_ptr + 4 * part + 3), column)
+    return row, column
+
+
+@jit
+def low_rank_operands(
+    xa_ptr, b_ptr, row, column, t, num_rows, last_row, stride_xat,
+    BLOCK_N: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """B [N, R] from `row` on (zeros where that is negative, or past `last_row`) and xa [T, R]."""
+    r = tl.arange(0, BLOCK_R)
+    i = tl.arange(0, BLOCK_N)
+    b = tl.load(
+        b_ptr + (row + i)[:, None] * RANK + r[None, :],
+        mask=((row >= 0) & (i < last_row))[:, None] & (r < RANK)[None, :], other=0.0,
+    )  # fmt: skip
+    xa = tl.load(
+        xa_ptr + t[:, None] * stride_xat + (column + r)[None, :],
+        mask=((row >= 0) & (t < num_rows))[:, None] & (r < RANK)[None, :], other=0.0,
+    )  # fmt: skip
+    return b, xa
+
+
+@jit
+def add_low_rank(
     acc, xa_ptr, b_ptr, parts_ptr, scale, n, t, num_rows, stride_xat,
     RANK: tl.constexpr, BLOCK_R: tl.constexpr, NUM_PARTS: tl.constexpr,
 ):  # fmt: skip
-    """acc [N, T] + scale xa B^T, part by part; rows n outside a part get zeros."""
+    """acc [N, T] + scale xa B^T part by part, for tiles that may meet several parts."""
     r = tl.arange(0, BLOCK_R)
     for part in tl.static_range(NUM_PARTS):
         first = tl.load(parts_ptr + 4 * part)
-        last = tl.load(parts_ptr + 4 * part + 1)
         row = tl.load(parts_ptr + 4 * part + 2) + n - first
         column = tl.load(parts_ptr + 4 * part + 3) + r
-        here = (n >= first) & (n < last)
+        here = (n >= first) & (n < tl.load(parts_ptr + 4 * part + 1))
         b = tl.load(
             b_ptr + row[:, None] * RANK + r[None, :],
             mask=here[:, None] & (r < RANK)[None, :], other=0.0,
@@ -129,120 +173,130 @@ def _low_rank(
             xa_ptr + t[:, None] * stride_xat + column[None, :],
             mask=(t < num_rows)[:, None] & (r < RANK)[None, :], other=0.0,
         )  # fmt: skip
-        low = dot(b, tl.trans(xa), tl.zeros(acc.shape, tl.float32))
-        acc += scale * low
+        acc += scale * dot(b, tl.trans(xa), tl.zeros(acc.shape, tl.float32))
     return acc
 
 
 @jit
-def _segment(
-    acc, x_ptr, w_ptr, absmax_ptr, absmax2_ptr, offset_ptr, map_ptr, n, t, stride_xt, blocks,
-    first, last,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    EVEN_K: tl.constexpr, PACKED: tl.constexpr, DOUBLE: tl.constexpr, FAST: tl.constexpr,
+def sum_of_segments(
+    acc, work_ptr, count_ptr, segment, segments, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr
+):
+    """(sum of the tile's segments in order, whether this program is the last and has it)."""
+    tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    cell = tl.arange(0, BLOCK_N)[:, None] + tl.arange(0, BLOCK_T)[None, :] * BLOCK_N
+    work = work_ptr + tile.to(tl.int64) * (segments * BLOCK_N * BLOCK_T) + cell
+    tl.store(work + segment * (BLOCK_N * BLOCK_T), acc)
+    tl.debug_barrier()
+    finishes = tl.atomic_add(count_ptr + tile, 1, sem="acq_rel") == segments - 1
+    tl.debug_barrier()
+    if finishes:
+        acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+        for piece in tl.range(segments):
+            acc += tl.load(work + piece * (BLOCK_N * BLOCK_T), cache_modifier=".cg")
+        tl.store(count_ptr + tile, 0)
+    return acc, finishes
+
+
+@jit
+def store_product(
+    acc, b, xa, row_n, row_t, xa_ptr, b_ptr, parts_ptr, bias_ptr, out_ptr, scale, num_rows,
+    num_outputs, stride_ot, stride_xat,
+    HAS_BIAS: tl.constexpr, NUM_PARTS: tl.constexpr, ALIGNED: tl.constexpr, RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """acc [N, T] + W x^T over quant blocks first to last (64 columns each, `blocks` a row)."""
-    Q: tl.constexpr = BLOCK_K // 64
+    """Adapter, bias, the one rounding, and the store of acc [N, T] as y [T, N]."""
+    if NUM_PARTS > 0:
+        if ALIGNED:
+            acc += scale * dot(b, tl.trans(xa), tl.zeros(acc.shape, tl.float32))
+        else:
+            acc = add_low_rank(
+                acc, xa_ptr, b_ptr, parts_ptr, scale, row_n, row_t, num_rows, stride_xat,
+                RANK, BLOCK_R, NUM_PARTS,
+            )  # fmt: skip
+    inside = row_n < num_outputs
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + row_n, mask=inside, other=0.0).to(tl.float32)[:, None]
+    tl.store(
+        out_ptr + row_t.to(tl.int64)[None, :] * stride_ot + row_n[:, None],
+        rounded(acc, out_ptr.dtype.element_ty),
+        mask=inside[:, None] & (row_t < num_rows)[None, :],
+    )
+
+
+@jit
+def _segment(
+    x_ptr, w_ptr, x_offset, w_offset, first, last, blocks,
+    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """W x^T [N, T] over 64 columns each of `first` to `last`; past `blocks` there are zeros."""
     k = tl.arange(0, BLOCK_K)
-    q = tl.arange(0, Q)
-    x_ptrs = x_ptr + t.to(tl.int64)[:, None] * stride_xt + (first * 64 + k)[None, :]
-    if PACKED:
-        word = tl.arange(0, BLOCK_K // 8)
-        w_ptrs = w_ptr + (n.to(tl.int64) * (blocks * 8))[:, None] + (first * 8 + word)[None, :]
-        block = (n * blocks)[:, None] + (first + q)[None, :]
-        inside = tl.broadcast_to((first + q < last)[None, :], (BLOCK_N, Q))
-        index = tl.load(absmax_ptr + block, mask=inside, other=0)
-    else:
-        w_ptrs = w_ptr + (n.to(tl.int64) * (blocks * 64))[:, None] + (first * 64 + k)[None, :]
-    for at in tl.range(first, last, Q, num_stages=STAGES):
+    acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+    for at in tl.range(first, last, BLOCK_K // 64, num_stages=STAGES):
         if EVEN_K:
-            x = tl.load(x_ptrs)
+            x = tl.load(x_ptr + at * 64 + x_offset)
+            w = tl.load(w_ptr + at * 64 + w_offset)
         else:
-            x = tl.load(x_ptrs, mask=(at * 64 + k < blocks * 64)[None, :], other=0.0)
-        if PACKED:
-            if EVEN_K:
-                words = tl.load(w_ptrs)
-            else:
-                words = tl.load(w_ptrs, mask=(at * 8 + word < blocks * 8)[None, :], other=0)
-            inside = tl.broadcast_to((at + q < blocks)[None, :], (BLOCK_N, Q))
-            scale = block_scales(index, block, inside, absmax2_ptr, offset_ptr, map_ptr, DOUBLE)
-            block += Q
-            ahead = tl.broadcast_to((at + Q + q < last)[None, :], (BLOCK_N, Q))
-            index = tl.load(absmax_ptr + block, mask=ahead, other=0)
-            scale = tl.broadcast_to(scale[:, :, None], (BLOCK_N, Q, 8))
-            scale = scale.reshape(BLOCK_N, BLOCK_K // 8)
-            w = decode_nf4(words, scale, x_ptr.dtype.element_ty, FAST)
-            w_ptrs += BLOCK_K // 8
-        else:
-            if EVEN_K:
-                w = tl.load(w_ptrs)
-            else:
-                w = tl.load(w_ptrs, mask=(at * 64 + k < blocks * 64)[None, :], other=0.0)
-            w_ptrs += BLOCK_K
+            inside = (at * 64 + k < blocks * 64)[None, :]
+            x = tl.load(x_ptr + at * 64 + x_offset, mask=inside, other=0.0)
+            w = tl.load(w_ptr + at * 64 + w_offset, mask=inside, other=0.0)
         acc = dot(w, tl.trans(x), acc)
-        x_ptrs += BLOCK_K
     return acc
 
 
-@jit(do_not_specialize=["num_rows"])
+@jit(do_not_specialize=["num_rows", "segments", "steps"])
 def _matmul_kernel(
-    x_ptr, w_ptr, absmax_ptr, absmax2_ptr, offset_ptr, map_ptr, bias_ptr, xa_ptr, b_ptr, parts_ptr,
-    out_ptr, work_ptr, count_ptr, scale, num_rows, num_outputs, blocks, stride_xt, stride_ot,
-    stride_xat,
+    x_ptr, w_ptr, bias_ptr, xa_ptr, b_ptr, parts_ptr, out_ptr, work_ptr, count_ptr, scale,
+    num_rows, num_outputs, blocks, segments, steps, stride_xt, stride_ot, stride_xat,
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    SEGMENTS: tl.constexpr, FUSED: tl.constexpr, EVEN_K: tl.constexpr, PACKED: tl.constexpr,
-    DOUBLE: tl.constexpr, FAST: tl.constexpr, HAS_BIAS: tl.constexpr, NUM_PARTS: tl.constexpr,
-    RANK: tl.constexpr, BLOCK_R: tl.constexpr,
+    SPLIT: tl.constexpr, CHAINED: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr,
+    NUM_PARTS: tl.constexpr, ALIGNED: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    Q: tl.constexpr = BLOCK_K // 64
-    row_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    n = tl.minimum(row_n, num_outputs - 1)
-    t = tl.minimum(row_t, num_rows - 1)
-    steps = tl.cdiv(tl.cdiv(blocks, Q), SEGMENTS) * Q
-    acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+    n0 = tl.program_id(1) * BLOCK_N
+    t0 = tl.program_id(0) * BLOCK_T
+    row_n = n0 + tl.arange(0, BLOCK_N)
+    row_t = t0 + tl.arange(0, BLOCK_T)
+    columns = blocks * 64
+    k = tl.arange(0, BLOCK_K)
+    n = tl.minimum(row_n, num_outputs - 1) - n0
+    t = tl.minimum(row_t, num_rows - 1) - t0
+    w_offset = (n * columns)[:, None] + k[None, :]
+    x_offset = (t * stride_xt)[:, None] + k[None, :]
+    w_ptr += n0.to(tl.int64) * columns
+    x_ptr += t0.to(tl.int64) * stride_xt
+    b = 0
+    xa = 0
+    if NUM_PARTS > 0 and ALIGNED:
+        row, column = part_of(parts_ptr, n0, NUM_PARTS)
+        b, xa = low_rank_operands(
+            xa_ptr, b_ptr, row, column, row_t, num_rows, num_outputs - n0, stride_xat,
+            BLOCK_N, RANK, BLOCK_R,
+        )  # fmt: skip
     finishes = True
-    if FUSED and SEGMENTS > 1:
-        for segment in tl.range(SEGMENTS):
+    if CHAINED:
+        acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+        for segment in tl.range(segments):
             acc += _segment(
-                tl.zeros([BLOCK_N, BLOCK_T], tl.float32), x_ptr, w_ptr, absmax_ptr, absmax2_ptr,
-                offset_ptr, map_ptr, n, t, stride_xt, blocks, tl.minimum(segment * steps, blocks),
-                tl.minimum((segment + 1) * steps, blocks), BLOCK_N, BLOCK_K, STAGES,
-                EVEN_K, PACKED, DOUBLE, FAST,
+                x_ptr, w_ptr, x_offset, w_offset, tl.minimum(segment * steps, blocks),
+                tl.minimum((segment + 1) * steps, blocks), blocks,
+                BLOCK_N, BLOCK_T, BLOCK_K, STAGES, EVEN_K,
             )  # fmt: skip
     else:
         segment = tl.program_id(2)
         acc = _segment(
-            acc, x_ptr, w_ptr, absmax_ptr, absmax2_ptr, offset_ptr, map_ptr, n, t, stride_xt,
-            blocks, tl.minimum(segment * steps, blocks), tl.minimum((segment + 1) * steps, blocks),
-            BLOCK_N, BLOCK_K, STAGES, EVEN_K, PACKED, DOUBLE, FAST,
+            x_ptr, w_ptr, x_offset, w_offset, tl.minimum(segment * steps, blocks),
+            tl.minimum((segment + 1) * steps, blocks), blocks,
+            BLOCK_N, BLOCK_T, BLOCK_K, STAGES, EVEN_K,
         )  # fmt: skip
-    if not FUSED:
-        tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        cell = tl.arange(0, BLOCK_N)[:, None] + tl.arange(0, BLOCK_T)[None, :] * BLOCK_N
-        work = work_ptr + tile.to(tl.int64) * (SEGMENTS * BLOCK_N * BLOCK_T) + cell
-        tl.store(work + segment * (BLOCK_N * BLOCK_T), acc)
-        tl.debug_barrier()
-        finishes = tl.atomic_add(count_ptr + tile, 1, sem="acq_rel") == SEGMENTS - 1
-        tl.debug_barrier()
-        if finishes:
-            acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
-            for piece in tl.range(SEGMENTS):
-                acc += tl.load(work + piece * (BLOCK_N * BLOCK_T), cache_modifier=".cg")
-            tl.store(count_ptr + tile, 0)
-    if finishes:
-        if NUM_PARTS > 0:
-            acc = _low_rank(
-                acc, xa_ptr, b_ptr, parts_ptr, scale, row_n, row_t, num_rows, stride_xat,
-                RANK, BLOCK_R, NUM_PARTS,
-            )  # fmt: skip
-        if HAS_BIAS:
-            acc += tl.load(bias_ptr + n).to(tl.float32)[:, None]
-        tl.store(
-            out_ptr + row_t.to(tl.int64)[None, :] * stride_ot + row_n[:, None],
-            rounded(acc, out_ptr.dtype.element_ty),
-            mask=(row_n < num_outputs)[:, None] & (row_t < num_rows)[None, :],
+    if SPLIT:
+        acc, finishes = sum_of_segments(
+            acc, work_ptr, count_ptr, tl.program_id(2), segments, BLOCK_N, BLOCK_T
         )
+    if finishes:
+        store_product(
+            acc, b, xa, row_n, row_t, xa_ptr, b_ptr, parts_ptr, bias_ptr, out_ptr, scale, num_rows,
+            num_outputs, stride_ot, stride_xat, HAS_BIAS, NUM_PARTS, ALIGNED, RANK, BLOCK_R,
+        )  # fmt: skip
 
 
 @cache
@@ -251,70 +305,80 @@ def _counters(device: torch.device) -> Tensor:
     return torch.zeros(65536, dtype=torch.int32, device=device)
 
 
+def workspace(x: Tensor, tile: Tile, tiles: int, segments: int) -> tuple[Tensor, Tensor]:
+    """Where segments wait for their sum, and the counters of who has arrived."""
+    size = tiles * segments * tile.block_n * tile.block_t
+    return torch.empty(size, dtype=torch.float32, device=x.device), _counters(x.device)
+
+
+def low_rank_arguments(low_rank: LowRank | None, x: Tensor, tile: Tile) -> dict[str, object]:
+    """A kernel's arguments about the adapter, or about there being none."""
+    if low_rank is None:
+        return {
+            "xa_ptr": x, "b_ptr": x, "parts_ptr": x, "scale": 0.0, "stride_xat": 0,
+            "NUM_PARTS": 0, "ALIGNED": False, "RANK": 1, "BLOCK_R": 16,
+        }  # fmt: skip
+    rank = low_rank.b.shape[1]
+    return {
+        "xa_ptr": low_rank.xa, "b_ptr": low_rank.b, "parts_ptr": low_rank.parts,
+        "scale": low_rank.scale, "stride_xat": low_rank.xa.stride(0),
+        "NUM_PARTS": len(low_rank.parts), "ALIGNED": low_rank.granule % tile.block_n == 0,
+        "RANK": rank, "BLOCK_R": max(16, triton.next_power_of_2(rank)),
+    }  # fmt: skip
+
+
+def check_shapes(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Raise ValueError where x [T, K] and a weight [N, K] are not what the kernels take."""
+    if shape[1] != x.shape[1] or shape[1] % BLOCK or x.stride(1) != 1:
+        raise ValueError(
+            f"x is {tuple(x.shape)}, strides {x.stride()}, the weight {tuple(shape)}; "
+            f"columns must be equal, adjacent and a multiple of {BLOCK}"
+        )
+    if x.dtype != dtype or x.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"x is {x.dtype} and the weight {dtype}: both bfloat16 or float16")
+
+
 def launch(
     x: Tensor,
-    weight: Tensor | NF4Matrix,
-    bias: Tensor | None,
-    low_rank: LowRank | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    low_rank: LowRank | None = None,
     capability: Capability | None = None,
     *,
     segments: int | None = None,
     tile: Tile | None = None,
-    fused: bool | None = None,
+    is_chained: bool | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """y [T, N] of x [T, K] and a weight [N, K]; see the module. Raises ValueError on shapes and
     dtypes that the kernel does not take.
 
-    out_dtype: float32 where sums are not to be rounded. segments, tile and fused are for tests and
-    measurements; of them only segments changes bits.
+    out_dtype: float32 where sums are not to be rounded. segments, tile and is_chained are for tests
+    and measurements; of them only segments changes bits.
     """
-    num_rows, num_inputs = x.shape
-    packed = weight if isinstance(weight, NF4Matrix) else None
-    num_outputs = weight.shape[0]
-    if weight.shape[1] != num_inputs or num_inputs % BLOCK or x.stride(1) != 1:
-        raise ValueError(
-            f"x is {tuple(x.shape)}, strides {x.stride()}, the weight {tuple(weight.shape)}; "
-            f"columns must be equal, adjacent and a multiple of {BLOCK}"
-        )
-    if x.dtype != weight.dtype or x.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"x is {x.dtype} and the weight {weight.dtype}: both bfloat16 or float16")
+    check_shapes(x, weight.shape, weight.dtype)
+    (num_rows, num_inputs), num_outputs = x.shape, weight.shape[0]
     out = torch.empty(num_rows, num_outputs, dtype=out_dtype or x.dtype, device=x.device)
     if num_rows == 0:
         return out
     capability = capability or capability_of(x.device)
-    tile = tile or tile_of(capability, num_rows, "16-bit" if packed is None else "nf4")
+    tile = tile or tile_of(capability, num_rows)
     segments = segments or segments_of(capability, num_outputs, num_inputs)
+    if is_chained is None:
+        is_chained = num_rows > MAX_SPLIT_ROWS
+    is_split = segments > 1 and not is_chained
     grid = (triton.cdiv(num_rows, tile.block_t), triton.cdiv(num_outputs, tile.block_n))
-    if fused is None:
-        fused = segments == 1 or num_rows > MAX_SPLIT_ROWS
-    work, count = x, x
-    if not fused:
-        size = grid[0] * grid[1] * segments * tile.block_n * tile.block_t
-        work = torch.empty(size, dtype=torch.float32, device=x.device)
-        count = _counters(x.device)
-    double = packed is not None and packed.absmax2 is not None
-    _matmul_kernel[(*grid, 1 if fused else segments)](
-        x, weight if packed is None else words_of(packed), x if packed is None else packed.absmax,
-        packed.absmax2 if double else x, packed.offset if double else x,
-        dynamic_map_on(x.device) if double else x, x if bias is None else bias,
-        x if low_rank is None else low_rank.xa, x if low_rank is None else low_rank.b,
-        x if low_rank is None else low_rank.parts, out, work, count,
-        0.0 if low_rank is None else low_rank.scale, num_rows, num_outputs, num_inputs // BLOCK,
-        x.stride(0), out.stride(0), 0 if low_rank is None else low_rank.xa.stride(0),
-        BLOCK_N=tile.block_n, BLOCK_T=tile.block_t, BLOCK_K=BLOCK_K, STAGES=tile.num_stages,
-        SEGMENTS=segments, FUSED=fused, EVEN_K=num_inputs % BLOCK_K == 0,
-        PACKED=packed is not None, DOUBLE=double, FAST=capability.tensor_dots,
-        HAS_BIAS=bias is not None, NUM_PARTS=0 if low_rank is None else len(low_rank.parts),
-        RANK=1 if low_rank is None else low_rank.b.shape[1],
-        BLOCK_R=16 if low_rank is None else max(16, triton.next_power_of_2(low_rank.b.shape[1])),
-        num_warps=tile.num_warps, enable_fp_fusion=False,
+    work, count = workspace(x, tile, grid[0] * grid[1], segments) if is_split else (x, x)
+    _matmul_kernel[(*grid, segments if is_split else 1)](
+        x_ptr=x, w_ptr=weight, bias_ptr=x if bias is None else bias, out_ptr=out, work_ptr=work,
+        count_ptr=count, num_rows=num_rows, num_outputs=num_outputs, blocks=num_inputs // BLOCK,
+        segments=segments, steps=steps_of(num_inputs, segments), stride_xt=x.stride(0),
+        stride_ot=out.stride(0), BLOCK_N=tile.block_n, BLOCK_T=tile.block_t, BLOCK_K=BLOCK_K,
+        STAGES=tile.num_stages, SPLIT=is_split, CHAINED=segments > 1 and is_chained,
+        EVEN_K=num_inputs % BLOCK_K == 0, HAS_BIAS=bias is not None, num_warps=tile.num_warps,
+        enable_fp_fusion=False, **low_rank_arguments(low_rank, x, tile),
     )  # fmt: skip
     return out
-
-
-MAX_SPLIT_ROWS = 256
-"""More rows fill the card without segments side by side, and their sums would take much memory."""
 
 
 def matmul_reference(
@@ -355,8 +419,8 @@ def matmul(
     """x W^T + scale xa B^T + bias: [T, K] x [N, K] -> [T, N], no gradient.
 
     A row's bits do not depend on the other rows nor on their number. Where the kernel does not run
-    (a CPU, 32 bits, odd widths) sums are in float64. capability: the model's; left
-    out, what the card can do.
+    (a CPU, 32 bits, odd widths) sums are in float64. capability: the model's; left out, what the
+    card can do.
     """
     capability = capability or capability_of(x.device)
     fits = x.element_size() == 2 and x.shape[1] % BLOCK == 0

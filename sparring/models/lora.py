@@ -154,6 +154,7 @@ class LoraAdapter(nn.Module):
             [p.output_rows.start, p.output_rows.stop, p.b_rows.start, p.ranks.start]
             for p in self.parts.values()
         ]
+        self._granule = math.gcd(*(row for part in table for row in part[:2]))
         self.register_buffer(
             "part_table", torch.tensor(table, dtype=torch.int32).to(device), persistent=False
         )
@@ -235,12 +236,15 @@ class LoraAdapter(nn.Module):
         if not x_TI.is_cuda or not capability.tensor_dots or x_TI.shape[1] % 64:
             return None
         xa = lora_shrink(x_TI, a, capability)
-        return LowRank(xa=xa, b=b, parts=self.part_table, scale=self.scale)
+        return self._low_rank(xa, b)
 
     def fixed_low_rank(self, x_TI: Tensor) -> LowRank:
         """`low_rank` for any number of rows, no bit of a row depending on it."""
         a, b = self.matrices_used()
-        return LowRank(xa=lora_shrink(x_TI, a), b=b, parts=self.part_table, scale=self.scale)
+        return self._low_rank(lora_shrink(x_TI, a), b)
+
+    def _low_rank(self, xa: Tensor, b: Tensor) -> LowRank:
+        return LowRank(xa=xa, b=b, parts=self.part_table, scale=self.scale, granule=self._granule)
 
     def forward(self, y_TO: Tensor, x_TI: Tensor) -> Tensor:
         """Add scale (x A^T) B^T to y [T, O] in place; differentiable in y, x, A and B."""

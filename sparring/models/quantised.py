@@ -32,9 +32,6 @@ Part = NF4Matrix | Tensor
 FUSED_ROWS = {80: 64, 86: 128, 89: 256, 90: 64, 100: 64, 120: 256}
 """Rows up to which the fused kernel is taken, by architecture."""
 
-FIXED_FUSED_ROWS = 256
-"""The same in bitwise mode, where both forms give the same bits."""
-
 SLICE_BYTES = 64 * 2**20
 """Most bytes of decoded weights at a time where a product decodes rows to memory."""
 
@@ -163,9 +160,8 @@ class Quantised(nn.Module):
         self, x_TI: Tensor, bias_O: Tensor | None, low_rank: LowRank | None
     ) -> Tensor:
         """`product`, a row's bits independent of the other rows (kernels/matmul.py)."""
-        whole = self._whole
-        if self._cached is None and whole is not None and len(x_TI) <= FIXED_FUSED_ROWS:
-            return nf4_matmul(x_TI, whole, bias_O, low_rank, self.capability)
+        if self._whole is not None:
+            return nf4_matmul(x_TI, self._whole, bias_O, low_rank, self.capability)
         return matmul(x_TI, self.dense(), bias_O, low_rank, self.capability)
 
     def _fused_rows(self) -> int:

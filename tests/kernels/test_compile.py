@@ -25,6 +25,7 @@ from sparring.kernels import (
     lora,
     matmul,
     nf4,
+    nf4_matmul,
     norm,
     rope,
     sampling,
@@ -227,30 +228,34 @@ def test_decode_state(arch):
     check(decode_state._place_kernel, STEP, constants, arch)
 
 
-MATMUL = [
+PRODUCTS = [
     pytest.param(kind, index, marks=[] if (kind, index) == ("nf4", 1) else pytest.mark.slow)
     for kind, index in (*(("nf4", i) for i in range(4)), *(("16-bit", i) for i in range(4)))
 ]
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize(("kind", "index"), MATMUL)
+@pytest.mark.parametrize(("kind", "index"), PRODUCTS)
 def test_products_of_few_rows(kind, index, arch):
-    tiles = matmul.TILES.get((kind, arch)) or matmul.TILES[kind, 0]
+    room = nf4_matmul if kind == "nf4" else matmul
+    tiles = room.TILES.get(arch, room.TILES[0])
     tile = tiles[min(index, len(tiles) - 1)]
-    packed = kind == "nf4"
     constants = {
-        "BLOCK_N": tile.block_n, "BLOCK_T": tile.block_t, "BLOCK_K": matmul.BLOCK_K,
-        "STAGES": tile.num_stages, "SEGMENTS": 7, "FUSED": index == 3, "EVEN_K": True,
-        "PACKED": packed, "DOUBLE": packed, "FAST": True, "HAS_BIAS": True, "NUM_PARTS": 3,
-        "RANK": 16, "BLOCK_R": 16, "num_warps": tile.num_warps, "enable_fp_fusion": False,
+        "BLOCK_N": tile.block_n, "BLOCK_T": tile.block_t, "BLOCK_K": room.BLOCK_K,
+        "STAGES": tile.num_stages, "SPLIT": True, "EVEN_K": True, "HAS_BIAS": True,
+        "NUM_PARTS": 3, "ALIGNED": True, "RANK": 16, "BLOCK_R": 16, "num_warps": tile.num_warps,
+        "enable_fp_fusion": False,
     }  # fmt: skip
-    pointers = {**POINTERS, "w_ptr": "*i32" if packed else "*bf16", "parts_ptr": "*i32"}
-    found, ptx = check(
-        matmul._matmul_kernel, pointers, constants, arch, products=True, stack_limit=80
-    )
+    if kind == "nf4":
+        constants |= {"WARPS": tile.num_warps, "DOUBLE": True, "FAST": True}
+        kernel = nf4_matmul._nf4_matmul_kernel
+    else:
+        constants |= {"SPLIT": index < 3, "CHAINED": index == 3}
+        kernel = matmul._matmul_kernel
+    pointers = {**POINTERS, "w_ptr": "*bf16", "parts_ptr": "*i32"}
+    found, ptx = check(kernel, pointers, constants, arch, products=True, stack_limit=80)
     assert found == {90: {"wgmma.mma"}, 100: {"tcgen05.mma"}}.get(arch, {"mma.sync"})
-    assert ("prmt.b32" in ptx) == packed
+    assert ("0xffffffff,m" in ptx) == (kind == "nf4")
 
 
 @pytest.mark.parametrize("arch", ARCHS)
