@@ -112,6 +112,28 @@ def test_draws_follow_the_distribution() -> None:
     check_draws(80_000, seed=1)
 
 
+@pytest.mark.parametrize("what", ["seeds", "positions", "samples"])
+def test_draws_follow_it_whatever_part_of_the_key_changes(what: str) -> None:
+    num_draws, probs = 40_000, torch.tensor([0.5, 0.3, 0.15, 0.04, 0.009, 0.001]).double()
+    logits = probs.log().float().expand(num_draws, -1)
+    ids = torch.tensor([[3, 5]]).repeat(num_draws, 1)
+    positions = torch.zeros(num_draws, dtype=torch.int64)
+    each = torch.arange(num_draws)
+    if what == "samples":
+        ids[:, 0] = each
+    if what == "positions":
+        positions = each
+    parts = [sampling(seed=9)]
+    if what == "seeds":  # a thousand seeds, in both words, of forty draws each
+        parts = [sampling(seed=(part << 32) | (part * 7919 % 1000)) for part in range(1000)]
+        ids[:, 1] = each % 40
+    size = num_draws // len(parts)
+    drawn = [sample_tokens(logits[:size], part, ids[:size], positions[:size])[0] for part in parts]
+    counts = torch.bincount(torch.cat(drawn), minlength=6).double()
+    expected = probs * num_draws
+    assert float(((counts - expected) ** 2 / expected).sum()) < chi_square_limit(5)
+
+
 @pytest.mark.slow
 def test_a_million_draws_follow_the_distribution() -> None:
     check_draws(1_000_000, seed=2)
