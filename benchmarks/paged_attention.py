@@ -167,6 +167,46 @@ def shared_prompts() -> list[dict[str, object]]:
     return rows
 
 
+def launches() -> list[dict[str, object]]:
+    """Rotation, writing and decoding in two launches and in one; bits of both."""
+    rows = []
+    for name, (heads, kv_heads, size) in SHAPES.items():
+        for num_rows, context in ((8, 64), (32, 64), (32, 512), (128, 1024)):
+            pool, tables, lengths_R = pool_of([context] * num_rows, (heads, kv_heads, size), 12)
+            qkv = normal(num_rows, (heads + 2 * kv_heads) * size)
+            angles = normal(num_rows, size // 2, dtype=torch.float32)
+            norms = [normal(size), normal(size)] if name.startswith("Qwen3") else [None, None]
+            slots = tables[:, (context - 1) // BLOCK].long() * BLOCK + (context - 1) % BLOCK
+            most = -(-context // paged_attention.split_of(capability_of(CUDA), size)["SPLIT"])
+            rotation = (angles.cos(), angles.sin(), *norms, 1e-6, slots)
+            how = {
+                "max_splits": most, "capability": capability_of(CUDA),
+                "workspace": DecodeWorkspace.new(num_rows, heads, kv_heads, size, most, CUDA),
+            }  # fmt: skip
+
+            def two(
+                layer: int, qkv: torch.Tensor = qkv, rotation: tuple = rotation, how: dict = how,
+                pool: KVPool = pool, tables: torch.Tensor = tables,
+                lengths_R: torch.Tensor = lengths_R,
+            ) -> torch.Tensor:  # fmt: skip
+                q = rotate_write_triton(qkv, *rotation, pool, layer)
+                return paged_attention.paged_decode_triton(q, pool, layer, tables, lengths_R, **how)
+
+            one = partial(
+                paged_attention.rotate_decode_triton, qkv, *rotation, pool, tables_RN=tables,
+                lengths_R=lengths_R, **how,
+            )  # fmt: skip
+            same = torch.equal(two(0), one(layer=0))
+            micros = [
+                replayed([partial(call, layer=layer) for layer in range(12)]) for call in (two, one)
+            ]
+            rows.append({
+                "shape": name, "rows": num_rows, "context": context, "us, two": round(micros[0], 2),
+                "us, one": round(micros[1], 2), "bits equal": same,
+            })  # fmt: skip
+    return rows
+
+
 def relative(got: torch.Tensor, want: torch.Tensor) -> float:
     return ((got.double() - want.double()).norm() / want.double().norm()).item()
 
@@ -319,6 +359,8 @@ def main() -> None:
     print(json.dumps(results, indent=1), flush=True)
     results["prefill"] = prefill()
     print(json.dumps(results["prefill"]), flush=True)
+    results["launches"] = launches()
+    print(json.dumps(results["launches"]), flush=True)
     results["shared prompts"] = shared_prompts()
     print(json.dumps(results["shared prompts"]), flush=True)
     decode = results["decode"] = []

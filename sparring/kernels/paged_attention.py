@@ -21,12 +21,12 @@ from torch import Tensor
 
 from sparring.kernels import Capability, jit, rounded, tl, triton
 from sparring.kernels.paged_plan import DecodeWorkspace, split_of
-from sparring.kernels.rotate_write import kv_dtype_of
+from sparring.kernels.rotate_write import kv_dtype_of, num_heads_of, rotated_heads
 from sparring.kernels.shared_decode import _shared_kernel, shared_mates
 from sparring.kernels.splits import LOG2_E, OPTIONS, inverse, merge_factors, paged_split
 from sparring.layout import KVPool
 
-__all__ = ["paged_decode_reference", "paged_decode_triton"]
+__all__ = ["paged_decode_reference", "paged_decode_triton", "rotate_decode_triton"]
 
 
 def paged_decode_reference(
@@ -92,10 +92,11 @@ def _merge_row(
 @jit(do_not_specialize=["layer", "num_blocks", "table_stride", "window"])
 def _decode_kernel(
     q_ptr, address_ptr, tables_ptr, lengths_ptr, out_ptr, partial_ptr, states_ptr, tickets_ptr,
-    table_stride, layer, num_blocks, scale, window,
+    cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, slots_ptr, stride_t, table_stride, layer, num_blocks,
+    scale, window, eps,
     K: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr, B: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    KV_DTYPE: tl.constexpr, SHARED: tl.constexpr,
+    KV_DTYPE: tl.constexpr, SHARED: tl.constexpr, ROTATES: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
@@ -106,7 +107,6 @@ def _decode_kernel(
     inside = (columns < E)[:, None] & (members < GROUP)[None, :]
     flat = (row * K + kv_head) * (GROUP * E)
     to = members[None, :] * E + columns[:, None]
-    q = tl.load(q_ptr + flat + to, mask=inside, other=0.0)
     pool_ptr = tl.multiple_of(tl.load(address_ptr).to(tl.pointer_type(KV_DTYPE)), 16)
     if length <= 0:
         if split == 0:
@@ -128,6 +128,24 @@ def _decode_kernel(
         if (mine > 0) & (tl.sum(same.to(tl.int32), axis=0) > 1):
             return
     k_ptr = pool_ptr + (layer.to(tl.int64) * num_blocks * (2 * K) + kv_head) * (B * E)
+    if ROTATES:  # the row's query heads, then its new key and value
+        is_query, is_value = members < GROUP, members > GROUP
+        heads = tl.where(is_query, kv_head * GROUP + members, K * GROUP + kv_head)
+        heads = tl.where(is_value, heads + K, heads)
+        new = rotated_heads(
+            q_ptr + row * stride_t, cos_ptr + row * (E // 2), sin_ptr + row * (E // 2), q_norm_ptr,
+            k_norm_ptr, heads, members < GROUP + 2, is_query, is_value, eps, E, BLOCK_E, HAS_NORM,
+        )  # fmt: skip
+        if split == num_splits - 1:
+            slot = tl.load(slots_ptr + row)
+            at = slot // B * (2 * K * B * E) + (slot % B) * E
+            at += (members - GROUP)[:, None] * (K * B * E) + columns[None, :]
+            written = (members >= GROUP)[:, None] & (members < GROUP + 2)[:, None]
+            tl.store(k_ptr + at, new, mask=written & (columns < E)[None, :])
+            tl.debug_barrier()  # before this program reads it back
+        q = tl.trans(new)
+    else:
+        q = tl.load(q_ptr + flat + to, mask=inside, other=0.0)
     low = tl.maximum(split * SPLIT, first_key // BLOCK_N * BLOCK_N)
     high = tl.minimum(length, split * SPLIT + SPLIT)
     acc, peak, total = paged_split(
@@ -178,19 +196,12 @@ def paged_decode_triton(
     shares_prompts: a launch before it computes the splits of a prompt once for neighbouring rows
     of its group; not with a window.
     """
-    assert kv_pool.address is not None, "kernels find the pool through its address"
-    assert tables_RN.dtype == lengths_R.dtype == torch.int32, "tables and lengths are int32"
     rows, num_heads, size = q_RHE.shape
     num_kv_heads = kv_pool.data.shape[3]
+    out, workspace = _prepared(
+        q_RHE, num_heads, kv_pool, tables_RN, lengths_R, max_splits, out, workspace
+    )
     sizes = split_of(capability, size)
-    if out is None:
-        out = torch.empty(q_RHE.shape, dtype=q_RHE.dtype, device=q_RHE.device)
-    if workspace is None:
-        workspace = DecodeWorkspace.new(
-            rows, num_heads, num_kv_heads, size, max_splits, q_RHE.device
-        )
-    assert workspace.partial.shape[0] >= rows, "the workspace has room for every row"
-    assert workspace.partial.shape[2] == max_splits, "the workspace is laid out for max_splits"
     constants = constants_of(kv_pool.data, num_heads) | sizes | OPTIONS
     chunk = 0
     q_RHE, scale = q_RHE.contiguous(), LOG2_E / math.sqrt(size)
@@ -206,10 +217,80 @@ def paged_decode_triton(
     if rows:
         _decode_kernel[(rows, num_kv_heads, max_splits)](
             q_RHE, kv_pool.address, tables_RN, lengths_R, out, workspace.partial,
-            workspace.states, workspace.tickets, tables_RN.stride(0), layer, kv_pool.num_blocks,
-            scale, window, SHARED=chunk, HAS_WINDOW=window > 0, **constants,
+            workspace.states, workspace.tickets, *[workspace.states] * 4, tables_RN, 0,
+            tables_RN.stride(0), layer, kv_pool.num_blocks, scale, window, 0.0, SHARED=chunk,
+            HAS_WINDOW=window > 0, ROTATES=False, HAS_NORM=False, **constants,
         )  # fmt: skip
     return out
+
+
+def rotate_decode_triton(
+    qkv_RC: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    slots_R: Tensor,
+    kv_pool: KVPool,
+    layer: int,
+    tables_RN: Tensor,
+    lengths_R: Tensor,
+    *,
+    max_splits: int,
+    capability: Capability,
+    window: int = 0,
+    out: Tensor | None = None,
+    workspace: DecodeWorkspace | None = None,
+) -> Tensor:
+    """`rotate_write` and `paged_decode_triton` of its queries in one launch, the same bits.
+
+    The program of a row's last split writes the row's new key and value before it reads them; a row
+    of length 0 writes nothing.
+    """
+    rows, size = len(qkv_RC), kv_pool.data.shape[5]
+    num_kv_heads = kv_pool.data.shape[3]
+    num_heads = num_heads_of(qkv_RC, kv_pool)
+    out, workspace = _prepared(
+        qkv_RC, num_heads, kv_pool, tables_RN, lengths_R, max_splits, out, workspace
+    )
+    has_norm = q_norm is not None and k_norm is not None
+    constants = constants_of(kv_pool.data, num_heads) | split_of(capability, size) | OPTIONS
+    constants["BLOCK_M"] = max(16, triton.next_power_of_2(num_heads // num_kv_heads + 2))
+    if rows:
+        _decode_kernel[(rows, num_kv_heads, max_splits)](
+            qkv_RC, kv_pool.address, tables_RN, lengths_R, out, workspace.partial,
+            workspace.states, workspace.tickets, cos.contiguous(), sin.contiguous(),
+            q_norm if has_norm else cos, k_norm if has_norm else cos, slots_R, qkv_RC.stride(0),
+            tables_RN.stride(0), layer, kv_pool.num_blocks, LOG2_E / math.sqrt(size), window, eps,
+            SHARED=0, HAS_WINDOW=window > 0, ROTATES=True, HAS_NORM=has_norm, **constants,
+        )  # fmt: skip
+    return out
+
+
+def _prepared(
+    like: Tensor,
+    num_heads: int,
+    kv_pool: KVPool,
+    tables_RN: Tensor,
+    lengths_R: Tensor,
+    max_splits: int,
+    out: Tensor | None,
+    workspace: DecodeWorkspace | None,
+) -> tuple[Tensor, DecodeWorkspace]:
+    """Where the output [R, H, E] and the splits go, after a look at what was given."""
+    assert kv_pool.address is not None, "kernels find the pool through its address"
+    assert tables_RN.dtype == lengths_R.dtype == torch.int32, "tables and lengths are int32"
+    rows, num_kv_heads, size = len(like), kv_pool.data.shape[3], kv_pool.data.shape[5]
+    if out is None:
+        out = torch.empty(rows, num_heads, size, dtype=like.dtype, device=like.device)
+    if workspace is None:
+        workspace = DecodeWorkspace.new(
+            rows, num_heads, num_kv_heads, size, max_splits, like.device
+        )
+    assert workspace.partial.shape[0] >= rows, "the workspace has room for every row"
+    assert workspace.partial.shape[2] == max_splits, "the workspace is laid out for max_splits"
+    return out, workspace
 
 
 def rows_together(group: int) -> int:

@@ -70,8 +70,9 @@ def _rotate_kernel(
     second = tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32)
     to = y_ptr + (token * num_heads + heads[:, None]) * (2 * HALF) + columns[None, :]
     dtype = y_ptr.dtype.element_ty
-    tl.store(to, rounded(first * cos - second * sin, dtype), mask=inside)
-    tl.store(to + HALF, rounded(second * cos + first * sin, dtype), mask=inside)
+    # one multiply-add, written out: every kernel that rotates rounds alike
+    tl.store(to, rounded(tl.fma(first, cos, -(second * sin)), dtype), mask=inside)
+    tl.store(to + HALF, rounded(tl.fma(second, cos, first * sin), dtype), mask=inside)
 
 
 def tile_of(num_heads: int, half: int) -> dict[str, int]:

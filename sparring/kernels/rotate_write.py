@@ -22,7 +22,7 @@ from sparring.layout import KVPool
 __all__ = ["rotate_write", "rotate_write_reference", "rotate_write_triton"]
 
 
-def _num_heads(qkv_TC: Tensor, kv_pool: KVPool) -> int:
+def num_heads_of(qkv_TC: Tensor, kv_pool: KVPool) -> int:
     """Query heads H, from the widths of the projection and of the pool's heads."""
     num_kv_heads, size = kv_pool.data.shape[3], kv_pool.data.shape[5]
     num_heads = qkv_TC.shape[1] // size - 2 * num_kv_heads
@@ -46,7 +46,7 @@ def rotate_write_reference(
     qkv_TC [T, (H + 2K) E]; cos, sin [T, E / 2]; q_norm, k_norm [E] or both None; slots_T [T] int64:
     block * block_size + offset in it.
     """
-    num_heads = _num_heads(qkv_TC, kv_pool)
+    num_heads = num_heads_of(qkv_TC, kv_pool)
     num_kv_heads, block_size, size = kv_pool.data.shape[3:]
     heads = qkv_TC.view(len(qkv_TC), -1, size)
     q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
@@ -98,8 +98,8 @@ def _rotate_write_kernel(
         b = rounded(b * high, dtype).to(tl.float32)
     cos = tl.load(cos_ptr + token * HALF + columns, mask=columns < HALF, other=0.0)[None, :]
     sin = tl.load(sin_ptr + token * HALF + columns, mask=columns < HALF, other=0.0)[None, :]
-    new_first = rounded(tl.where(is_value, first, a * cos - b * sin), dtype)
-    new_second = rounded(tl.where(is_value, second, b * cos + a * sin), dtype)
+    new_first = rounded(tl.where(is_value, first, tl.fma(a, cos, -(b * sin))), dtype)
+    new_second = rounded(tl.where(is_value, second, tl.fma(b, cos, a * sin)), dtype)
     to_q = q_ptr + (token * H + heads[:, None]) * E + columns[None, :]
     tl.store(to_q, new_first, mask=inside & is_query)
     tl.store(to_q + HALF, new_second, mask=inside & is_query)
@@ -111,6 +111,47 @@ def _rotate_write_kernel(
     written = inside & (heads >= H)[:, None]
     tl.store(to_kv, rounded(new_first.to(tl.float32), KV_DTYPE), mask=written)
     tl.store(to_kv + HALF, rounded(new_second.to(tl.float32), KV_DTYPE), mask=written)
+
+
+@jit
+def rotated_heads(
+    row_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, heads, there, is_query, is_value, eps,
+    E: tl.constexpr, BLOCK_E: tl.constexpr, HAS_NORM: tl.constexpr,
+):  # fmt: skip
+    """Heads [M] of one token, [M, BLOCK_E]: what the kernel above makes of them, for a kernel that
+    goes on with them; M BLOCK_E must be at least the norm's tile. Every column finds its partner in
+    the other half of the head.
+    """
+    HALF: tl.constexpr = E // 2
+    columns = tl.arange(0, BLOCK_E)
+    is_first = columns < HALF
+    partners = tl.where(is_first, columns + HALF, columns - HALF)
+    inside = there[:, None] & (columns < E)[None, :]
+    at = row_ptr + heads[:, None] * E
+    x = tl.load(at + columns[None, :], mask=inside, other=0.0)
+    dtype = x.dtype
+    x = x.to(tl.float32)
+    a = x
+    b = tl.load(at + partners[None, :], mask=inside, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / E + eps)
+        within = columns < E
+        q_own = tl.load(q_norm_ptr + columns, mask=within, other=0.0).to(tl.float32)
+        q_theirs = tl.load(q_norm_ptr + partners, mask=within, other=0.0).to(tl.float32)
+        k_own = tl.load(k_norm_ptr + columns, mask=within, other=0.0).to(tl.float32)
+        k_theirs = tl.load(k_norm_ptr + partners, mask=within, other=0.0).to(tl.float32)
+        own = tl.where(is_query[:, None], q_own[None, :], k_own[None, :])
+        theirs = tl.where(is_query[:, None], q_theirs[None, :], k_theirs[None, :])
+        a = rounded(a * scale[:, None], dtype).to(tl.float32)
+        b = rounded(b * scale[:, None], dtype).to(tl.float32)
+        a = rounded(a * own, dtype).to(tl.float32)
+        b = rounded(b * theirs, dtype).to(tl.float32)
+    angles = tl.where(is_first, columns, columns - HALF)
+    cos = tl.load(cos_ptr + angles, mask=columns < E, other=0.0)
+    sin = tl.load(sin_ptr + angles, mask=columns < E, other=0.0)
+    sin = tl.where(is_first, -sin, sin)
+    turned = tl.fma(a, cos[None, :], b * sin[None, :])
+    return rounded(tl.where(is_value[:, None], x, turned), dtype)
 
 
 def tile_of(size: int) -> dict[str, int]:
@@ -145,7 +186,7 @@ def rotate_write_triton(
 ) -> Tensor:
     """`rotate_write_reference` in one launch; the rows of qkv_TC may have a stride."""
     assert kv_pool.address is not None, "kernels find the pool through its address"
-    num_heads = _num_heads(qkv_TC, kv_pool)
+    num_heads = num_heads_of(qkv_TC, kv_pool)
     num_kv_heads, block_size, size = kv_pool.data.shape[3:]
     q_THE = torch.empty((len(qkv_TC), num_heads, size), dtype=qkv_TC.dtype, device=qkv_TC.device)
     tile = tile_of(size)

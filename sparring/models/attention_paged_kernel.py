@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from sparring.kernels import Capability
-from sparring.kernels.paged_attention import paged_decode_triton
+from sparring.kernels.paged_attention import paged_decode_triton, rotate_decode_triton
 from sparring.kernels.paged_plan import DecodeWorkspace, PrefillTiles, split_of
 from sparring.kernels.paged_prefill import paged_prefill_triton
-from sparring.kernels.rotate_write import rotate_write_triton
+from sparring.kernels.rotate_write import num_heads_of, rotate_write_triton
 from sparring.kernels.split_attention import split_attention_paged
 from sparring.layout import DecodeLayout, KVPool, PagedLayout
 
@@ -111,7 +111,28 @@ class PagedKernelPlan:
         layer: int,
         window: int,
     ) -> Tensor:
-        """Norm and rotate the projection qkv [T, (H + 2K) E], write and attend: [T, H, E]."""
+        """Norm and rotate the projection qkv [T, (H + 2K) E], write and attend: [T, H, E].
+
+        A decode step is one launch.
+        """
+        if self.tiles is None:
+            return rotate_decode_triton(
+                qkv_TC,
+                cos,
+                sin,
+                q_norm,
+                k_norm,
+                eps,
+                self.slots_T,
+                self.pool,
+                layer,
+                self.tables_RN,
+                self.lengths_R,
+                max_splits=self.max_splits,
+                capability=self.capability,
+                window=window,
+                workspace=self._decode_workspace(num_heads_of(qkv_TC, self.pool)),
+            )
         q_THE = rotate_write_triton(
             qkv_TC, cos, sin, q_norm, k_norm, eps, self.slots_T, self.pool, layer
         )
@@ -129,15 +150,6 @@ class PagedKernelPlan:
                 capability=self.capability,
                 window=window,
             )
-        if self.workspace is None:
-            self.workspace = DecodeWorkspace.new(
-                len(q_THE),
-                q_THE.shape[1],
-                int(self.pool.data.shape[3]),
-                q_THE.shape[2],
-                self.max_splits,
-                q_THE.device,
-            )
         return paged_decode_triton(
             q_THE,
             self.pool,
@@ -147,8 +159,21 @@ class PagedKernelPlan:
             max_splits=self.max_splits,
             capability=self.capability,
             window=window,
-            workspace=self.workspace,
+            workspace=self._decode_workspace(q_THE.shape[1]),
         )
+
+    def _decode_workspace(self, num_heads: int) -> DecodeWorkspace:
+        if self.workspace is None:
+            num_kv_heads, _, size = self.pool.data.shape[3:]
+            self.workspace = DecodeWorkspace.new(
+                len(self.lengths_R),
+                num_heads,
+                num_kv_heads,
+                size,
+                self.max_splits,
+                self.lengths_R.device,
+            )
+        return self.workspace
 
 
 def max_splits_for(capability: Capability, head_size: int, max_tokens: int) -> int:

@@ -7,12 +7,17 @@ import torch
 
 from sparring.kernels import capability_of
 from sparring.kernels.norm import rms_norm_triton
-from sparring.kernels.paged_attention import paged_decode_reference, paged_decode_triton
+from sparring.kernels.paged_attention import (
+    paged_decode_reference,
+    paged_decode_triton,
+    rotate_decode_triton,
+)
 from sparring.kernels.paged_plan import DecodeWorkspace, PrefillTiles, split_of
 from sparring.kernels.paged_prefill import paged_prefill_reference, paged_prefill_triton
 from sparring.kernels.rope import rope_triton
 from sparring.kernels.rotate_write import rotate_write_reference, rotate_write_triton
-from sparring.layout import KVPool
+from sparring.layout import KVPool, PagedLayout
+from sparring.models.attention_paged_kernel import PagedKernelPlan
 from tests.kernels.test_triton import (
     DEVICE,
     HALVES,
@@ -198,3 +203,81 @@ def test_a_captured_graph_follows_a_pool_that_moved():
     assert torch.isnan(old).all(), "nothing is written to the old place"
     want = paged_decode_reference(q.double(), KVPool(data=moved.double()), 1, tables, lengths_R)
     assert error(outputs[1], want) < LIMIT[torch.bfloat16]
+
+
+@pytest.mark.parametrize("has_norm", [True, False])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size"),
+    [(7, 1, 64), *(pytest.param(*n, marks=SLOW) for n in ((28, 4, 128), (4, 2, 80), (16, 8, 128)))],
+)
+def test_one_launch_for_rotation_writing_and_decoding(heads, kv_heads, size, has_norm):
+    lengths = (1, 0, 16, 17, SPLIT, SPLIT + 1, 2 * SPLIT + 5)
+    dtype, rows = torch.bfloat16, len(lengths)
+    qkv = random(rows, (heads + 2 * kv_heads) * size + 16, dtype=dtype)[:, :-16]
+    angles = random(rows, size // 2, dtype=torch.float32, seed=1)
+    norms = [random(size, dtype=dtype, seed=s) if has_norm else None for s in (2, 3)]
+    lengths_R = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    pools = [paged(lengths, kv_heads, size, 16, dtype) for _ in range(2)]
+    tables = pools[0][1]
+    last = (lengths_R.long() - 1).clamp_min(0)
+    slots = tables.gather(1, last[:, None] // 16).long()[:, 0] * 16 + last % 16
+    for pool, _ in pools:  # what both have to write
+        pool.data[:, slots // 16, :, :, slots % 16] = float("nan")
+    rotation = (angles.cos(), angles.sin(), *norms, 1e-6, slots)
+    how = {"max_splits": 4, "capability": CAPABILITY}
+    q = rotate_write_triton(qkv, *rotation, pools[0][0], 1)
+    want = paged_decode_triton(q, pools[0][0], 1, tables, lengths_R, **how)
+    got = rotate_decode_triton(qkv, *rotation, pools[1][0], 1, tables, lengths_R, **how)
+    assert torch.equal(got, want)
+    assert not got.isnan().any()
+    written, expected = (pool.data[1:, 1:].nan_to_num(7.0) for pool, _ in pools)
+    assert torch.equal(written, expected)
+
+
+@pytest.mark.parametrize("bitwise", [False, True])
+def test_the_plan_of_a_step(bitwise):
+    """Prefill and decoding through PagedKernelPlan, from the projection and from its parts."""
+    heads, kv_heads, size, block_size, dtype = 2, 1, 64, 16, torch.bfloat16
+    angles = random(80, size // 2, dtype=torch.float32, seed=1)
+    cos, sin = angles.cos(), angles.sin()
+    qkv = random(80, 4 * size, dtype=dtype)
+    data = torch.full((1, 8, 2, kv_heads, block_size, size), float("nan"), device=DEVICE)
+    pools = []
+    for _ in range(2):
+        copy = data.to(dtype)
+        pools.append(KVPool(data=copy, address=torch.tensor([copy.data_ptr()], device=DEVICE)))
+    tables = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 0]], device=DEVICE)
+    lengths, outputs = [0, 0], []
+    for new in ((37, 20), (9, 10), (1, 1), (1, 1)):
+        places = [(r, lengths[r] + i) for r in range(2) for i in range(new[r])]
+        lengths = [n + m for n, m in zip(lengths, new, strict=True)]
+        slots = torch.tensor([int(tables[r, p // 16]) * 16 + p % 16 for r, p in places])
+        tokens = torch.tensor([40 * r + p for r, p in places], device=DEVICE)
+        layout = PagedLayout(
+            cu_seqlens=(0, new[0], sum(new)),
+            kv_lengths=tuple(lengths),
+            kv_lengths_R=torch.tensor(lengths, device=DEVICE),
+            block_tables_RN=tables,
+            slots_T=slots.to(DEVICE),
+            block_size=block_size,
+        )
+        with torch.no_grad():
+            plans = [
+                PagedKernelPlan.of_layout(layout, pool, CAPABILITY, bitwise=bitwise)
+                for pool in pools
+            ]
+            turned = (cos[tokens], sin[tokens])
+            whole = plans[0].attend_rotated(qkv[tokens], *turned, None, None, 1e-6, 0, 0)
+            q, k, v = qkv[tokens].view(-1, 4, size).split([heads, kv_heads, kv_heads], 1)
+            q, k = rope_triton(q, *turned), rope_triton(k, *turned)
+            parts = plans[1].attend(q, k, v, 0, 0)
+        assert torch.equal(whole, parts)
+        outputs.append((places, q, whole))
+    pool = KVPool(data=pools[0].data.double().nan_to_num())
+    for places, q, out in outputs:
+        for i, (row, place) in enumerate(places):
+            lengths_R = torch.tensor([place + 1])
+            want = paged_decode_reference(
+                q[i : i + 1].double(), pool, 0, tables[row : row + 1], lengths_R
+            )
+            assert error(out[i : i + 1], want) < LIMIT[dtype]
