@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from sparring.errors import CheckpointError
 from sparring.kernels.nf4 import dequantize_nf4, quantize_nf4
+from sparring.models import nf4_files
 from sparring.models.checkpoint import build_model, load_model, save_model, weight_views
 from sparring.models.files import INDEX
 from sparring.models.lora import LoraConfig
@@ -178,3 +179,79 @@ def test_slices_give_the_products_of_the_whole(monkeypatch: pytest.MonkeyPatch, 
         (weight.add_matmul(dy.clone(), x), dy.double() + x.double() @ dense.double().T),
     ):
         assert (got.double() - want).norm() / want.norm() < limit
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_fused_sliced_and_saved_forms_have_the_bits_of_bitsandbytes(
+    tmp_path: Path, dtype: torch.dtype, double: bool
+):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    rows, width = (128, 64, 64), 256  # the smaller parts fill whole groups of scales, and then not
+    for width in (256, 192):
+        weight = Quantised(rows, width, device=torch.device("cpu"), dtype=dtype)
+        wanted = []
+        for index, size in enumerate(rows):
+            generator = torch.Generator().manual_seed(index)
+            matrix = (torch.randn(size, width, generator=generator) * 0.02).to(dtype)
+            packed, state = functional.quantize_4bit(
+                matrix, quant_type="nf4", compress_statistics=double, blocksize=64
+            )
+            wanted.append(functional.dequantize_4bit(packed, state).reshape(size, width))
+            name = f"x{index}.weight"
+            stored = {
+                name: packed,
+                **{f"{name}.{k}": v for k, v in state.as_dict(packed=True).items()},
+            }
+            save_file({key: value.contiguous() for key, value in stored.items()}, tmp_path / name)
+            collector, whole = nf4_files.Collector(torch.device("cpu")), None
+            for key, tensor in load_file(tmp_path / name).items():
+                whole = collector.add(key, tensor) or whole
+            assert whole is not None
+            weight.fill(index, whole[1])
+            again = nf4_files.stored_tensors(name, whole[1])
+            assert again.keys() == stored.keys()
+            for key, tensor in again.items():
+                if key.endswith(nf4_files.STATE):
+                    assert json.loads(bytes(tensor.tolist())) == json.loads(
+                        bytes(stored[key].tolist())
+                    )
+                else:
+                    assert torch.equal(tensor.flatten(), stored[key].flatten()), key
+        want = torch.cat(wanted)
+        assert torch.equal(weight.dense(), want)
+        assert torch.equal(weight.dense(slice(70, 200)), want[70:200])
+        for part, one in zip(weight.parts(), wanted, strict=True):
+            assert torch.equal(dequantize_nf4(part), one)
+        assert all(torch.equal(part, want[some]) for some, part in weight._row_slices())
+        assert all(torch.equal(part, want[:, some]) for some, part in weight._column_slices())
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_what_transformers_and_bitsandbytes_wrote(plain: Path, tmp_path: Path, double: bool):
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=["lm_head", "model.layers.1.mlp.down_proj"],  # a "dynamic" checkpoint
+    )
+    theirs = AutoModelForCausalLM.from_pretrained(
+        plain, quantization_config=settings, dtype=torch.bfloat16
+    )
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_model(tmp_path / "theirs")
+    assert ours.is_quantised
+    kept = ours.get_submodule("layers.1.down").base
+    assert torch.equal(kept.dense(), load_model(plain).get_submodule("layers.1.down").base.weight)
+    whole = ours.get_submodule("layers.0.output").base._whole
+    assert (whole.absmax2 is not None) == double
+    exact = logits_of(load_model(tmp_path / "theirs", dtype="float32"), SEQUENCES)
+    with torch.no_grad():
+        for ids, logits, want in zip(SEQUENCES, logits_of(ours, SEQUENCES), exact, strict=True):
+            rounding = (logits - want).norm()
+            assert 0 < rounding < 3e-2 * want.norm()
+            assert (theirs(ids[None]).logits[0].float() - want).norm() < 2 * rounding
