@@ -109,9 +109,7 @@ def _nf4_matmul_kernel(
     row_t = t0 + tl.arange(0, BLOCK_T)
     n = tl.minimum(row_n, num_outputs - 1)
     t = tl.minimum(row_t, num_rows - 1) - t0
-    p = tl.arange(0, BLOCK_K)
-    k = ((p >> 1) & 3) * (BLOCK_K // 4) + (p >> 4) * 4 + ((p >> 3) & 1) * 2 + (p & 1)
-    k = tl.max_contiguous(tl.multiple_of(k, 2), 2)
+    k = tl.arange(0, BLOCK_K)
     word = tl.arange(0, BLOCK_K // 8)
     q = tl.arange(0, Q)
     x_offset = (t * stride_xt)[:, None] + k[None, :]
@@ -148,6 +146,8 @@ def _nf4_matmul_kernel(
         index = tl.load(absmax_ptr + block, mask=ahead, other=0)
         factor = tl.broadcast_to(factor[:, :, None], (BLOCK_N, Q, 8))
         factor = factor.reshape(BLOCK_N, BLOCK_K // 8)
+        x = x.reshape(BLOCK_T, 4, BLOCK_K // 16, 2, 2).permute(0, 2, 3, 1, 4)
+        x = x.reshape(BLOCK_T, BLOCK_K)
         w = _decoded(words, factor, x_ptr.dtype.element_ty, BLOCK_N, BLOCK_K, WARPS, FAST)
         acc = dot(w, tl.trans(x), acc)
     acc = acc.reshape(R // 2, WARPS, 2, 8 * BLOCK_T).permute(0, 2, 1, 3).reshape(BLOCK_N, BLOCK_T)
