@@ -52,11 +52,14 @@ def resolve(path: str | Path, *, endpoint: str | None = None, seconds: float = H
     return _download(name, folder, endpoint, seconds)
 
 
-def config_of(path: str | Path, *, seconds: float = HUB_SECONDS) -> dict[str, Any]:
+def config_of(
+    path: str | Path, *, seconds: float = HUB_SECONDS, fetch: bool = True
+) -> dict[str, Any]:
     """The config.json of a model, nothing else of it read or fetched.
 
     path: as in `resolve`, where a folder needs no weights, or a JSON file itself. An adapter's is
-    its base's. Of a Hub id the cache's is taken where there is one. Raises CheckpointError.
+    its base's. Of a Hub id the cache's is taken where there is one; fetch=False: that one alone.
+    Raises CheckpointError.
     """
     folder = Path(str(path)).expanduser()
     if folder.suffix == ".json" and folder.is_file():
@@ -65,20 +68,24 @@ def config_of(path: str | Path, *, seconds: float = HUB_SECONDS) -> dict[str, An
         found = _model_folder(folder)
         if (found / "config.json").is_file():
             return read_json(found / "config.json")
-        return config_of(adapter_base(found), seconds=seconds)
+        return config_of(adapter_base(found), seconds=seconds, fetch=fetch)
     if isinstance(path, Path) or folder.exists() or not _HUB_ID.fullmatch(str(path)):
         resolve(path)  # says what is wrong
-    return _fetched_config(str(path), seconds)
+    return _hub_config(str(path), seconds, fetch=fetch)
 
 
-def _fetched_config(name: str, seconds: float) -> dict[str, Any]:
+def _hub_config(name: str, seconds: float, *, fetch: bool) -> dict[str, Any]:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         return read_json(Path(hf_hub_download(name, "config.json", local_files_only=True)))
     except LocalEntryNotFoundError:
-        pass
+        if not fetch:
+            raise CheckpointError(
+                f"the config.json of {name!r} is not here: there is no such folder, and the Hub's"
+                " cache has none"
+            ) from None
     try:
         file = within(
             seconds, lambda: hf_hub_download(name, "config.json", etag_timeout=seconds / 3)

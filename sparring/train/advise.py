@@ -19,8 +19,10 @@ from sparring.errors import RewardError
 from sparring.recipe import Recipe
 from sparring.rewards.verdicts import Reward
 from sparring.train.advise_sampling import Sample, SampleFigures, figures_of, sample_policy
+from sparring.train.cards import find_card
 from sparring.train.evaluate import judging_reward
 from sparring.train.inputs import load_rewards
+from sparring.train.plan_recipe import Algorithm, cost_of
 from sparring.train.reward_probe import RewardProbe, as_measures, probe_rewards
 from sparring.train.row_kinds import FEW_ROWS, REPEATED_SHARE, RowSurvey, described, survey_rows
 
@@ -51,10 +53,16 @@ CONVERSATIONS = (
     {"query", "response"},
 )
 """Columns that SFT reads as they are."""
-NO_COST = (
-    "memory and time of the run are not told: they are not predicted yet, and a guess would be no"
-    " number"
-)
+COST_CARD = "H200"
+"""The card that costs are told for: the one that was measured."""
+COSTS: Mapping[str, tuple[Algorithm, ...]] = {
+    "grpo": ("grpo",),
+    "grpo_filtered": ("grpo",),
+    "sft": ("sft",),
+    "sft_then_grpo": ("sft", "grpo"),
+    "dpo": ("dpo",),
+}
+"""Runs whose cost is told, by recommendation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -375,8 +383,10 @@ def _advice(found: _Findings, recommendation: Recommendation) -> Advice:
     if recommendation == "grpo_filtered" and figures is not None:
         dropped = set(figures.without_signal)
         grpo = [place for place in grpo if place not in dropped]
-    if recommendation in ("grpo", "grpo_filtered", "sft_then_grpo"):
-        found.reasons.append(NO_COST)
+    for algorithm in COSTS.get(recommendation, ()):
+        words, numbers = cost_of(found.recipe, algorithm, find_card(COST_CARD))
+        found.reasons.append(words)
+        found.measures |= numbers
     lines = {
         kind: [found.rows.places[place][1] for place in places]
         for kind, places in (("grpo", grpo), ("sft", sft))

@@ -20,15 +20,16 @@ class Card:
     """One kind of card.
 
     memory: bytes in all, by the driver. bandwidth: bytes a second. flops: dense 16-bit tensor
-    products with float32 sums, floating-point operations a second. arch: 10 x compute capability.
-    measured: names of the numbers that were measured here; source says by what, or whose the
-    others are.
+    products with float32 sums, floating-point operations a second. lanes: integer operations a
+    second. arch: 10 x compute capability. measured: names of the numbers that were measured here;
+    source says by what, or whose the others are.
     """
 
     name: str
     memory: int
     bandwidth: float
     flops: float
+    lanes: float
     arch: int
     measured: tuple[str, ...]
     source: str
@@ -49,6 +50,7 @@ def all_cards() -> Mapping[str, Card]:
             memory=int(row["memory_mib"]) * 2**20,
             bandwidth=row["bandwidth_gbs"] * 1e9,
             flops=row["tflops"] * 1e12,
+            lanes=row["lanes"] * 1e12,
             arch=row["arch"],
             measured=tuple(row.get("measured", ())),
             source=row["source"],

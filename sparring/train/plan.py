@@ -37,7 +37,12 @@ from sparring.train.plan_job import (
 )
 from sparring.train.plan_rollout import BLOCK_TOKENS, kv_tokens, take_graphs, take_rollout
 from sparring.train.plan_seconds import Seconds, step_seconds, training_seconds
-from sparring.train.plan_training import STREAM_BYTES, MicroBatch, TrainingTape
+from sparring.train.plan_training import (
+    STREAM_BYTES,
+    VALUE_STREAM_BYTES,
+    MicroBatch,
+    TrainingTape,
+)
 from sparring.train.tape import Peak, Tape, play
 
 MODES = ("none", "selective", "layers")
@@ -163,7 +168,8 @@ def training_phase(
     tape = _resident(job, settings, arch)
     start = len(tape.events)
     largest = sorted(batches, key=lambda batch: -batch.rows)[:BATCHES_PLAYED]
-    streams = sum(batch.rows for batch in batches) * STREAM_BYTES
+    a_row = STREAM_BYTES + (VALUE_STREAM_BYTES if job.critic is not None else 0)
+    streams = sum(batch.rows for batch in batches) * a_row
     for step in range(STEPS_PLAYED):
         with tape.during(STREAMS, streams):
             for model, with_head in _trained(job):
@@ -215,15 +221,16 @@ def kv_room(job: Job, settings: Settings, budget: int | None, *, arch: int) -> i
 def propose(
     job: Job, wanted: Settings, *, budget: int, card: Card, exact: bool = False,
     modes: Sequence[str] = MODES, tokens: Sequence[int] = MICRO_BATCH_TOKENS,
+    may_offload: bool = True,
 ) -> Plan:  # fmt: skip
     """The fastest settings that fit the budget; `wanted` gives what is not chosen.
 
-    modes, tokens: what may be chosen from. Raises MemoryBudgetError with the numbers of the
-    smallest attempt where nothing fits.
+    modes, tokens, may_offload: what may be chosen from. Raises MemoryBudgetError with the numbers
+    of the smallest attempt where nothing fits.
     """
     refusal: MemoryBudgetError | None = None
     found = []
-    for settings in _candidates(job, wanted, modes, tokens):
+    for settings in _candidates(job, wanted, modes, tokens, may_offload):
         batches = micro_batches(job.work, settings.micro_batch_tokens, exact=exact)
         try:
             training = training_phase(job, settings, batches, budget=budget, arch=card.arch)
@@ -252,7 +259,7 @@ def propose(
 
 
 def _candidates(
-    job: Job, wanted: Settings, modes: Sequence[str], tokens: Sequence[int]
+    job: Job, wanted: Settings, modes: Sequence[str], tokens: Sequence[int], may_offload: bool
 ) -> Iterator[Settings]:
     """Settings to try; more tokens than a step has are no other setting."""
     longest = job.work.num_tokens
@@ -260,6 +267,9 @@ def _candidates(
     for mode in modes:
         for number in sorted(set(useful), reverse=True):
             yield replace(wanted, checkpointing=mode, micro_batch_tokens=number)
+    if may_offload and "layers" in modes and not wanted.offload:
+        for number in useful:
+            yield replace(wanted, checkpointing="layers", micro_batch_tokens=number, offload=True)
 
 
 def _caching(job: Job, wanted: Settings) -> tuple[bool, ...]:
@@ -277,7 +287,11 @@ def _nothing_fits(
     job: Job, wanted: Settings, budget: int, card: Card, refusal: MemoryBudgetError | None
 ) -> str:
     least = replace(
-        wanted, checkpointing="layers", micro_batch_tokens=min(MICRO_BATCH_TOKENS), kv_bytes=0
+        wanted,
+        checkpointing="layers",
+        micro_batch_tokens=min(MICRO_BATCH_TOKENS),
+        offload=True,
+        kv_bytes=0,
     )
     plan = predict(job, least, card=card)
     listed = ", ".join(
@@ -287,10 +301,11 @@ def _nothing_fits(
     )
     reason = f" ({refusal})" if refusal is not None else ""
     return (
-        f"nothing fits into {gib(budget)}: the smallest training phase, checkpoints per layer and"
-        f" {least.micro_batch_tokens} tokens a micro-batch, takes {gib(plan.training.total)}:"
-        f' {listed}{reason}; give more memory, quantise (model.quantization = "nf4"), train an'
-        " adapter ([lora]), shorten completions or take a smaller model"
+        f"nothing fits into {gib(budget)}: the smallest training phase, checkpoints per layer on"
+        f" the host and {least.micro_batch_tokens} tokens a micro-batch, takes"
+        f" {gib(plan.training.total)}: {listed}{reason}; give"
+        f' more memory, quantise (model.quantization = "nf4"), train an adapter ([lora]), shorten'
+        " completions or take a smaller model"
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from sparring.algorithms.registry import find_loss, knob_defaults
-from sparring.errors import MemoryBudgetError
+from sparring.errors import CheckpointError, MemoryBudgetError
 from sparring.models import checkpoint
 from sparring.models.hub import config_of
 from sparring.models.lora import LoraConfig
@@ -21,7 +21,7 @@ from sparring.models.nf4_files import stored_as_nf4
 from sparring.models.transformer import Decoder
 from sparring.recipe import Recipe
 from sparring.train.cards import Card, all_cards, find_card
-from sparring.train.plan import MODES, Plan, gib, micro_batches, predict, propose
+from sparring.train.plan import MODES, Plan, gib, predict, propose
 from sparring.train.plan_job import CONTEXT_BYTES, Job, Settings, Trained, Work
 from sparring.train.policy import MAX_RUNNING, Policy, pick_device
 
@@ -230,6 +230,7 @@ def _budget(recipe: Recipe, device: torch.device, say: Callable[[str], None]) ->
     total = int(torch.cuda.get_device_properties(device).total_memory)
     free = free_bytes(device) + torch.cuda.memory_reserved(device)
     if recipe.run.memory == "auto":
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
         return free
     budget = int(recipe.run.memory)
     if budget > total:
@@ -251,7 +252,7 @@ def _chosen(recipe: Recipe, job: Job, budget: int, card: Card) -> Plan:
         try:
             return propose(
                 job, wanted, budget=budget, card=card, modes=(train.checkpointing,),
-                tokens=(train.micro_batch_tokens,),
+                tokens=(train.micro_batch_tokens,), may_offload=False,
             )  # fmt: skip
         except MemoryBudgetError:
             reason = f"they take {gib(predict(job, wanted, card=card).total)}"
@@ -302,6 +303,7 @@ def _decided(recipe: Recipe, settings: Settings) -> Recipe:
         update={
             "micro_batch_tokens": settings.micro_batch_tokens,
             "checkpointing": settings.checkpointing,
+            "offload": settings.offload,
         }
     )
     rollout = recipe.rollout
@@ -322,7 +324,31 @@ def _card_of(device: torch.device) -> Card:
     return replace(card, arch=10 * major + minor)
 
 
-__all__ = [
-    "algorithm_of", "fit_memory", "job_of", "micro_batches", "plan_recipe", "proposal_lines",
-    "settings_of", "trained_of",
-]  # fmt: skip
+def cost_of(recipe: Recipe, algorithm: Algorithm, card: Card) -> tuple[str, dict[str, float]]:
+    """What a step of this recipe costs on a card, in words and as numbers.
+
+    The recipe's own settings are taken, or the fastest that fit the card where they do not. Without
+    a model, or where nothing fits, the words say so and there are no numbers.
+    """
+    if not recipe.model.path:
+        return "memory and time of the run are not told: the recipe names no model", {}
+    budget = card.memory if recipe.run.memory == "auto" else int(recipe.run.memory)
+    try:
+        config_of(recipe.model.path, fetch=False)
+        job = job_of(recipe, algorithm=algorithm)
+        asked, best = plan_recipe(recipe, job, budget=budget, card=card)
+    except (CheckpointError, MemoryBudgetError) as error:
+        return f"memory and time of the run are not told: {error}", {}
+    plan = asked if asked is not None and asked.fits else best
+    assert plan is not None, "a budget gives a proposal"
+    assert plan.seconds is not None, "a card is named"
+    source = "measured card" if card.is_measured else "estimate"
+    words = (
+        f"a step of {algorithm} takes about {gib(plan.total)} and {plan.seconds.total:.1f} s on"
+        f" {card.name} ({source}) with completions of full length"
+        f" ({plan.settings.micro_batch_tokens} tokens a micro-batch, checkpointing"
+        f' "{plan.settings.checkpointing}"); {recipe.train.steps} steps:'
+        f" {recipe.train.steps * plan.seconds.total / 60:.0f} min; other cards: `sparring plan`"
+    )
+    name = f"planned_{algorithm}"
+    return words, {f"{name}_bytes": plan.total, f"{name}_step_seconds": plan.seconds.total}

@@ -30,8 +30,14 @@ DECODE_LAYER_SECONDS, DECODE_ROW_SECONDS = 37e-6, 3e-6
 DECODE_SHARE = 0.94
 """Of a copy's bandwidth, that products of a few rows reach."""
 NF4_BYTES = 0.5159
-NF4_WEIGHTS_PER_SECOND = 2.6e12
-"""How fast weights are decoded inside a fused product, by instructions (H200, kernels measured)."""
+NF4_WEIGHTS_PER_LANE = 0.125
+"""Weights that a fused product decodes in a cycle of an integer lane: 2e12 a second on an H200."""
+ADAPTED_SECONDS = 7e-6
+"""What an adapter adds to a decode step, a linear layer."""
+PREFILL_SHARE = 0.75
+"""Of the tensor peak, that prefill's products reach."""
+BUS_BYTES_PER_SECOND = 25e9
+"""Pinned host memory and back, PCIe 4 (55e9 on the H200's host)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +114,9 @@ def _update_seconds(
         device += head / (card.flops * HEAD_SHARE)
     if model.is_full:
         device += model.num_linear * (12 if model.item == 2 else 8) / _bandwidth(card)
+    if settings.offload and recomputes:
+        kept = rows * config.num_layers * config.width * model.item
+        device = max(1.02 * device, 2 * kept / BUS_BYTES_PER_SECOND)
     return max(device, config.num_layers * _launch_seconds(model, recomputes))
 
 
@@ -191,7 +200,7 @@ def prefill_seconds(model: Trained, work: Work, card: Card) -> float:
     groups = ((work.prompt_tokens, 0),) * work.prompts
     rows = work.prompts * work.prompt_tokens
     batch = MicroBatch(rows=rows, loss_rows=work.prompts, groups=groups)
-    return _pass_seconds(model, card, batch)
+    return _pass_seconds(model, card, batch) * MATMUL_SHARE / PREFILL_SHARE
 
 
 def decode_seconds(model: Trained, work: Work, settings: Settings, card: Card) -> float:
@@ -212,14 +221,16 @@ def _decode_step(model: Trained, work: Work, rows: int, settings: Settings, card
     if not model.is_quantised or settings.caches_weights:
         products = max(linear * model.item / bandwidth, flops)
     else:
-        by_instructions = linear / (NF4_WEIGHTS_PER_SECOND * card.flops / 801e12)
+        by_instructions = linear / (NF4_WEIGHTS_PER_LANE * card.lanes)
         products = max(linear * NF4_BYTES / bandwidth, flops, by_instructions)
     head = config.vocab_size * config.width
     products += max(head * model.item / bandwidth, 2.0 * head * rows / (card.flops * MATMUL_SHARE))
     context = work.prompt_tokens + work.completion_tokens / 2
     attention = rows * context * model.kv_bytes_per_token / bandwidth
     logits = 2.0 * rows * config.vocab_size * 4 / bandwidth
-    starts = config.num_layers * DECODE_LAYER_SECONDS + rows * DECODE_ROW_SECONDS
+    adapted = sum(bool(size.adapted) for size in model.linears().values())
+    a_layer = DECODE_LAYER_SECONDS + adapted * ADAPTED_SECONDS
+    starts = config.num_layers * a_layer + rows * DECODE_ROW_SECONDS
     return (products + attention + logits) / DECODE_SHARE + starts
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
-from sparring.train.plan import Phase, Plan, gib, predict
-from sparring.train.plan_job import CONTEXT, PARTS, Job, Settings
+from sparring.train.plan import Phase, Plan, gib
+from sparring.train.plan_job import PARTS
 
 GIB = 2**30
 
@@ -91,14 +91,6 @@ def as_dict(plan: Plan) -> dict[str, Any]:
     }
 
 
-def side_by_side(grpo: Job, critics: Mapping[str, Job], settings: Settings) -> list[str]:
-    """The training phase of GRPO and of PPO with each critic, same work and settings."""
-    columns: dict[str, Phase | None] = {}
-    for name, job in {"GRPO": grpo, **critics}.items():
-        columns[name] = predict(replace(job, samples=False), settings).training
-    return table_lines(columns)
-
-
 def compared(
     rows: Sequence[tuple[str, Mapping[str, Phase]]],
 ) -> list[str]:
@@ -109,8 +101,3 @@ def compared(
         cells = [f"{phase.total / GIB:.1f}" for phase in phases.values()]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return lines
-
-
-__all__ = [
-    "CONTEXT", "as_dict", "compared", "plan_lines", "seconds_line", "side_by_side", "table_lines",
-]  # fmt: skip

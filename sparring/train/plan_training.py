@@ -23,6 +23,8 @@ from sparring.train.tape import Tape
 
 STREAM_BYTES = 8 + 8 + 8 + 1 + 8 + 4 + 4
 """Of a token of a batch: ids, labels, positions, mask, sequence, advantage, sampler's logprob."""
+VALUE_STREAM_BYTES = 5 * 4
+"""More of a token with a critic: old and reference logprobs, old values, returns, GAE's rewards."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -139,8 +139,17 @@ def test_varied_problems_with_some_success_are_for_grpo(tmp_path):
     assert measures["right_answer_share"] == 1.0
     assert measures["constant_completion_share"] < 0.2
     assert measures["empty_completion_share"] == 0.0
-    assert any("not predicted" in reason for reason in found.reasons)
-    assert "cost" not in measures
+    assert any("are not told: the config.json of 'somewhere'" in r for r in found.reasons)
+    assert not any(name.startswith("planned") for name in measures)
+
+
+def test_the_cost_of_a_run_is_told_where_the_model_is_known(tmp_path):
+    write_checkpoint(tmp_path / "model")
+    found = ask(recipe(tmp_path, MATH, model={"path": str(tmp_path / "model")}))
+    assert found.recommendation == "grpo"
+    assert any("GiB" in r and "s on H200 (measured card)" in r for r in found.reasons)
+    assert found.measures["planned_grpo_bytes"] > 2**30
+    assert found.measures["planned_grpo_step_seconds"] > 0
 
 
 @pytest.mark.parametrize("languages", [["zh"], ["en"], ["zh", "en"]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,9 @@ def test_a_proposal_fits_and_more_memory_is_never_slower() -> None:
 
 def test_nothing_fits_is_said_with_the_numbers() -> None:
     job = Job(policy=model(rank=0), work=WORK)
-    with pytest.raises(MemoryBudgetError, match=r"nothing fits into 1\.20 GiB.*weights 0\.0.*nf4"):
+    with pytest.raises(
+        MemoryBudgetError, match=r"nothing fits into 1\.20 GiB.*on the host.*weights 0\.0.*nf4"
+    ):
         propose(job, Settings(), budget=int(1.2 * GIB), card=H200)
 
 
@@ -187,6 +190,75 @@ def test_auto_is_decided_on_a_cpu_and_kept_in_the_record(tmp_path: Path) -> None
         assert (decided.train.micro_batch_tokens, decided.train.checkpointing) == (8192, "none")
         assert decided.rollout.kv_memory == "auto"
         assert said == []
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A card of 24 GiB that exists in numbers alone; what it is told."""
+    told: dict[str, Any] = {}
+    plan_recipe_module = "sparring.train.plan_recipe"
+    monkeypatch.setattr(f"{plan_recipe_module}.pick_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(f"{plan_recipe_module}.free_bytes", lambda _: 23 * GIB)
+    properties = type("Properties", (), {"total_memory": 24 * GIB})()
+    for name, found in {
+        "get_device_properties": lambda _: properties,
+        "get_device_name": lambda _: "NVIDIA GeForce RTX 4090",
+        "get_device_capability": lambda _: (8, 9),
+        "memory_reserved": lambda _: 0,
+        "set_per_process_memory_fraction": lambda share, _: told.update(share=share),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, found)
+    monkeypatch.setattr(
+        torch.cuda.memory, "_set_allocator_settings", lambda text: told.update(allocator=text)
+    )
+    return told
+
+
+def test_on_a_card_everything_open_is_decided_before_anything_is_loaded(
+    tmp_path: Path, card: dict[str, Any]
+) -> None:
+    said: list[str] = []
+    recipe = recipe_for(
+        tmp_path, train={"micro_batch_tokens": "auto", "checkpointing": "auto"},
+        run={"memory": "4GiB"}, optimizer={"learning_rate": 1e-5},
+    )  # fmt: skip
+    decided = fit_memory(recipe, "grpo", said.append)
+    assert card["allocator"] == "expandable_segments:True"
+    assert card["share"] == pytest.approx((4 - 1) / 24)
+    assert decided.train.micro_batch_tokens > 0
+    assert decided.train.checkpointing in MODES
+    assert decided.run.memory == 4 * GIB
+    assert isinstance(decided.rollout.kv_memory, int)
+    assert decided.rollout.cache_weights is False
+    assert "of 4.00 GiB planned" in said[0]
+    free = fit_memory(recipe_for(tmp_path), "grpo", said.append)
+    assert free.run.memory == 23 * GIB
+    assert card["share"] == 1.0
+
+
+def test_on_a_card_settings_that_do_not_fit_are_refused_with_those_that_do(
+    tmp_path: Path, card: dict[str, Any]
+) -> None:
+    rollout = {"prompts_per_step": 32, "max_completion_tokens": 300}
+    train = {"micro_batch_tokens": 32768}
+    recipe = recipe_for(tmp_path, rollout=rollout, train=train, run={"memory": "3GiB"})
+    with pytest.raises(MemoryBudgetError) as refusal:
+        fit_memory(recipe, "grpo", print)
+    text = str(refusal.value)
+    assert "micro_batch_tokens = 32768" in text
+    assert "do not fit into 3.00 GiB: they take" in text
+    pasted = "\n".join(line for line in text.splitlines()[1:])
+    (tmp_path / "lines.toml").write_text(pasted)
+    tables = load_lines(tmp_path / "lines.toml")
+    again = recipe_for(tmp_path, rollout=rollout, **tables)
+    assert fit_memory(again, "grpo", print).train.checkpointing == tables["train"]["checkpointing"]
+    with pytest.raises(MemoryBudgetError, match=r"RTX 4090 has 24\.00 GiB"):
+        fit_memory(recipe_for(tmp_path, run={"memory": "80GiB"}), "grpo", print)
+    assert card["share"] < 1.0
+
+
+def load_lines(path: Path) -> dict[str, Any]:
+    return tomllib.loads(path.read_text())
 
 
 def test_a_recipe_that_does_not_fit_is_shown_beside_one_that_does(tmp_path: Path) -> None:
