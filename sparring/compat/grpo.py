@@ -67,7 +67,8 @@ class GRPOTrainer(Trainer):
         self.reward_funcs = reward_funcs
         self._rows = rows
         self._eval_rows = None if eval_dataset is None else read_rows(eval_dataset, "eval_dataset")
-        self._prompts_per_step = _prompts_per_step(args)
+        self._prompts_per_step, self._mini_steps = _batches(args)
+        self.updates_per_step = self._mini_steps * int(args.num_iterations)
         build_rewards(reward_funcs, args.reward_weights, max_steps=1)
         self._recipe(Path("unused"))  # what the recipe refuses is told before the run
 
@@ -92,6 +93,11 @@ class GRPOTrainer(Trainer):
                 "top_k": max(0, int(args.top_k or 0)),
                 "stop": _stop(args.generation_kwargs),
                 "kv_memory": self._kv_memory(),
+            },
+            "train": {
+                "passes": int(args.num_iterations),
+                "mini_steps": self._mini_steps,
+                "learn_truncated": not args.mask_truncated_completions,
             },
             "advantage": {"name": _advantage(args.scale_rewards)},
             "loss": _loss(args),
@@ -196,8 +202,11 @@ class GRPOTrainer(Trainer):
         return min(useful, left)
 
 
-def _prompts_per_step(args: Any) -> int:
-    """Prompts of an optimizer step, by TRL's arithmetic on one process. Raises UserError."""
+def _batches(args: Any) -> tuple[int, int]:
+    """Prompts of a generation and the updates on them, by TRL's arithmetic on one process.
+
+    A generation smaller than an update is made whole. Raises UserError.
+    """
     group, accumulation = int(args.num_generations), int(args.gradient_accumulation_steps)
     if group < 2:
         raise UserError(
@@ -215,11 +224,11 @@ def _prompts_per_step(args: Any) -> int:
                 f"GRPOConfig: generation_batch_size = {args.generation_batch_size} is no multiple"
                 f" of per_device_train_batch_size = {batch}"
             )
-    if slices > accumulation or accumulation % slices:
+    if max(slices, accumulation) % min(slices, accumulation):
         raise UserError(
             f"GRPOConfig: steps_per_generation = {slices} beside gradient_accumulation_steps ="
-            f" {accumulation} is refused: every update is on-policy, so that a step is made of"
-            " whole generations; give a divisor of gradient_accumulation_steps, or leave it out"
+            f" {accumulation} is refused: an update is made of whole generations, or a generation"
+            " of whole updates; give a divisor or a multiple, or leave it out"
         )
     if batch * slices % group:
         raised = math.ceil(batch / group) * group
@@ -228,7 +237,14 @@ def _prompts_per_step(args: Any) -> int:
             f" {group}: it is raised to {raised}, as Unsloth does"
         )
         batch = raised
-    return batch * accumulation // group
+    updates = max(1, slices // accumulation)
+    if batch * accumulation % group and updates > 1:
+        raise UserError(
+            f"GRPOConfig: an update has {batch} x {accumulation} completions, no multiple of"
+            f" num_generations = {group}: a group is not split over updates; raise"
+            " per_device_train_batch_size"
+        )
+    return batch * max(slices, accumulation) // group, updates
 
 
 def _stop(given: Any) -> list[str]:

@@ -11,7 +11,7 @@ from sparring.compat.training_table import TRAINING
 _OWN_ENGINE = "rollouts come from Sparring's own engine, on the very weights that are trained"
 _NO_SERVER = "rollouts need no server"
 _ADAPTIVE = "there is no entropy bonus"
-_ON_POLICY = "every update is on-policy"
+_NO_MASK = "rollouts are made by the policy itself, a few updates ago at most"
 _ONE_LOSS = "it belongs to a loss that is not built"
 _LOSSES = ("dapo", "grpo", "dr_grpo", "cispo", "bnpo")
 _ALWAYS_LOGGED = "every completion is written to rollouts/ in the run directory"
@@ -42,7 +42,7 @@ GRPO: dict[str, Argument] = TRAINING | {
     ),
     "pad_to_multiple_of": immaterial("auto", "nothing is padded"),
     "generation_batch_size": honoured(None, "[rollout] prompts_per_step x group_size"),
-    "steps_per_generation": honoured(None, "at most gradient_accumulation_steps, which it divides"),
+    "steps_per_generation": honoured(None, "a divisor or a multiple of accumulation: mini_steps"),
     "temperature": honoured(1.0, "[rollout] temperature"),
     "top_p": honoured(1.0, "[rollout] top_p, which the recipe's own rule lets be 1.0 alone"),
     "top_k": honoured(0, "[rollout] top_k, which the recipe's own rule lets be 0 alone"),
@@ -71,9 +71,7 @@ GRPO: dict[str, Argument] = TRAINING | {
     "vllm_max_model_length": honoured(None, "[model] max_tokens of a model given by name"),
     "vllm_tensor_parallel_size": refused(1, "one device holds the model", "take 1"),
     "beta": honoured(0.0, "[loss] kl_coef"),
-    "num_iterations": refused(
-        1, _ON_POLICY, "take more prompts and steps; [train] passes is ppo's", (None,)
-    ),
+    "num_iterations": honoured(1, "[train] passes"),
     "epsilon": honoured(0.2, "[loss] clip_low"),
     "delta": refused(None, "ratios are bounded on one side of the advantage", "leave it out"),
     "epsilon_high": honoured(None, "[loss] clip_high; None: epsilon"),
@@ -94,9 +92,7 @@ GRPO: dict[str, Argument] = TRAINING | {
         "group", "[advantage] group, batch or mean", "group", "batch", "none", True, False
     ),
     "loss_type": honoured("dapo", "[loss] name", *_LOSSES),
-    "mask_truncated_completions": refused(
-        False, "a cut completion counts like any other", "use the reward `soft_overlong`"
-    ),
+    "mask_truncated_completions": honoured(False, "[train] learn_truncated", True, False),
     "sync_ref_model": refused(False, "the reference is the policy at step 0", "start a new run"),
     "ref_model_mixup_alpha": immaterial(0.6, "the reference does not move"),
     "ref_model_sync_steps": immaterial(512, "the reference does not move"),
@@ -112,7 +108,7 @@ GRPO: dict[str, Argument] = TRAINING | {
     "vllm_importance_sampling_mode": immaterial("sequence_mask", _OWN_ENGINE),
     "vllm_importance_sampling_clip_max": immaterial(3.0, _OWN_ENGINE),
     "vllm_importance_sampling_clip_min": immaterial(None, _OWN_ENGINE),
-    "off_policy_mask_threshold": refused(None, _ON_POLICY, "leave it out"),
+    "off_policy_mask_threshold": refused(None, _NO_MASK, "leave it out"),
     "use_bias_correction_kl": honoured(True, "[loss] kl_unbiased", True, False),
     "log_completions": immaterial(False, _ALWAYS_LOGGED),
     "log_multimodal": immaterial(True, "prompts are text"),

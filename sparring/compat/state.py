@@ -54,11 +54,16 @@ class TrainerState:
 
 
 def history(
-    run: Path, *, every: int, is_first_logged: bool, steps_per_epoch: float
+    run: Path,
+    *,
+    every: int,
+    is_first_logged: bool,
+    steps_per_epoch: float,
+    updates_per_step: int = 1,
 ) -> list[dict[str, Any]]:
     """Rows of log_history: the means over each window of `every` steps, and the evaluations.
 
-    every 0: no rows of steps.
+    every 0: no rows of steps. updates_per_step: a row's "step" counts updates, as TRL's does.
     """
     records = read_steps(run)
     rows: list[dict[str, Any]] = []
@@ -68,7 +73,8 @@ def history(
         is_first = is_first_logged and record.step == 1
         if every and (record.step % every == 0 or is_first):
             row = _means(window)
-            rows.append({**row, "epoch": record.step / steps_per_epoch, "step": record.step})
+            place = record.step * updates_per_step
+            rows.append({**row, "epoch": record.step / steps_per_epoch, "step": place})
             window = []
     for evaluation in read_evaluations(run):
         values = {
@@ -77,7 +83,8 @@ def history(
             if isinstance(value, int | float)
         }
         step = evaluation.step
-        rows.append({**values, "epoch": step / steps_per_epoch, "step": step})
+        place = step * updates_per_step
+        rows.append({**values, "epoch": step / steps_per_epoch, "step": place})
     return sorted(rows, key=lambda row: row["step"])
 
 

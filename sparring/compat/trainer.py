@@ -52,9 +52,13 @@ REFUSED: Mapping[str, tuple[str, str]] = {
 
 
 class Trainer:
-    """Base of GRPOTrainer, SFTTrainer and DPOTrainer. model, args and state are for reading."""
+    """Base of GRPOTrainer, SFTTrainer and DPOTrainer. model, args and state are for reading.
+
+    updates_per_step: optimizer updates of a native step, which is one batch of rollouts.
+    """
 
     command: Command
+    updates_per_step = 1
     _suffix: str
 
     def __init__(
@@ -164,9 +168,10 @@ class Trainer:
         raise NotImplementedError
 
     def num_steps(self) -> int:
-        """Optimizer steps of the run: max_steps, or so many as the epochs take."""
+        """Steps of the run, each of updates_per_step: max_steps, or as many as the epochs take."""
         if self.args.max_steps > 0:
-            return int(self.args.max_steps)
+            steps: int = math.ceil(self.args.max_steps / self.updates_per_step)
+            return steps
         epochs = float(self.args.num_train_epochs)
         return max(1, math.ceil(epochs * self._steps_of_epoch()))
 
@@ -179,7 +184,7 @@ class Trainer:
                 "dtype": str(self.model.dtype).removeprefix("torch."),
             },
             "data": {"train": IN_MEMORY, "template": _recorded(self._template())},
-            "optimizer": _optimizer(args, self.num_steps()),
+            "optimizer": _optimizer(args, self.num_steps() * self.updates_per_step),
             "train": {"steps": self.num_steps(), "checkpointing": decoder.checkpointing.mode},
             "run": {
                 "dir": str(folder),
@@ -213,7 +218,10 @@ class Trainer:
             return max(1, math.floor(self._steps_of_epoch()))
         value = getattr(self.args, steps)
         value = self.args.logging_steps if value is None else value
-        return max(1, math.ceil(value * self.num_steps()) if value < 1 else int(value))
+        if value < 1:
+            return max(1, math.ceil(float(value) * self.num_steps()))
+        steps_between: int = math.ceil(int(value) / self.updates_per_step)
+        return max(1, steps_between)
 
     def _eval_tables(self) -> dict[str, Any]:
         """[eval], where there is something to evaluate on and the arguments ask for it."""
@@ -233,7 +241,9 @@ class Trainer:
             every=every,
             is_first_logged=bool(self.args.logging_first_step),
             steps_per_epoch=per_epoch,
+            updates_per_step=self.updates_per_step,
         )
+        updates = steps * self.updates_per_step
         metrics = {
             "train_runtime": seconds,
             "train_steps_per_second": len(read_steps(self.run_dir)) / max(seconds, 1e-9),
@@ -241,13 +251,13 @@ class Trainer:
             "epoch": steps / per_epoch,
         }
         self.state = TrainerState(
-            global_step=steps,
-            max_steps=steps,
+            global_step=updates,
+            max_steps=updates,
             epoch=steps / per_epoch,
             num_train_epochs=float(self.args.num_train_epochs),
-            log_history=[*rows, {**metrics, "step": steps}],
+            log_history=[*rows, {**metrics, "step": updates}],
         )
-        return TrainOutput(steps, metrics["train_loss"], metrics)
+        return TrainOutput(updates, metrics["train_loss"], metrics)
 
 
 def _recorded(template: ChatTemplate) -> str:

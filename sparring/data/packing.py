@@ -90,6 +90,7 @@ def pack_groups(
     share_prompts: bool = True,
     with_old_logprobs: bool = False,
     drop_zero_advantage: bool = False,
+    learn_truncated: bool = True,
 ) -> list[Batch]:
     """Micro-batches of at most `max_tokens` rows for one optimizer step.
 
@@ -98,7 +99,8 @@ def pack_groups(
     share_prompts: lay each prompt down once; without it every completion has its own copy.
     drop_zero_advantage: leave out completions whose advantage is exactly 0, which is right only for
     losses without a term that does not scale with the advantage. sampler_logprobs_T is what the
-    rollout engine recorded; with_old_logprobs: old_logprobs_T is the same.
+    rollout engine recorded; with_old_logprobs: old_logprobs_T is the same. learn_truncated False: a
+    completion that the limit cut bears no loss (DAPO's overlong filtering, arXiv 2503.14476).
 
     A rollout with a NaN reward is left out altogether. Every other one counts in num_sequences and
     its loss mask in num_loss_tokens, also where it is dropped or bears no loss. The list is empty
@@ -111,6 +113,7 @@ def pack_groups(
         temperature=temperature,
         share_prompts=share_prompts,
         drop_zero_advantage=drop_zero_advantage,
+        learn_truncated=learn_truncated,
     )
     streams = replace(streams, old_logprobs=with_old_logprobs)
     return [_build_batch(chosen, streams) for chosen in _fill(units, max_tokens)]
@@ -173,6 +176,7 @@ def _group_units(
     temperature: float,
     share_prompts: bool,
     drop_zero_advantage: bool,
+    learn_truncated: bool = True,
 ) -> tuple[list[_Unit], _Streams]:
     """The judged rollouts of a step as units, and what their batches carry."""
     units: list[_Unit] = []
@@ -190,6 +194,8 @@ def _group_units(
             if math.isnan(reward):
                 continue
             sample = _rollout_sample(rollout, advantage, reward, temperature)
+            if not learn_truncated and rollout.finish_reason == "length":
+                sample = replace(sample, mask=np.zeros_like(sample.mask))
             loss_tokens = int(np.count_nonzero(sample.mask))
             num_sequences += 1
             num_loss_tokens += loss_tokens

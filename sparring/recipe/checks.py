@@ -40,6 +40,9 @@ def check(source: Source, recipe: Recipe, command: Command) -> None:
         _check_whole_distribution(source, recipe, command)
     if command in ("grpo", "ppo"):
         _check_rollouts(source, recipe, command)
+    if not recipe.train.learn_truncated and command not in ("grpo", "advise", "plan"):
+        reason = f"only grpo leaves cut completions out of its loss; {command} does not"
+        raise _refusal(source, recipe, "train.learn_truncated", reason)
     if command == "grpo":
         _check_grpo(source, recipe)
     if command == "ppo":
@@ -61,8 +64,8 @@ def _check_not_ppo(source: Source, recipe: Recipe, command: Command) -> None:
         place = source.place(("value",))
         raise RecipeError(f"{place}: [value] is ppo's critic, and {command} has none; remove it")
     for key in ("train.passes", "train.mini_steps"):
-        if _get(recipe, key) != 1:
-            reason = f"{command} updates once a step; only ppo goes over its rollouts again"
+        if _get(recipe, key) != 1 and command != "grpo":
+            reason = f"{command} updates once a step; grpo and ppo go over their rollouts again"
             raise _refusal(source, recipe, key, reason)
 
 
@@ -88,6 +91,12 @@ def _check_rollouts(source: Source, recipe: Recipe, command: Command) -> None:
     if recipe.rollout.temperature == 0.0:
         reason = "a greedy group is one completion written many times; take 1.0"
         raise _refusal(source, recipe, "rollout.temperature", reason)
+    if recipe.train.mini_steps > recipe.rollout.prompts_per_step:
+        reason = (
+            f"a step has rollout.prompts_per_step = {recipe.rollout.prompts_per_step} groups, and a"
+            " group is not split over updates"
+        )
+        raise _refusal(source, recipe, "train.mini_steps", reason)
     if all(reward.weight == 0.0 for reward in recipe.reward):
         place = source.place(("reward",))
         raise RecipeError(f"{place}: every [[reward]] has weight 0: there is nothing to learn from")
@@ -128,12 +137,6 @@ def _check_ppo(source: Source, recipe: Recipe) -> None:
             f"{place}: [loss] kl_coef is not allowed: ppo has its KL term in the reward; set"
             " [advantage] kl_coef"
         )
-    if recipe.train.mini_steps > recipe.rollout.prompts_per_step:
-        reason = (
-            f"a step has rollout.prompts_per_step = {recipe.rollout.prompts_per_step} groups, and a"
-            " group is not split over updates"
-        )
-        raise _refusal(source, recipe, "train.mini_steps", reason)
     advantage = recipe.advantage
     _build_each(
         source,

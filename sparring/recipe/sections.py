@@ -203,8 +203,9 @@ class TrainSection(BaseModel):
     """[train]: optimizer steps and the packed tokens of one micro-batch.
 
     conversations_per_step is sft's alone and pairs_per_step dpo's; grpo and ppo take
-    rollout.prompts_per_step prompts a step. ppo's alone: passes over a step's rollouts (left out:
-    4), and in each of them mini_steps updates, on as many parts of the rollouts.
+    rollout.prompts_per_step prompts a step. Of both: passes over a step's rollouts (left out: 4 for
+    ppo), and in each of them mini_steps updates, on as many parts of the rollouts. grpo's alone:
+    learn_truncated false leaves completions that the limit cut out of the loss.
 
     Memory: checkpointing keeps all activations ("none"), each layer's input ("layers"), or that and
     attention's output ("selective"), and computes the rest again; offload keeps them in host memory
@@ -220,6 +221,7 @@ class TrainSection(BaseModel):
     pairs_per_step: Count = 32
     passes: Count = 1
     mini_steps: Count = 1
+    learn_truncated: bool = True
     checkpointing: Literal["none", "layers", "selective", "auto"] = "none"
     offload: bool = False
     mlp_tile_tokens: CountOrNone = 8192

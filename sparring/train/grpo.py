@@ -2,17 +2,20 @@
 
     step:  prompts -> engine -> rewards -> advantages -> packing -> train_step -> the same weights
 
-(Group Relative Policy Optimization, arXiv 2402.03300.) Every update is on-policy: one optimizer
-step for each batch of rollouts, made by the very weights that are trained. The loop is `_steps`;
+(Group Relative Policy Optimization, arXiv 2402.03300.) Every update is on-policy, one for each
+batch of rollouts, made by the very weights that are trained, unless the recipe asks for several
+(train.passes, train.mini_steps). The loop is `_steps`;
 what surrounds it opens the run, measures before and after, and sees that nothing is lost.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+
+from torch import Tensor
 
 from sparring.algorithms.advantages import judged_counts, min_judged
 from sparring.algorithms.registry import (
@@ -33,17 +36,24 @@ from sparring.recipe import Recipe
 from sparring.rewards.verdicts import Reward, judge
 from sparring.rollout.engine import Engine
 from sparring.rollout.sampler import Sampling
-from sparring.train.inputs import load_optimizer, load_rewards, sandbox_levels, trainer_state
+from sparring.train.inputs import (
+    load_optimizer,
+    load_rewards,
+    sandbox_levels,
+    trainer_state,
+    updates_per_step,
+)
 from sparring.train.interrupt import Interruptions
 from sparring.train.memory import give_back_free_pages
 from sparring.train.metrics import Watch, rollout_metrics, rollout_rows
+from sparring.train.mismatch import check_mismatch, mismatch
 from sparring.train.optimizer import Optimizer
 from sparring.train.order import rows_of_step
 from sparring.train.plan_recipe import fit_memory
 from sparring.train.policy import Policy, build_engine, build_policy, build_reference_policy
 from sparring.train.sampled import measure_accuracy, open_prompts
 from sparring.train.session import Session, open_session
-from sparring.train.step import train_step
+from sparring.train.step import StepMetrics, mean_of_updates, train_step, with_old_logprobs
 from sparring.types import Group
 
 
@@ -129,7 +139,7 @@ def _steps(
 ) -> None:
     """The loop: one optimizer step a turn, from `start` to train.steps."""
     engine, watch, rollout = parts.engine, Watch(), recipe.rollout
-    step = start
+    whole: int | None = start  # the steps done; None while the updates of one are under way
     try:
         for step in range(start, recipe.train.steps):
             with session.phase("rollout"), interruptions.interruptible():
@@ -156,26 +166,9 @@ def _steps(
                 give_back_free_pages()
                 groups = _judged(judgement.groups, parts.min_judged)
                 advantages = parts.advantage(groups)
-                batches = pack_groups(
-                    groups,
-                    advantages,
-                    max_tokens=recipe.train.micro_batch_tokens,
-                    temperature=rollout.temperature,
-                    drop_zero_advantage=parts.kl_coef == 0.0,
-                )
-                update = None
-                if batches:
-                    update = train_step(
-                        parts.policy.model,
-                        batches,
-                        parts.loss,
-                        parts.optimizer,
-                        max_grad_norm=recipe.optimizer.max_grad_norm,
-                        reference=parts.reference.logprobs if parts.reference else None,
-                        max_mismatch_kl=recipe.train.max_mismatch_kl,
-                    )
-                else:
-                    parts.optimizer.skip_step()
+                whole = None
+                update = _learn(recipe, parts, groups, advantages)
+                whole = step + 1
                 engine.weights_changed(policy_version=step + 1)
             metrics = rollout_metrics(judgement.groups, judgement.reports, engine.stats)
             metrics["groups_dropped"] = len(judgement.groups) - len(groups)
@@ -192,8 +185,65 @@ def _steps(
                 measure(step=step + 1, greedy=False)
             interruptions.check()
     except (Interrupted, RunError):
-        session.checkpoint(parts.optimizer.step_count, parts.policy.model, parts.optimizer)
+        if whole is None and updates_per_step(recipe) == 1:
+            whole = parts.optimizer.step_count  # an update that failed has changed nothing
+        if whole is not None:
+            session.checkpoint(whole, parts.policy.model, parts.optimizer)
         raise
+
+
+def _learn(
+    recipe: Recipe, parts: Parts, groups: Sequence[Group], advantages: Sequence[Tensor]
+) -> StepMetrics | None:
+    """The updates of a step: one, or train.passes over train.mini_steps parts of the groups.
+
+    Each part's loss divides by its own counts. Where there are several updates, the ratio is to the
+    policy before the first of them, whose log-probabilities take a pass; None: nothing to learn.
+    """
+    section, model, optimizer = recipe.train, parts.policy.model, parts.optimizer
+    reference = parts.reference.logprobs if parts.reference else None
+    split = [
+        pack_groups(
+            groups[number :: section.mini_steps],
+            advantages[number :: section.mini_steps],
+            max_tokens=section.micro_batch_tokens,
+            temperature=recipe.rollout.temperature,
+            drop_zero_advantage=parts.kl_coef == 0.0,
+            learn_truncated=section.learn_truncated,
+        )
+        for number in range(section.mini_steps)
+    ]
+    before: dict[str, float] = {}
+    if updates_per_step(recipe) > 1:
+        split = [with_old_logprobs(model, batches) for batches in split]
+        every = [batch for batches in split for batch in batches]
+        old = [batch.old_logprobs_T for batch in every if batch.old_logprobs_T is not None]
+        before = mismatch(old, every)
+        check_mismatch(before, section.max_mismatch_kl)
+        split = [[replace(b, sampler_logprobs_T=None) for b in batches] for batches in split]
+        if reference is not None:  # once for all passes
+            split = [[replace(b, ref_logprobs_T=reference(b)) for b in part] for part in split]
+            reference = None
+    updates = []
+    for batches in split * section.passes:
+        if not batches:
+            optimizer.skip_step()
+            continue
+        updates.append(
+            train_step(
+                model,
+                batches,
+                parts.loss,
+                optimizer,
+                max_grad_norm=recipe.optimizer.max_grad_norm,
+                reference=reference,
+                max_mismatch_kl=section.max_mismatch_kl,
+            )
+        )
+    if not updates:
+        return None
+    update = mean_of_updates(updates)
+    return replace(update, values={**update.values, **before})
 
 
 def _build(
@@ -216,7 +266,12 @@ def _build(
     if evaluation:
         most = max(most, len(evaluation) * recipe.eval.num_samples)
     session.describe(policy)
-    optimizer = load_optimizer(recipe, policy.model.trainable_parameters(), policy.model.dtype)
+    optimizer = load_optimizer(
+        recipe,
+        policy.model.trainable_parameters(),
+        policy.model.dtype,
+        updates_per_step=updates_per_step(recipe),
+    )
     return Parts(
         policy=policy,
         engine=build_engine(recipe, policy, most_rollouts=most),

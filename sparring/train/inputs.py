@@ -81,6 +81,11 @@ def trainer_state(recipe: Recipe, step: int) -> dict[str, int]:
     }
 
 
+def updates_per_step(recipe: Recipe) -> int:
+    """Optimizer updates on the rollouts of one step."""
+    return recipe.train.passes * recipe.train.mini_steps
+
+
 def load_optimizer(
     recipe: Recipe,
     parameters: Mapping[str, nn.Parameter],

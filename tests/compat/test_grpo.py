@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sparring.compat import GRPOConfig, GRPOTrainer
-from sparring.compat.grpo import _loss, _prompts_per_step
+from sparring.compat.grpo import _batches, _loss
 from sparring.compat.rewards import build_rewards
 from sparring.errors import DataError, RecipeError, RewardError, UserError
 from sparring.runlog import read_steps
@@ -201,6 +201,7 @@ def test_wrong_rows_are_one_clear_error(model_path: str, rows: Any, message: str
     ("given", "prompts"),
     [
         ({}, 1),  # 8 x 1 rows, groups of 8
+        ({"steps_per_generation": 4}, 4),  # four updates on a generation
         ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}, 2),
         ({"per_device_train_batch_size": 16, "num_generations": 4}, 4),
         ({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}, 1),  # raised to 8
@@ -210,21 +211,29 @@ def test_wrong_rows_are_one_clear_error(model_path: str, rows: Any, message: str
     ],
 )
 def test_rows_of_a_step_by_trls_arithmetic(given: dict, prompts: int):
-    assert _prompts_per_step(GRPOConfig(**given)) == prompts
+    updates = given.get("steps_per_generation", 1) // given.get("gradient_accumulation_steps", 1)
+    assert _batches(GRPOConfig(**given)) == (prompts, max(1, updates))
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"num_generations": 1}, "takes at least 2"),
-        ({"steps_per_generation": 2}, "every update is on-policy"),
+        (
+            {"steps_per_generation": 3, "gradient_accumulation_steps": 2},
+            "give a divisor or a multiple",
+        ),
+        (
+            {"steps_per_generation": 2, "per_device_train_batch_size": 4},
+            "a group is not split over updates",
+        ),
         ({"generation_batch_size": 12}, "is no multiple of per_device_train_batch_size"),
         ({"generation_batch_size": 8, "steps_per_generation": 1}, "not both"),
     ],
 )
 def test_impossible_batches_are_refused(given: dict, message: str):
     with pytest.raises(UserError, match=message):
-        _prompts_per_step(GRPOConfig(**given))
+        _batches(GRPOConfig(**given))
 
 
 @pytest.mark.parametrize(
@@ -393,3 +402,27 @@ def test_names_of_transformers_and_peft(model_path: str, own_folder: Path):
         )
     with pytest.raises(UserError, match="quantization_config is refused unless it is load_in_4bit"):
         AutoModelForCausalLM.from_pretrained(model_path, quantization_config={"load_in_8bit": True})
+
+
+def test_several_updates_on_a_generation(model_path: str):
+    def reward(completions, **kwargs):
+        return [float(len(text)) for text in completions]
+
+    trainer = trainer_of(
+        model_path,
+        reward,
+        texts(),
+        num_iterations=2,
+        steps_per_generation=2,
+        max_steps=8,
+        save_steps=4,
+        mask_truncated_completions=True,
+    )
+    outcome = trainer.train()
+    assert outcome.global_step == 8
+    logged = [row for row in trainer.state.log_history if "reward" in row]
+    assert [row["step"] for row in logged] == [4, 8]
+    recipe = Path("run/recipe.toml").read_text()
+    for line in ("passes = 2", "mini_steps = 2", "learn_truncated = false", "prompts_per_step = 4"):
+        assert line in recipe
+    assert len(read_steps("run")) == 2

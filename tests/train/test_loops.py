@@ -323,3 +323,47 @@ def test_a_judge_gets_its_key_from_the_command_line_alone(folder: Path) -> None:
     assert "secret" not in repr(rewards)
     for reward in rewards:
         reward.close()
+
+
+def test_several_updates_a_step_are_measured_against_the_policy_that_sampled(folder):
+    rollout = {"group_size": 8, "prompts_per_step": 4}
+    recipe = grpo_recipe(folder, rollout=rollout, train={"steps": 4, "passes": 2, "mini_steps": 2})
+    grpo.train(recipe)
+    updated = [r.metrics for r in runlog.read_steps(recipe.run.dir) if "loss" in r.metrics]
+    assert updated
+    assert all(abs(metrics["ratio_mean"] - 1.0) > 1e-6 for metrics in updated)
+    assert all(metrics["mismatch_max"] < 1e-3 for metrics in updated)
+    single = grpo_recipe(folder, rollout=rollout, run={"dir": str(folder / "single")})
+    grpo.train(single)
+    updated = [r.metrics for r in runlog.read_steps(single.run.dir) if "loss" in r.metrics]
+    assert updated
+    assert all(metrics["ratio_mean"] == pytest.approx(1.0, abs=1e-6) for metrics in updated)
+
+
+def test_a_run_of_several_updates_goes_on_bit_for_bit(folder):
+    train = {"steps": 4, "passes": 2, "mini_steps": 3}
+    loss = {"name": "grpo", "kl_coef": 0.1}
+    whole = grpo_recipe(folder, train=train, loss=loss)
+    grpo.train(whole)
+    short = grpo_recipe(folder, train=train, loss=loss, run={"dir": str(folder / "short")})
+    shutil.copytree(folder / "run", folder / "short")
+    shutil.rmtree(folder / "short/checkpoints/step_000004")
+    shutil.rmtree(folder / "short/final")
+    (folder / "short/recipe.toml").write_text(
+        (folder / "run/recipe.toml").read_text().replace(str(folder / "run"), str(folder / "short"))
+    )
+    grpo.train(short, resume=True)
+    ours, theirs = (
+        load_file(folder / name / "final/model.safetensors") for name in ("short", "run")
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_cut_completions_may_bear_no_loss(folder):
+    recipe = grpo_recipe(folder, train={"steps": 2, "learn_truncated": False})
+    grpo.train(recipe)
+    for record in runlog.read_steps(recipe.run.dir):
+        rows = runlog.read_rollouts(recipe.run.dir, record.step)
+        ended = sum(row["num_tokens"] for row in rows if row["finish_reason"] == "stop")
+        assert any(row["finish_reason"] == "length" for row in rows)
+        assert record.metrics.get("num_loss_tokens", ended) == ended
