@@ -19,6 +19,11 @@ from sparring.compat.model import LoraRequest, note_nothing_to_patch
 from sparring.compat.sampling import SamplingParams
 from sparring.compat.sft import SFTTrainer, train_on_responses_only
 from sparring.compat.sft_table import DPOConfig, SFTConfig
+from sparring.compat.sharegpt import (
+    standardize_data_formats,
+    standardize_sharegpt,
+    unsloth_train,
+)
 from sparring.compat.templates import get_chat_template
 from sparring.compat.transformers import (
     AutoModelForCausalLM,
@@ -45,7 +50,10 @@ __all__ = [
     "is_bf16_supported",
     "is_bfloat16_supported",
     "prepare_model_for_kbit_training",
+    "standardize_data_formats",
+    "standardize_sharegpt",
     "train_on_responses_only",
+    "unsloth_train",
 ]
 
 FastModel = FastLanguageModel

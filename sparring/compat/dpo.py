@@ -14,6 +14,7 @@ from sparring.compat.unsloth_table import MOVED_DPO
 from sparring.data.chat import ChatTemplate
 from sparring.data.packing import pack_pairs
 from sparring.data.pairs import PairSet
+from sparring.data.rows import Rows
 from sparring.errors import UserError
 from sparring.models.reference import Reference, build_reference
 from sparring.recipe import Recipe
@@ -63,14 +64,22 @@ class DPOTrainer(Trainer):
         )
         own = self.model.policy.max_tokens
         self._max_tokens = min(own, int(args.max_length)) if args.max_length else own
-        self.pairs: PairSet = read_pairs(rows, self._pair_template, self._max_tokens)
+        self.pairs: PairSet = self._pairs(rows)
         self.eval_pairs: PairSet | None = None
         if eval_dataset is not None:
-            held_out = read_rows(eval_dataset, "eval_dataset")
-            self.eval_pairs = read_pairs(held_out, self._pair_template, self._max_tokens)
+            self.eval_pairs = self._pairs(read_rows(eval_dataset, "eval_dataset"))
         self._source = rows
         self._reference: Reference | None = None
         self._recipe(Path("unused"))  # what the recipe refuses is told before the run
+
+    def _pairs(self, rows: Rows) -> PairSet:
+        return read_pairs(
+            rows,
+            self._pair_template,
+            self._max_tokens,
+            longest_prompt=self.args.max_prompt_length,
+            longest_answer=self.args.max_completion_length,
+        )
 
     def _tables(self) -> dict[str, Any]:
         found: dict[str, Any] = {
@@ -111,8 +120,8 @@ class DPOTrainer(Trainer):
         if not loss.keywords.get("reference_free"):
             if self._reference is None and self.run_dir is not None:
                 raise UserError(
-                    "evaluate: the reference of a model whose weights are all trained is let go with"
-                    " its run; set eval_strategy, and the run evaluates as it goes"
+                    "evaluate: the reference of a model whose weights are all trained is let go"
+                    " with its run; set eval_strategy, and the run evaluates as it goes"
                 )
             reference = (self._reference or build_reference(model)).logprobs
         return score_values(

@@ -12,6 +12,7 @@ from sparring.compat.arguments import adopt, say_once
 from sparring.compat.grpo_table import GRPOConfig
 from sparring.compat.rewards import build_rewards, name_of
 from sparring.compat.rows import is_conversational, read_prompts, read_rows, template_for
+from sparring.compat.sampling import SamplingParams, native_sampling
 from sparring.compat.trainer import Trainer, shown_rows, template_name
 from sparring.data.chat import ChatTemplate
 from sparring.data.prompts import PromptSet
@@ -92,6 +93,7 @@ class GRPOTrainer(Trainer):
                 "top_p": float(args.top_p),
                 "top_k": max(0, int(args.top_k or 0)),
                 "stop": _stop(args.generation_kwargs),
+                **_of_params(args.vllm_sampling_params, self.processing_class),
                 "kv_memory": self._kv_memory(),
             },
             "train": {
@@ -260,6 +262,34 @@ def _stop(given: Any) -> list[str]:
             f" ({', '.join(STOP_NAMES)}), and GRPOConfig has the rest"
         )
     return found
+
+
+def _of_params(params: Any, tokenizer: Any) -> dict[str, Any]:
+    """[rollout] keys that SamplingParams set; the recipe's own rules hold for them."""
+    if params is None:
+        return {}
+    if not isinstance(params, SamplingParams):
+        raise UserError(
+            f"GRPOConfig: vllm_sampling_params is a {type(params).__name__}; import SamplingParams"
+            " from sparring.compat"
+        )
+    values = native_sampling(params, room=1, seed=0)
+    if values.min_p:
+        raise UserError(
+            f"GRPOConfig: vllm_sampling_params has min_p = {values.min_p}, which is refused: the"
+            " trainer's distribution has no such cut, so the loss would compare two; take 0"
+        )
+    special = set(tokenizer.all_special_tokens)
+    stop = [text for text in values.stop if text not in special]  # those end a completion anyway
+    if stop and params.values["include_stop_str_in_output"]:
+        raise UserError(
+            "GRPOConfig: include_stop_str_in_output = True is refused: rewards see the text before"
+            f" a stop string ({stop[0]!r}); leave it out"
+        )
+    found: dict[str, Any] = {"stop": stop} if stop else {}
+    if values.top_p != 1.0:
+        found["top_p"] = values.top_p
+    return found | ({"top_k": values.top_k} if values.top_k else {})
 
 
 def _advantage(scale: Any) -> str:

@@ -121,9 +121,7 @@ GRPO: dict[str, Argument] = TRAINING | {
     "vllm_importance_sampling_cap": immaterial(None, _OWN_ENGINE),
     # names of older releases, and Unsloth's
     "max_prompt_length": honoured(None, "a longer prompt is dropped and counted, never cut"),
-    "vllm_sampling_params": refused(
-        None, "GRPOConfig has these settings itself", "set temperature and max_completion_length"
-    ),
+    "vllm_sampling_params": honoured(None, "its stop strings, top_p, top_k and min_p"),
     "unsloth_num_chunks": immaterial(-1, "logits are never kept, in chunks or whole"),
     "unsloth_logit_chunk_multiplier": immaterial(None, "logits are never kept"),
     "unsloth_grpo_mini_batch": immaterial(None, "micro-batches are cut by tokens"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -23,6 +23,24 @@ PEFT_DEFAULT_TARGETS = ("q_proj", "v_proj")
 _SPREAD = (None, "auto", "sequential", "balanced", "balanced_low_0", "unsloth")
 
 
+LOAD_ORDER = ("max_seq_length", "dtype", "load_in_4bit", "load_in_8bit")
+LORA_ORDER = ("r", "target_modules", "lora_alpha", "lora_dropout", "bias")
+"""What may be given by position, in Unsloth's order."""
+
+
+def by_position(
+    order: Sequence[str], values: Sequence[Any], given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Arguments by name, those by position named. Raises UserError for too many, or one twice."""
+    if len(values) > len(order):
+        raise UserError(f"{len(values)} arguments by position; name those after {order[-1]}")
+    named = dict(zip(order, values, strict=False))
+    twice = sorted(named.keys() & given.keys())
+    if twice:
+        raise UserError(f"'{twice[0]}' is given by position and by name")
+    return {**named, **given}
+
+
 class FastLanguageModel:
     """Loads models and puts adapters on them; nothing is patched, no object is made of it."""
 
@@ -32,11 +50,8 @@ class FastLanguageModel:
 
         Raises UserError, CheckpointError or MemoryBudgetError.
         """
-        if names:
-            raise UserError("from_pretrained takes model_name by position; name the rest")
-        values = with_defaults(
-            "FastLanguageModel.from_pretrained", LOAD, {"model_name": model_name, **given}
-        )
+        given = {"model_name": model_name, **by_position(LOAD_ORDER, names, given)}
+        values = with_defaults("FastLanguageModel.from_pretrained", LOAD, given)
         is_four_bit = bool(values["load_in_4bit"]) and not values["load_in_16bit"]
         if values["full_finetuning"] and is_four_bit:
             is_four_bit = False
@@ -59,8 +74,9 @@ class FastLanguageModel:
         return model, model.policy.tokenizer
 
     @staticmethod
-    def get_peft_model(model: FastModel, **given: Any) -> FastModel:
+    def get_peft_model(model: FastModel, *names: Any, **given: Any) -> FastModel:
         """The model with a fresh adapter on it, ready to be trained. Raises UserError."""
+        given = by_position(LORA_ORDER, names, given)
         values = with_defaults("FastLanguageModel.get_peft_model", LORA, given)
         if model.trains_all:
             say_once(

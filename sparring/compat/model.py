@@ -245,7 +245,10 @@ class FastModel:
                 request_id=str(index),
                 prompt=prompt.text,
                 prompt_token_ids=list(prompt.token_ids),
-                outputs=[_output(number, rollout) for number, rollout in enumerate(group)],
+                outputs=[
+                    _output(number, rollout, self._text(rollout, params))
+                    for number, rollout in enumerate(group)
+                ],
             )
             for index, (prompt, group) in enumerate(zip(asked, groups, strict=True))
         ]
@@ -341,6 +344,12 @@ class FastModel:
             "GGUF is not written: save_pretrained_merged, then llama.cpp's convert_hf_to_gguf.py"
         )
 
+    def _text(self, rollout: Rollout, params: SamplingParams) -> str:
+        """A completion's text, with the stop string that ended it where it is asked for."""
+        if not params.values["include_stop_str_in_output"]:
+            return rollout.text
+        return self.policy.decode(rollout.token_ids.tolist())
+
     def _save_adapter(self, folder: Path) -> None:
         source = self.policy.source
         base = str(checkpoint.base_folder(source)) if Path(source).exists() else source
@@ -369,10 +378,10 @@ class FastModel:
             return engine.generate(prompts, sampling, num_samples=num_samples)
 
 
-def _output(index: int, rollout: Rollout) -> CompletionOutput:
+def _output(index: int, rollout: Rollout, text: str) -> CompletionOutput:
     return CompletionOutput(
         index=index,
-        text=rollout.text,
+        text=text,
         token_ids=rollout.token_ids.tolist(),
         cumulative_logprob=float(rollout.logprobs.sum()),
         finish_reason=rollout.finish_reason,

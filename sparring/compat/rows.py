@@ -104,16 +104,32 @@ def read_prompts(
     )
 
 
-def read_pairs(rows: Rows, template: ChatTemplate, max_tokens: int) -> PairSet:
-    """Preference pairs, cut behind max_tokens tokens of prompt and answer together."""
+def read_pairs(
+    rows: Rows,
+    template: ChatTemplate,
+    max_tokens: int,
+    *,
+    longest_prompt: int | None = None,
+    longest_answer: int | None = None,
+) -> PairSet:
+    """Preference pairs, cut behind max_tokens tokens of prompt and answer together.
+
+    longest_prompt: a pair with a longer one is dropped and counted. longest_answer: answers are cut
+    behind so many tokens.
+    """
     found = load_pairs(rows, template.tokenizer, template=template, max_tokens=UNCUT)
-    kept = [_cut_pair(pair, max_tokens) for pair in found.pairs]
+    prompt, answer = longest_prompt or max_tokens, longest_answer or max_tokens
+    kept = [
+        _cut_pair(pair, min(max_tokens, len(pair.context_ids) + answer))
+        for pair in found.pairs
+        if len(pair.context_ids) <= prompt
+    ]
     left = tuple(pair for pair in kept if pair is not None)
     if not left:
         raise DataError(
             f"{rows.source}: every prompt alone fills max_length = {max_tokens}; raise it"
         )
-    dropped = len(kept) - len(left)
+    dropped = len(found.pairs) - len(left)
     return replace(found, pairs=left, num_too_long=dropped, max_tokens=max_tokens)
 
 

@@ -70,12 +70,8 @@ DPO: dict[str, Argument] = TRAINING | {
     "ref_model_sync_steps": GRPO["ref_model_sync_steps"],
     "pad_token": _PAD,
     # names of older releases
-    "max_prompt_length": refused(
-        None, "a prompt is not cut apart from its answers", "filter long prompts, set max_length"
-    ),
-    "max_completion_length": refused(
-        None, "an answer is not cut apart from its prompt", "set max_length"
-    ),
+    "max_prompt_length": honoured(None, "a pair with a longer prompt is dropped and counted"),
+    "max_completion_length": honoured(None, "answers are cut behind so many tokens"),
     "reference_free": honoured(None, "[loss] reference_free", None, True, False),
     "rpo_alpha": honoured(None, "[loss] sft_coef"),
     "generate_during_eval": refused(

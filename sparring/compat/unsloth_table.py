@@ -166,7 +166,7 @@ SAMPLING: dict[str, Argument] = {
     "allowed_token_ids": refused(None, _NO_LOG, _OUT),
     "guided_decoding": refused(None, _NO_LOG, "sample, and judge by the reward `format`"),
     "structured_outputs": refused(None, _NO_LOG, "sample, and judge by the reward `format`"),
-    "include_stop_str_in_output": refused(False, "text ends before a stop string", _OUT),
+    "include_stop_str_in_output": honoured(False, "text with the stop string", True, False),
     "skip_special_tokens": refused(True, "text is without special tokens", "decode token_ids"),
     "spaces_between_special_tokens": immaterial(True, "text is without special tokens"),
     "detokenize": immaterial(True, "text is always there"),

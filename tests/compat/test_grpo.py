@@ -426,3 +426,24 @@ def test_several_updates_on_a_generation(model_path: str):
     for line in ("passes = 2", "mini_steps = 2", "learn_truncated = false", "prompts_per_step = 4"):
         assert line in recipe
     assert len(read_steps("run")) == 2
+
+
+def test_vllms_sampling_of_a_configuration(model_path: str):
+    from sparring.compat import SamplingParams
+
+    def recipe_of(**given: Any) -> Any:
+        params = SamplingParams(**given)
+        trainer = trainer_of(
+            model_path, lambda completions: [0.0], texts(), vllm_sampling_params=params
+        )
+        return trainer._recipe(Path("x"))
+
+    given = {"top_k": -1, "seed": 3407, "include_stop_str_in_output": True}
+    assert recipe_of(stop=["<|im_end|>"], **given).rollout.stop == ()
+    assert recipe_of(stop=["END"]).rollout.stop == ("END",)
+    with pytest.raises(UserError, match=r"has min_p = 0\.1, which is refused"):
+        recipe_of(min_p=0.1)
+    with pytest.raises(RecipeError, match="two different policies"):
+        recipe_of(top_p=0.9)
+    with pytest.raises(UserError, match="rewards see the text before a stop string"):
+        recipe_of(stop=["END"], include_stop_str_in_output=True)

@@ -248,3 +248,26 @@ def test_full_finetuning_trains_every_weight(model_path: str):
     model.make_trainable()
     trained, total = model.get_nb_trainable_parameters()
     assert trained == total
+
+
+def test_arguments_by_position_are_unsloths(model_path: str):
+    model, _ = FastLanguageModel.from_pretrained(model_path, 128, None, False)
+    assert (model.max_seq_length, model.policy.model.is_quantised) == (128, False)
+    FastLanguageModel.get_peft_model(model, 4, ["q_proj"], 8)
+    assert (model.policy.model.lora["policy"].rank, model.policy.model.lora["policy"].alpha) == (
+        4,
+        8,
+    )
+    with pytest.raises(UserError, match="'r' is given by position and by name"):
+        FastLanguageModel.get_peft_model(model, 4, r=4)
+
+
+def test_stop_strings_are_left_out_or_kept(model_path: str):
+    model, _ = FastLanguageModel.from_pretrained(model_path, load_in_4bit=False)
+    whole = model.fast_generate("abc", SamplingParams(max_tokens=12, seed=3))[0].outputs[0]
+    stop = whole.text[4]
+    given = {"max_tokens": 12, "seed": 3, "stop": [stop]}
+    cut = model.fast_generate("abc", SamplingParams(**given))[0].outputs[0].text
+    kept = SamplingParams(**given, include_stop_str_in_output=True)
+    assert model.fast_generate("abc", kept)[0].outputs[0].text == cut + stop
+    assert whole.text.startswith(cut + stop)

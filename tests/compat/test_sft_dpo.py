@@ -353,3 +353,23 @@ def test_full_weights_of_16_bits_are_trained_twice(model_path: str):
     trainer.train()
     with pytest.raises(UserError, match="the reference of a model whose weights are all trained"):
         trainer.evaluate()
+
+
+def test_sharegpt_rows_become_messages():
+    from datasets import Dataset
+
+    from sparring.compat import standardize_sharegpt
+
+    rows = [{"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]}]
+    for given in (rows, Dataset.from_list(rows)):
+        (row,) = list(standardize_sharegpt(given))
+        assert row["conversations"] == CHAT[:2]
+    with pytest.raises(DataError, match="a turn is 'from' 'alien'"):
+        standardize_sharegpt([{"conversations": [{"from": "alien", "value": "x"}]}])
+
+
+def test_long_prompts_are_dropped_and_long_answers_cut(model_path: str):
+    rows = [PAIR, {**PAIR, "prompt": "9" * 30}, {**PAIR, "chosen": "2" * 30}]
+    trainer = dpo(model_path, rows, max_prompt_length=20, max_completion_length=5)
+    assert (len(trainer.pairs), trainer.pairs.num_too_long) == (2, 1)
+    assert [len(pair.chosen_ids) for pair in trainer.pairs] == [2, 5]
