@@ -10,7 +10,6 @@ policy with its adapter off, which takes no bytes; for all weights it is a froze
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import shapes
@@ -18,7 +17,7 @@ import shapes
 from sparring.models.checkpoint import family_of
 from sparring.train.plan import Phase, predict
 from sparring.train.plan_job import Job, Settings, Trained, Work
-from sparring.train.plan_table import compared, table_lines
+from sparring.train.plan_table import algorithm_jobs, compared, table_lines
 
 LLAMA_70B: dict[str, Any] = {
     **shapes.SHAPES["llama-3.1-8b"], "hidden_size": 8192, "intermediate_size": 28672,
@@ -37,16 +36,8 @@ def columns(config: dict[str, Any], *, is_quantised: bool, rank: int) -> dict[st
     """The training phase by algorithm."""
     shape = family_of(config).config(config)
     policy = Trained(config=shape, is_quantised=is_quantised, rank=rank)
-    critic = Trained(config=shape, rank=rank, has_head=False)
-    reference = "base" if rank else "weights"
-    grpo = Job(policy=policy, work=WORK, reference=reference, samples=False)
-    jobs = {"GRPO": grpo}
-    if rank:
-        shared = replace(critic, is_quantised=is_quantised)
-        jobs["PPO, critic on the trunk"] = replace(grpo, critic=shared, shares_trunk=True)
-        jobs["PPO, own critic, adapter"] = replace(grpo, critic=critic)
-    jobs["PPO, own critic, all weights"] = replace(grpo, critic=replace(critic, rank=0))
-    return {name: predict(job, SETTINGS).training for name, job in jobs.items()}
+    job = Job(policy=policy, work=WORK, reference="base" if rank else "weights")
+    return {name: predict(one, SETTINGS).training for name, one in algorithm_jobs(job).items()}
 
 
 def main() -> None:
@@ -69,8 +60,7 @@ def main() -> None:
     print("\n".join(compared(full)))
     print("\nBy part, 7B, adapter on NF4:\n\n```")
     found = columns(shapes.SHAPES["qwen2.5-7b"], is_quantised=True, rank=16)
-    short = ("GRPO", "PPO, trunk", "PPO, adapter", "PPO, weights")
-    print("\n".join(table_lines(dict(zip(short, found.values(), strict=True)))))
+    print("\n".join(table_lines(found)))
     print("```")
 
 

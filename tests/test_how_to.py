@@ -48,3 +48,16 @@ def test_the_recipe_of_saving_memory_is_a_recipe(place: str):
     recipe = build_recipe(tables, command="grpo")
     assert (recipe.train.checkpointing, recipe.train.mlp_tile_tokens) == ("layers", 8192)
     assert recipe.train.max_mismatch_kl == 0.05
+
+
+PLAN_PAGES = [DOCS / place / "plan-memory.md" for place in ("how-to", "zh")]
+
+
+def test_the_recipe_of_the_plan_page_is_a_recipe_in_both_languages():
+    recipes = []
+    for page in PLAN_PAGES:
+        (text,) = blocks(page, "toml")
+        recipes.append(build_recipe(tomllib.loads(text), command="grpo"))
+        assert blocks(page, "")[0].startswith("sparring plan")
+    assert recipes[0] == recipes[1]
+    assert recipes[0].train.checkpointing == "auto"

@@ -57,6 +57,14 @@ def plan(
             lines += ["to paste:", *(f"  {line}" for line in proposal_lines(best))]
         else:
             lines.append("give --memory 24GiB or --card NAME for the settings that fit")
+        if job.critic is not None:
+            from sparring.train.plan import predict
+            from sparring.train.plan_table import algorithm_jobs, table_lines
+
+            settings = (best or asked).settings  # type: ignore[union-attr]
+            found = {name: predict(j, settings) for name, j in algorithm_jobs(job).items()}
+            lines.append("the training phase by algorithm and critic, same settings:")
+            lines += table_lines({name: plan.training for name, plan in found.items()})
         for line in lines:
             say(line)
 

@@ -110,18 +110,16 @@ def micro_batches(work: Work, max_tokens: int, *, exact: bool = False) -> list[M
     prompt, each = max(work.prompt_tokens - 1, 0), work.completion_tokens
     if not exact:
         rows = min(max(max_tokens, prompt + each), max(work.num_tokens, 1))
-        group = prompt + work.group_size * each
-        num_groups = max(1, -(-rows // group))
-        samples = max(1, min(work.num_completions, (rows - prompt) // each))
-        shared = (prompt, -(-samples // num_groups))
-        full = MicroBatch(
-            rows=rows,
-            loss_rows=max(1, min(rows - prompt, work.num_completions * each)),
-            groups=(shared,) * num_groups,
-        )
-        left = work.num_tokens % rows
-        rest = replace(full, rows=left, loss_rows=max(1, min(full.loss_rows, left)))
-        return [full] * (work.num_tokens // rows) + ([rest] if left else [])
+        # a group over the limit is split, and its prompt computed again for each part
+        samples = max(1, min(work.group_size, (rows - prompt) // each))
+        parts = -(-work.group_size // samples)
+        total = work.prompts * (parts * prompt + work.group_size * each)
+        num_groups = max(1, rows // (prompt + samples * each))
+        loss_rows = max(1, min(rows - num_groups * prompt, work.num_completions * each))
+        full = MicroBatch(rows=rows, loss_rows=loss_rows, groups=((prompt, samples),) * num_groups)
+        left = total % rows
+        rest = replace(full, rows=left, loss_rows=max(1, min(loss_rows, left)))
+        return [full] * (total // rows) + ([rest] if left else [])
     split = best_fit([each] * work.group_size, max(max_tokens - prompt, 0))
     units = [len(chosen) for _ in range(work.prompts) for chosen in split]
     sizes = [prompt + samples * each for samples in units]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
+from sparring.models.lora import PROJECTIONS
 from sparring.train.plan import Phase, Plan, gib
-from sparring.train.plan_job import PARTS
+from sparring.train.plan_job import PARTS, Job
 
 GIB = 2**30
 
@@ -15,7 +16,7 @@ GIB = 2**30
 def table_lines(columns: Mapping[str, Phase | None]) -> list[str]:
     """Bytes by part in GiB, a column for each phase that is there."""
     phases = {name: phase for name, phase in columns.items() if phase is not None}
-    width = max(12, *(len(name) + 2 for name in phases))
+    width = max(12, *(len(name) + 2 for name in phases)) if phases else 12
     lines = [f"{'GiB':30}" + "".join(f"{name:>{width}}" for name in phases)]
     for part in PARTS:
         sizes = [phase.parts.get(part, 0) for phase in phases.values()]
@@ -89,6 +90,25 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         if card is None
         else {"name": card.name, "is_measured": card.is_measured, "source": card.source},
     }
+
+
+def algorithm_jobs(job: Job) -> dict[str, Job]:
+    """The same policy and work under GRPO and under PPO with each kind of critic, by name.
+
+    Critics are of the policy's own shape: an adapter and a head on its trunk (where the policy
+    trains an adapter), or a 16-bit model of their own with an adapter or with all weights trained.
+    """
+    policy = job.policy
+    grpo = replace(job, critic=None, shares_trunk=False, samples=False)
+    own = replace(policy, has_head=False, is_quantised=False, keeps_16bit=frozenset(), head="16bit")
+    jobs = {"GRPO": grpo}
+    if policy.rank:
+        everywhere = frozenset(PROJECTIONS)
+        trunk = replace(policy, has_head=False, targets=everywhere)
+        jobs["PPO, on trunk"] = replace(grpo, critic=trunk, shares_trunk=True)
+        jobs["PPO, own, adapter"] = replace(grpo, critic=replace(own, targets=everywhere))
+    jobs["PPO, own, all"] = replace(grpo, critic=replace(own, rank=0))
+    return jobs
 
 
 def compared(
