@@ -79,11 +79,14 @@ class KVPool:
     one head's keys of one block are contiguous. address: int64 [1] on the pool's device that holds
     data.data_ptr(), None where no kernel reads the pool. Kernels find the pool through it, so a
     captured CUDA graph stays valid when the pool is freed and allocated elsewhere, provided this
-    same tensor is rewritten in place.
+    same tensor is rewritten in place. scales [L, N, 2, K, B] float32: where data holds 8-bit
+    numbers (int8 or float8_e4m3fn), what each token's key or value of a head is multiplied by;
+    address is then [2], the second number being scales.data_ptr().
     """
 
     data: Tensor
     address: Tensor | None = None
+    scales: Tensor | None = None
 
     @property
     def num_blocks(self) -> int:

@@ -21,9 +21,21 @@ from torch import Tensor
 
 from sparring.kernels import Capability, jit, rounded, tl, triton
 from sparring.kernels.paged_plan import DecodeWorkspace, split_of
-from sparring.kernels.rotate_write import kv_dtype_of, num_heads_of, rotated_heads
+from sparring.kernels.rotate_write import (
+    kv_dtype_of,
+    num_heads_of,
+    rotated_heads,
+    to_eight_bits,
+)
 from sparring.kernels.shared_decode import _shared_kernel, shared_mates
-from sparring.kernels.splits import LOG2_E, OPTIONS, inverse, merge_factors, paged_split
+from sparring.kernels.splits import (
+    LOG2_E,
+    OPTIONS,
+    inverse,
+    merge_factors,
+    paged_split,
+    scales_of,
+)
 from sparring.layout import KVPool
 
 __all__ = ["paged_decode_reference", "paged_decode_triton", "rotate_decode_triton"]
@@ -52,11 +64,19 @@ def paged_decode_reference(
             continue
         places = torch.arange(max(0, length - window) if window else 0, length, device=data.device)
         blocks = tables_RN[row].long()[places // data.shape[3]]
-        keys = data[blocks, :, :, places % data.shape[3]].to(wide)
+        keys = read_slots(kv_pool, layer, blocks, places % data.shape[3]).to(wide)
         k, v = (keys[:, i].repeat_interleave(repeat, 1) for i in range(2))
         scores = torch.einsum("he,jhe->hj", q_RHE[row].to(wide), k) / math.sqrt(data.shape[4])
         out_RHE[row] = torch.einsum("hj,jhe->he", scores.softmax(-1), v).to(q_RHE.dtype)
     return out_RHE
+
+
+def read_slots(kv_pool: KVPool, layer: int, blocks: Tensor, places: Tensor) -> Tensor:
+    """Keys and values [n, 2, K, E] out of a pool, multiplied by their scales where it has any."""
+    found = kv_pool.data[layer][blocks, :, :, places]
+    if kv_pool.scales is None:
+        return found
+    return found.float() * kv_pool.scales[layer][blocks, :, :, places].unsqueeze(-1)
 
 
 @jit
@@ -96,7 +116,8 @@ def _decode_kernel(
     scale, window, eps,
     K: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr, B: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    KV_DTYPE: tl.constexpr, SHARED: tl.constexpr, ROTATES: tl.constexpr, HAS_NORM: tl.constexpr,
+    KV_DTYPE: tl.constexpr, LIMIT: tl.constexpr, SHARED: tl.constexpr, ROTATES: tl.constexpr,
+    HAS_NORM: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
@@ -128,6 +149,7 @@ def _decode_kernel(
         if (mine > 0) & (tl.sum(same.to(tl.int32), axis=0) > 1):
             return
     k_ptr = pool_ptr + (layer.to(tl.int64) * num_blocks * (2 * K) + kv_head) * (B * E)
+    scales_ptr = scales_of(address_ptr, layer, num_blocks, kv_head, K, B, LIMIT)
     if ROTATES:  # the row's query heads, then its new key and value
         is_query, is_value = members < GROUP, members > GROUP
         heads = tl.where(is_query, kv_head * GROUP + members, K * GROUP + kv_head)
@@ -140,8 +162,17 @@ def _decode_kernel(
             slot = tl.load(slots_ptr + row)
             at = slot // B * (2 * K * B * E) + (slot % B) * E
             at += (members - GROUP)[:, None] * (K * B * E) + columns[None, :]
-            written = (members >= GROUP)[:, None] & (members < GROUP + 2)[:, None]
-            tl.store(k_ptr + at, new, mask=written & (columns < E)[None, :])
+            written = (members >= GROUP) & (members < GROUP + 2)
+            to_pool = written[:, None] & (columns < E)[None, :]
+            if LIMIT == 0:
+                tl.store(k_ptr + at, new, mask=to_pool)
+            else:
+                wide = new.to(tl.float32)
+                most = tl.max(tl.abs(wide), axis=1)
+                factor = tl.where(most == 0.0, 0.0, LIMIT / tl.where(most == 0.0, 1.0, most))
+                tl.store(k_ptr + at, to_eight_bits(wide, factor[:, None], KV_DTYPE), mask=to_pool)
+                to_scale = slot // B * (2 * K * B) + slot % B + (members - GROUP) * (K * B)
+                tl.store(scales_ptr + to_scale, most / LIMIT, mask=written)
             tl.debug_barrier()  # before this program reads it back
         q = tl.trans(new)
     else:
@@ -150,8 +181,8 @@ def _decode_kernel(
     high = tl.minimum(length, split * SPLIT + SPLIT)
     acc, peak, total = paged_split(
         q, tl.zeros([BLOCK_M], tl.int32) + (length - 1), k_ptr, k_ptr + K * B * E,
-        tables_ptr + row * table_stride, low, high, length, scale, window, 2 * K * B * E, B, E,
-        BLOCK_E, BLOCK_M, BLOCK_N, HAS_WINDOW,
+        scales_ptr, tables_ptr + row * table_stride, low, high, length, scale, window,
+        2 * K * B * E, B, E, BLOCK_E, BLOCK_M, BLOCK_N, HAS_WINDOW, LIMIT,
     )  # fmt: skip
     if num_splits - first_split == 1:
         out = acc * inverse(total)[None, :]
@@ -309,5 +340,5 @@ def constants_of(data: Tensor, num_heads: int) -> dict[str, object]:
         "B": block_size,
         "BLOCK_E": max(16, triton.next_power_of_2(size)),
         "BLOCK_M": max(16, triton.next_power_of_2(group)),
-        "KV_DTYPE": kv_dtype_of(data),
+        **kv_dtype_of(data),
     }

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from sparring.kernels import Capability, dot, jit, rounded, tl
 from sparring.kernels.attention_plan import tile_of
-from sparring.kernels.paged_attention import constants_of
+from sparring.kernels.paged_attention import constants_of, read_slots
 from sparring.kernels.paged_plan import PrefillTiles
-from sparring.kernels.splits import LOG2_E
+from sparring.kernels.splits import LOG2_E, scales_of, widened
 from sparring.layout import KVPool
 
 __all__ = ["paged_prefill_reference", "paged_prefill_triton"]
@@ -48,7 +48,7 @@ def paged_prefill_reference(
         q = q_THE[cu_seqlens[row] : cu_seqlens[row + 1]].to(wide)
         places = torch.arange(length, device=data.device)
         blocks = tables_RN[row].long()[places // data.shape[3]]
-        keys = data[blocks, :, :, places % data.shape[3]].to(wide)
+        keys = read_slots(kv_pool, layer, blocks, places % data.shape[3]).to(wide)
         k, v = (keys[:, i].repeat_interleave(repeat, 1) for i in range(2))
         distance = places[length - len(q) :, None] - places
         seen = (distance >= 0) & ((distance < window) if window else True)
@@ -60,9 +60,9 @@ def paged_prefill_reference(
 
 @jit
 def _paged_range(
-    acc, peak, total, q, k_ptr, v_ptr, table_ptr, positions, low, high, num_keys, scale, window,
-    STRIDE: tl.constexpr, B: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_N: tl.constexpr, MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    acc, peak, total, q, k_ptr, v_ptr, scales_ptr, table_ptr, positions, low, high, num_keys,
+    scale, window, STRIDE: tl.constexpr, B: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_N: tl.constexpr, MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over keys low..high; MASKED where a tile may be seen in part."""
     columns = tl.arange(0, BLOCK_E)
@@ -72,9 +72,11 @@ def _paged_range(
             block = tl.load(table_ptr + start // B).to(tl.int64)
             first = block * STRIDE + (start % B) * E
             at = first + (tl.arange(0, BLOCK_N) * E)[:, None] + columns[None, :]
+            at_scale = block * (STRIDE // E) + start % B + tl.arange(0, BLOCK_N)
         else:
             blocks = tl.load(table_ptr + keys // B, mask=keys < num_keys, other=0).to(tl.int64)
             at = (blocks * STRIDE + (keys % B) * E)[:, None] + columns[None, :]
+            at_scale = blocks * (STRIDE // E) + keys % B
         if MASKED:
             inside = (keys < num_keys)[:, None] & (columns < E)[None, :]
             k = tl.load(k_ptr + at, mask=inside, other=0.0)
@@ -86,7 +88,14 @@ def _paged_range(
             inside = (keys >= 0)[:, None] & (columns < E)[None, :]
             k = tl.load(k_ptr + at, mask=inside, other=0.0)
             v = tl.load(v_ptr + at, mask=inside, other=0.0)
+        if LIMIT > 0:
+            k, v = widened(k, q.dtype), widened(v, q.dtype)
+            scale_at = scales_ptr + at_scale
+            k_scale = tl.load(scale_at, mask=keys < num_keys, other=0.0)
+            v_scale = tl.load(scale_at + STRIDE // E // 2, mask=keys < num_keys, other=0.0)
         s = dot(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_N], tl.float32)) * scale
+        if LIMIT > 0:
+            s = s * k_scale[None, :]
         if MASKED:
             distance = positions[:, None] - keys[None, :]
             seen = (distance >= 0) & (keys < num_keys)[None, :]
@@ -98,7 +107,9 @@ def _paged_range(
         p = tl.exp2(s - level[:, None])
         shrink = tl.exp2(peak - level)
         total = total * shrink + tl.sum(p, axis=1)
-        acc = dot(rounded(p, k_ptr.dtype.element_ty), v, acc * shrink[:, None])
+        if LIMIT > 0:
+            p = p * v_scale[None, :]
+        acc = dot(rounded(p, q.dtype), v, acc * shrink[:, None])
         peak = above
     return acc, peak, total
 
@@ -108,7 +119,7 @@ def _prefill_kernel(
     q_ptr, address_ptr, tables_ptr, out_ptr, tiles_ptr, table_stride, layer, num_blocks, scale,
     window, K: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr, B: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    KV_DTYPE: tl.constexpr,
+    KV_DTYPE: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     tiles_ptr += tl.program_id(1) * 4
@@ -124,6 +135,7 @@ def _prefill_kernel(
     pool_ptr = tl.multiple_of(tl.load(address_ptr).to(tl.pointer_type(KV_DTYPE)), 16)
     k_ptr = pool_ptr + (layer.to(tl.int64) * num_blocks * (2 * K) + head // GROUP) * (B * E)
     v_ptr = k_ptr + K * B * E
+    scales_ptr = scales_of(address_ptr, layer, num_blocks, head // GROUP, K, B, LIMIT)
     table_ptr = tables_ptr + row * table_stride
     positions = first_position + members
     num_keys = first_position + count
@@ -137,12 +149,12 @@ def _prefill_kernel(
     peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc, peak, total = _paged_range(
-        acc, peak, total, q, k_ptr, v_ptr, table_ptr, positions, low, whole, num_keys, scale,
-        window, 2 * K * B * E, B, E, BLOCK_E, BLOCK_N, False, HAS_WINDOW,
+        acc, peak, total, q, k_ptr, v_ptr, scales_ptr, table_ptr, positions, low, whole, num_keys,
+        scale, window, 2 * K * B * E, B, E, BLOCK_E, BLOCK_N, False, HAS_WINDOW, LIMIT,
     )  # fmt: skip
     acc, peak, total = _paged_range(
-        acc, peak, total, q, k_ptr, v_ptr, table_ptr, positions, whole, num_keys, num_keys, scale,
-        window, 2 * K * B * E, B, E, BLOCK_E, BLOCK_N, True, HAS_WINDOW,
+        acc, peak, total, q, k_ptr, v_ptr, scales_ptr, table_ptr, positions, whole, num_keys,
+        num_keys, scale, window, 2 * K * B * E, B, E, BLOCK_E, BLOCK_N, True, HAS_WINDOW, LIMIT,
     )  # fmt: skip
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(out_ptr + flat, rounded(out, out_ptr.dtype.element_ty), mask=inside)

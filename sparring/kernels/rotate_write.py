@@ -47,16 +47,37 @@ def rotate_write_reference(
     block * block_size + offset in it.
     """
     num_heads = num_heads_of(qkv_TC, kv_pool)
-    num_kv_heads, block_size, size = kv_pool.data.shape[3:]
+    num_kv_heads, size = kv_pool.data.shape[3], kv_pool.data.shape[5]
     heads = qkv_TC.view(len(qkv_TC), -1, size)
     q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
     if q_norm is not None and k_norm is not None:
         q, k = rms_norm_reference(q, q_norm, eps), rms_norm_reference(k, k_norm, eps)
     q, k = rope_reference(q, cos, sin), rope_reference(k, cos, sin)
-    data = kv_pool.data[layer]
-    new = torch.stack((k, v), 1).to(data.dtype)
-    data[slots_T // block_size, :, :, slots_T % block_size] = new
+    write_slots(torch.stack((k, v), 1), slots_T, kv_pool, layer)
     return q
+
+
+def write_slots(new_T2KE: Tensor, slots_T: Tensor, kv_pool: KVPool, layer: int) -> None:
+    """Writes keys and values [T, 2, K, E] to their slots, in 8 bits where the pool is."""
+    data, scales = kv_pool.data[layer], kv_pool.scales
+    blocks, places = slots_T // kv_pool.block_size, slots_T % kv_pool.block_size
+    if scales is not None:
+        limit = 127.0 if data.dtype == torch.int8 else 448.0
+        most = new_T2KE.float().abs().amax(-1)
+        scales[layer][blocks, :, :, places] = most / limit
+        new_T2KE = new_T2KE.float() * torch.where(most == 0, 0.0, limit / most).unsqueeze(-1)
+        if data.dtype == torch.int8:
+            new_T2KE = (new_T2KE + 0.5).floor()
+    data[blocks, :, :, places] = new_T2KE.to(data.dtype)
+
+
+@jit
+def to_eight_bits(x, factor, DTYPE: tl.constexpr):
+    """x factor as int8 (to nearest, halves up) or as an 8-bit float; |x factor| fits."""
+    if tl.int8 == DTYPE:
+        return tl.floor(x * factor + 0.5).to(tl.int8)
+    else:  # noqa: RET505 - Triton wants one type a branch
+        return (x * factor).to(DTYPE)
 
 
 @jit(do_not_specialize=["layer", "num_blocks"])
@@ -65,7 +86,7 @@ def _rotate_write_kernel(
     stride_t, layer, num_blocks, eps,
     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, B: tl.constexpr, HALF: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr, HAS_NORM: tl.constexpr,
-    KV_DTYPE: tl.constexpr,
+    KV_DTYPE: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -109,8 +130,18 @@ def _rotate_write_kernel(
     to_kv = pool_ptr + (block * (2 * K) + heads[:, None] - H) * (B * E) + (slot % B) * E
     to_kv += columns[None, :]
     written = inside & (heads >= H)[:, None]
-    tl.store(to_kv, rounded(new_first.to(tl.float32), KV_DTYPE), mask=written)
-    tl.store(to_kv + HALF, rounded(new_second.to(tl.float32), KV_DTYPE), mask=written)
+    low, high = new_first.to(tl.float32), new_second.to(tl.float32)
+    if LIMIT == 0:
+        tl.store(to_kv, rounded(low, KV_DTYPE), mask=written)
+        tl.store(to_kv + HALF, rounded(high, KV_DTYPE), mask=written)
+    else:
+        most = tl.maximum(tl.max(tl.abs(low), axis=1), tl.max(tl.abs(high), axis=1))
+        factor = tl.where(most == 0.0, 0.0, LIMIT / tl.where(most == 0.0, 1.0, most))[:, None]
+        tl.store(to_kv, to_eight_bits(low, factor, KV_DTYPE), mask=written)
+        tl.store(to_kv + HALF, to_eight_bits(high, factor, KV_DTYPE), mask=written)
+        scales_ptr = tl.load(address_ptr + 1).to(tl.pointer_type(tl.float32))
+        to_scale = scales_ptr + (block * (2 * K) + heads - H) * B + slot % B
+        tl.store(to_scale, most / LIMIT, mask=(heads >= H) & (heads < H + 2 * K))
 
 
 @jit
@@ -165,12 +196,22 @@ def tile_of(size: int) -> dict[str, int]:
     }
 
 
-def kv_dtype_of(data: Tensor) -> tl.dtype:
-    """Triton's name of a pool's dtype; raises ValueError for any but 16-bit floats."""
-    names = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+def kv_dtype_of(data: Tensor) -> dict[str, object]:
+    """Compile-time facts of a pool's dtype: Triton's name, and the largest number of 8-bit ones (0:
+    16 bits); raises ValueError for any but 16-bit floats, int8 and float8_e4m3fn.
+    """
+    names = {
+        torch.bfloat16: (tl.bfloat16, 0.0),
+        torch.float16: (tl.float16, 0.0),
+        torch.int8: (tl.int8, 127.0),
+        torch.float8_e4m3fn: (tl.float8e4nv, 448.0),
+    }
     if data.dtype not in names:
-        raise ValueError(f"the pool is {data.dtype}; kernels read bfloat16 and float16")
-    return names[data.dtype]
+        raise ValueError(
+            f"the pool is {data.dtype}; kernels read bfloat16, float16, int8 and float8_e4m3fn"
+        )
+    name, limit = names[data.dtype]
+    return {"KV_DTYPE": name, "LIMIT": limit}
 
 
 def rotate_write_triton(
@@ -198,7 +239,7 @@ def rotate_write_triton(
             k_norm if has_norm else cos, slots_T, kv_pool.address, q_THE, qkv_TC.stride(0), layer,
             kv_pool.num_blocks, eps,
             H=num_heads, K=num_kv_heads, E=size, B=block_size, HALF=size // 2, HAS_NORM=has_norm,
-            KV_DTYPE=kv_dtype_of(kv_pool.data), enable_fp_fusion=True, **tile,
+            **kv_dtype_of(kv_pool.data), enable_fp_fusion=True, **tile,
         )  # fmt: skip
     return q_THE
 

@@ -12,7 +12,7 @@ about groups is an argument. Bytes: a shared split's keys once a chunk, not once
 from __future__ import annotations
 
 from sparring.kernels import jit, tl
-from sparring.kernels.splits import paged_split
+from sparring.kernels.splits import paged_split, scales_of
 
 
 @jit
@@ -36,7 +36,7 @@ def _shared_kernel(
     table_stride, layer, num_blocks, num_rows, max_splits, scale,
     K: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr, B: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr,
-    KV_DTYPE: tl.constexpr,
+    KV_DTYPE: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     leader = tl.program_id(0).to(tl.int64) * ROWS
     kv_head = tl.program_id(1)
@@ -58,8 +58,9 @@ def _shared_kernel(
     k_ptr = pool_ptr + (layer.to(tl.int64) * num_blocks * (2 * K) + kv_head) * (B * E)
     acc, peak, total = paged_split(
         q, tl.zeros([BLOCK_M], tl.int32) + end, k_ptr, k_ptr + K * B * E,
+        scales_of(address_ptr, layer, num_blocks, kv_head, K, B, LIMIT),
         tables_ptr + leader * table_stride, split * SPLIT, end, end, scale, 0, 2 * K * B * E, B, E,
-        BLOCK_E, BLOCK_M, BLOCK_N, False,
+        BLOCK_E, BLOCK_M, BLOCK_N, False, LIMIT,
     )  # fmt: skip
     slots = heads * max_splits + split
     to = (slots * GROUP + members)[None, :] * E + columns[:, None]

@@ -27,6 +27,7 @@ from sparring.kernels.splits import (
     merge_factors,
     packed_split,
     paged_split,
+    scales_of,
 )
 from sparring.layout import KVPool
 
@@ -38,7 +39,7 @@ def _paged_kernel(
     q_ptr, address_ptr, tables_ptr, out_ptr, tiles_ptr, table_stride, layer, num_blocks, scale,
     window, K: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr, B: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, KV_DTYPE: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, KV_DTYPE: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     tiles_ptr += tl.program_id(1) * 4
@@ -53,6 +54,7 @@ def _paged_kernel(
     q = tl.load(q_ptr + flat, mask=inside, other=0.0)
     pool_ptr = tl.multiple_of(tl.load(address_ptr).to(tl.pointer_type(KV_DTYPE)), 16)
     k_ptr = pool_ptr + (layer.to(tl.int64) * num_blocks * (2 * K) + head // GROUP) * (B * E)
+    scales_ptr = scales_of(address_ptr, layer, num_blocks, head // GROUP, K, B, LIMIT)
     table_ptr = tables_ptr + row * table_stride
     positions = first_position + members
     num_keys = first_position + count
@@ -63,9 +65,9 @@ def _paged_kernel(
     for split in range(first_key // SPLIT, (num_keys + SPLIT - 1) // SPLIT):
         low = tl.maximum(split * SPLIT, first_key // BLOCK_N * BLOCK_N)
         acc_new, peak_new, total_new = paged_split(
-            q, positions, k_ptr, k_ptr + K * B * E, table_ptr, low,
+            q, positions, k_ptr, k_ptr + K * B * E, scales_ptr, table_ptr, low,
             tl.minimum(num_keys, split * SPLIT + SPLIT), num_keys, scale, window, 2 * K * B * E, B,
-            E, BLOCK_E, BLOCK_M, BLOCK_N, HAS_WINDOW,
+            E, BLOCK_E, BLOCK_M, BLOCK_N, HAS_WINDOW, LIMIT,
         )  # fmt: skip
         peak, keep, add = merge_factors(peak, peak_new)
         total = tl.fma(total_new, add, total * keep)
@@ -153,7 +155,7 @@ def split_attention_paged(
             layer, kv_pool.num_blocks, LOG2_E / math.sqrt(size), window, K=num_kv_heads,
             GROUP=num_heads // num_kv_heads, E=size, B=block_size,
             BLOCK_E=max(16, triton.next_power_of_2(size)), HAS_WINDOW=window > 0,
-            KV_DTYPE=kv_dtype_of(kv_pool.data), **tile, **OPTIONS,
+            **kv_dtype_of(kv_pool.data), **tile, **OPTIONS,
         )  # fmt: skip
     return out_THE
 

@@ -33,6 +33,28 @@ def product(a, b, acc):
 
 
 @jit
+def scales_of(
+    address_ptr, layer, num_blocks, kv_head, K: tl.constexpr, B: tl.constexpr, LIMIT: tl.constexpr
+):  # fmt: skip
+    """Where a head's scales of a layer begin; of a pool in 16 bits a pointer nobody reads from."""
+    if LIMIT == 0:
+        return address_ptr.to(tl.pointer_type(tl.float32))
+    else:  # noqa: RET505
+        scales_ptr = tl.load(address_ptr + 1).to(tl.pointer_type(tl.float32))
+        scales_ptr = tl.multiple_of(scales_ptr, 16)
+        return scales_ptr + (layer.to(tl.int64) * num_blocks * (2 * K) + kv_head) * B
+
+
+@jit
+def widened(x, dtype: tl.constexpr):
+    """8-bit numbers in a 16-bit dtype, which holds each of them exactly."""
+    if INTERPRETED:
+        return rounded(x.to(tl.float32), dtype)
+    else:  # noqa: RET505
+        return x.to(dtype)
+
+
+@jit
 def merge_factors(peak, peak_new):
     """(peak of both, factor of the old, factor of the new), all [M]; -inf marks an empty side."""
     above = tl.maximum(peak, peak_new)
@@ -48,13 +70,16 @@ def inverse(total):
 
 @jit
 def _softmax_step(
-    acc, peak, total, q, k, v, keys, positions, num_keys, scale, window,
-    HAS_WINDOW: tl.constexpr, DTYPE: tl.constexpr,
+    acc, peak, total, q, k, v, k_scale, v_scale, keys, positions, num_keys, scale, window,
+    HAS_WINDOW: tl.constexpr, IS_SCALED: tl.constexpr,
 ):  # fmt: skip
     """One tile: q [E, M], k and v [N, E] -> acc [E, M], peak [M], total [N, M]; total's columns are
-    summed at the end of a split: sums over a tile's keys wait for every warp.
+    summed at the end of a split: sums over a tile's keys wait for every warp. IS_SCALED: k and v
+    are k_scale and v_scale [N] times what they hold.
     """
     s = product(k, q, tl.zeros([k.shape[0], q.shape[1]], tl.float32))
+    if IS_SCALED:
+        s = s * k_scale[:, None]
     seen = (keys[:, None] <= positions[None, :]) & (keys < num_keys)[:, None]
     if HAS_WINDOW:
         seen = seen & (keys[:, None] > positions[None, :] - window)
@@ -64,19 +89,22 @@ def _softmax_step(
     p = tl.exp2(tl.fma(s, scale, -level[None, :]))
     shrink = tl.exp2(peak - level)
     total = tl.fma(total, shrink[None, :], p)
-    acc = product(tl.trans(v), rounded(p, DTYPE), acc * shrink[None, :])
+    if IS_SCALED:
+        p = p * v_scale[:, None]
+    acc = product(tl.trans(v), rounded(p, q.dtype), acc * shrink[None, :])
     return acc, above, total
 
 
 @jit
 def paged_split(
-    q, positions, k_ptr, v_ptr, table_ptr, low, high, num_keys, scale, window,
+    q, positions, k_ptr, v_ptr, scales_ptr, table_ptr, low, high, num_keys, scale, window,
     STRIDE: tl.constexpr, B: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """Keys low..high of one split out of a pool's blocks, low on a tile's border.
 
-    k_ptr, v_ptr: this head's part of the layer's block 0; STRIDE: elements from block to block.
+    k_ptr, v_ptr, scales_ptr: this head's part of the layer's block 0; STRIDE: elements from block
+    to block; LIMIT > 0: they are 8-bit numbers with scales.
     q [BLOCK_E, BLOCK_M], positions [BLOCK_M]: a query sees keys up to its position.
     """
     columns = tl.arange(0, BLOCK_E)
@@ -90,15 +118,28 @@ def paged_split(
             block = tl.load(table_ptr + start // B).to(tl.int64)
             first = block * STRIDE + (start % B) * E
             at = first + (tl.arange(0, BLOCK_N) * E)[:, None] + columns[None, :]
+            at_scale = block * (STRIDE // E) + start % B + tl.arange(0, BLOCK_N)
         else:
             blocks = tl.load(table_ptr + keys // B, mask=keys < num_keys, other=0).to(tl.int64)
             at = (blocks * STRIDE + (keys % B) * E)[:, None] + columns[None, :]
-        k = tl.load(k_ptr + at, mask=inside, other=0.0)
-        v = tl.load(v_ptr + at, mask=inside, other=0.0)
-        acc, peak, total = _softmax_step(
-            acc, peak, total, q, k, v, keys, positions, num_keys, scale, window, HAS_WINDOW,
-            k_ptr.dtype.element_ty,
-        )  # fmt: skip
+            at_scale = blocks * (STRIDE // E) + keys % B
+        if LIMIT == 0:
+            k = tl.load(k_ptr + at, mask=inside, other=0.0)
+            v = tl.load(v_ptr + at, mask=inside, other=0.0)
+            acc, peak, total = _softmax_step(
+                acc, peak, total, q, k, v, 0.0, 0.0, keys, positions, num_keys, scale, window,
+                HAS_WINDOW, False,
+            )  # fmt: skip
+        else:
+            k = widened(tl.load(k_ptr + at, mask=inside, other=0.0), q.dtype)
+            v = widened(tl.load(v_ptr + at, mask=inside, other=0.0), q.dtype)
+            scale_at = scales_ptr + at_scale
+            k_scale = tl.load(scale_at, mask=keys < num_keys, other=0.0)
+            v_scale = tl.load(scale_at + STRIDE // E // 2, mask=keys < num_keys, other=0.0)
+            acc, peak, total = _softmax_step(
+                acc, peak, total, q, k, v, k_scale, v_scale, keys, positions, num_keys, scale,
+                window, HAS_WINDOW, True,
+            )  # fmt: skip
     return acc, peak, tl.sum(total, axis=0)
 
 
@@ -122,7 +163,7 @@ def packed_split(
         k = tl.load(k_ptr + tokens[:, None] * stride_kt + columns[None, :], mask=inside, other=0.0)
         v = tl.load(v_ptr + tokens[:, None] * stride_vt + columns[None, :], mask=inside, other=0.0)
         acc, peak, total = _softmax_step(
-            acc, peak, total, q, k, v, keys, positions, num_keys, scale, window, HAS_WINDOW,
-            k_ptr.dtype.element_ty,
+            acc, peak, total, q, k, v, 0.0, 0.0, keys, positions, num_keys, scale, window,
+            HAS_WINDOW, False,
         )  # fmt: skip
     return acc, peak, tl.sum(total, axis=0)

@@ -13,7 +13,7 @@ from sparring.kernels import Capability
 from sparring.kernels.paged_attention import paged_decode_triton, rotate_decode_triton
 from sparring.kernels.paged_plan import DecodeWorkspace, PrefillTiles, split_of
 from sparring.kernels.paged_prefill import paged_prefill_triton
-from sparring.kernels.rotate_write import num_heads_of, rotate_write_triton
+from sparring.kernels.rotate_write import num_heads_of, rotate_write_triton, write_slots
 from sparring.kernels.split_attention import split_attention_paged
 from sparring.layout import DecodeLayout, KVPool, PagedLayout
 
@@ -86,18 +86,16 @@ class PagedKernelPlan:
     @staticmethod
     def serves(kv_pool: KVPool, dtype: torch.dtype, head_size: int, capability: Capability) -> bool:
         """Whether the kernels run for this pool and queries of this dtype and head size."""
-        is_half = dtype in (torch.bfloat16, torch.float16) and kv_pool.data.dtype == dtype
+        is_half = dtype in (torch.bfloat16, torch.float16)
+        known = kv_pool.data.dtype == dtype or kv_pool.scales is not None
         fits = head_size <= 256 and kv_pool.address is not None
-        return is_half and fits and kv_pool.data.is_cuda and capability.tensor_dots
+        return is_half and known and fits and kv_pool.data.is_cuda and capability.tensor_dots
 
     def attend(
         self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, layer: int, window: int
     ) -> Tensor:
         """Write k and v to their slots, then attend: [T, H, E]; `window` > 0 as in PackedPlan."""
-        data = self.pool.data[layer]
-        new = torch.stack((k_TKE, v_TKE), 1).to(data.dtype)
-        size = self.pool.block_size
-        data[self.slots_T // size, :, :, self.slots_T % size] = new
+        write_slots(torch.stack((k_TKE, v_TKE), 1), self.slots_T, self.pool, layer)
         return self._attend_written(q_THE, layer, window)
 
     def attend_rotated(

@@ -30,7 +30,7 @@ SIZES = [128, *(pytest.param(n, marks=pytest.mark.slow) for n in (64, 80, 256))]
 def paged_constants(size: int, block_size: int) -> dict[str, object]:
     block = triton.next_power_of_2(size)
     sizes = {"K": 4, "GROUP": 7, "E": size, "B": block_size, "BLOCK_E": block}
-    return {**sizes, "HAS_WINDOW": False, "KV_DTYPE": triton.language.bfloat16}
+    return {**sizes, "HAS_WINDOW": False, "KV_DTYPE": triton.language.bfloat16, "LIMIT": 0.0}
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -72,7 +72,7 @@ def test_paged_prefill(size, arch):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_rotate_write(arch):
     constants = {"H": 28, "K": 4, "E": 128, "B": 64, "HALF": 64, "HAS_NORM": True}
-    constants |= {"KV_DTYPE": triton.language.bfloat16, **rotate_write.tile_of(128)}
+    constants |= {"KV_DTYPE": triton.language.bfloat16, "LIMIT": 0.0, **rotate_write.tile_of(128)}
     check(rotate_write._rotate_write_kernel, POINTERS, constants, arch)
 
 
@@ -92,3 +92,29 @@ def test_split_attention(source, size, arch):
     found, ptx = check(kernel, POINTERS, constants, arch, products=True, stack_limit=256)
     assert found == {90: {"wgmma.mma"}, 100: {"tcgen05.mma"}}.get(arch, {"mma.sync"})
     assert "cp.async.cg.shared.global" in ptx
+
+
+EIGHT_BITS = [
+    (dtype, arch, limit)
+    for dtype, limit, archs in (
+        ("int8", 127.0, (80, 86, 89, 90, 100, 120)),
+        ("float8e4nv", 448.0, (89, 90, 100, 120)),
+    )
+    for arch in archs
+]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "arch", "limit"),
+    [pytest.param(*case, marks=[] if case[1] == 90 else pytest.mark.slow) for case in EIGHT_BITS],
+)
+def test_paged_attention_in_eight_bits(dtype, arch, limit):
+    constants = paged_constants(128, 64) | {"BLOCK_M": 16, "SHARED": 0} | SPLIT_OPTIONS
+    constants |= {"KV_DTYPE": getattr(triton.language, dtype), "LIMIT": limit}
+    constants |= split_of(Capability(arch=arch, tensor_dots=True), 128)
+    constants |= {"ROTATES": True, "HAS_NORM": False}
+    check(paged_attention._decode_kernel, POINTERS, constants, arch, products=True, stack_limit=64)
+    constants = paged_constants(128, 64)
+    constants |= {"KV_DTYPE": getattr(triton.language, dtype), "LIMIT": limit}
+    constants |= tile_of(Capability(arch=arch, tensor_dots=True), 128, "forward")
+    check(paged_prefill._prefill_kernel, POINTERS, constants, arch, products=True, stack_limit=1024)

@@ -10,11 +10,12 @@ from sparring.kernels.norm import rms_norm_triton
 from sparring.kernels.paged_attention import (
     paged_decode_reference,
     paged_decode_triton,
+    read_slots,
     rotate_decode_triton,
 )
 from sparring.kernels.paged_plan import DecodeWorkspace, PrefillTiles, split_of
 from sparring.kernels.paged_prefill import paged_prefill_reference, paged_prefill_triton
-from sparring.kernels.rope import rope_triton
+from sparring.kernels.rope import rope_reference, rope_triton
 from sparring.kernels.rotate_write import rotate_write_reference, rotate_write_triton
 from sparring.layout import KVPool, PagedLayout
 from sparring.models.attention_paged_kernel import PagedKernelPlan
@@ -281,3 +282,60 @@ def test_the_plan_of_a_step(bitwise):
                 q[i : i + 1].double(), pool, 0, tables[row : row + 1], lengths_R
             )
             assert error(out[i : i + 1], want) < LIMIT[dtype]
+
+
+EIGHT_BITS = [torch.int8, pytest.param(torch.float8_e4m3fn, marks=[] if INTERPRETED else SLOW)]
+
+
+@pytest.mark.parametrize("kv_dtype", EIGHT_BITS)
+def test_keys_and_values_in_eight_bits(kv_dtype):
+    """Written with a scale a token and head; decoding and prefill read them back."""
+    heads, kv_heads, size, block_size, dtype = 4, 2, 64, 16, torch.bfloat16
+    lengths = (1, 17, 2 * SPLIT + 3)
+    rows = len(lengths)
+    counts = [-(-n // block_size) for n in lengths]
+    shape = (2, 1 + sum(counts), 2, kv_heads, block_size)
+    tables = torch.zeros(rows, max(counts), dtype=torch.int32, device=DEVICE)
+    slots, blocks = [], iter(range(1, 1 + sum(counts)))
+    for row, length in enumerate(lengths):
+        for i in range(counts[row]):
+            tables[row, i] = next(blocks)
+        slots += [int(tables[row, p // 16]) * 16 + p % 16 for p in range(length)]
+    slots_T = torch.tensor(slots, device=DEVICE)
+    pools = []
+    for _ in range(2):
+        data = torch.zeros(*shape, size, dtype=torch.int8, device=DEVICE).view(kv_dtype)
+        scales = torch.zeros(shape, dtype=torch.float32, device=DEVICE)
+        address = torch.tensor([data.data_ptr(), scales.data_ptr()], device=DEVICE)
+        pools.append(KVPool(data=data, scales=scales, address=address))
+    qkv = random(len(slots), (heads + 2 * kv_heads) * size, dtype=dtype)
+    qkv[5] = 0  # a key and a value of zeros
+    angles = random(len(slots), size // 2, dtype=torch.float32, seed=1)
+    rotation = (angles.cos(), angles.sin(), None, None, 1e-6)
+    q = rotate_write_triton(qkv, *rotation, slots_T, pools[0], 1)
+    rotate_write_reference(qkv, *rotation, slots_T, pools[1], 1)
+    at = (slots_T // 16, slots_T % 16)
+    got, want = (read_slots(pool, 1, *at) for pool in pools)
+    k, v = qkv.view(-1, 8, size).split([heads, kv_heads, kv_heads], 1)[1:]
+    exact = torch.stack((rope_reference(k, *rotation[:2]), v), 1)
+    # the interpreter cuts to 8-bit floats instead of rounding
+    coarse = 5e-3 if kv_dtype == torch.int8 else 6e-2 if INTERPRETED else 3e-2
+    assert error(want, exact) < 2 * coarse
+    assert error(got, exact) < 2 * coarse
+    assert error(got, want) < coarse
+    lengths_R = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    last = torch.tensor(lengths, device=DEVICE).cumsum(0) - 1
+    how = {"max_splits": 3, "capability": CAPABILITY}
+    decoded = paged_decode_triton(q[last], pools[0], 1, tables, lengths_R, **how)
+    wanted = paged_decode_reference(q[last].double(), pools[0], 1, tables, lengths_R)
+    assert error(decoded, wanted) < LIMIT[dtype]
+    turned = (angles[last].cos(), angles[last].sin(), None, None, 1e-6)
+    once = rotate_decode_triton(
+        qkv[last], *turned, slots_T[last], pools[0], 1, tables, lengths_R, **how
+    )
+    assert torch.equal(once, decoded)
+    bounds = [0, *(last + 1).tolist()]
+    tiles = PrefillTiles(bounds, lengths, DEVICE)
+    filled = paged_prefill_triton(q, pools[0], 1, tables, tiles, capability=CAPABILITY)
+    wanted = paged_prefill_reference(q.double(), pools[0], 1, tables, bounds, lengths)
+    assert error(filled, wanted) < LIMIT[dtype]
