@@ -63,7 +63,7 @@ def pieces_of(total, first):
     """Cuts of a row into chunks of growing size."""
     cuts = [0]
     while cuts[-1] < total:
-        cuts.append(min(total, cuts[-1] + first + 5 * len(cuts)))
+        cuts.append(min(total, cuts[-1] + first + 12 * len(cuts)))
     return list(itertools.pairwise(cuts))
 
 
@@ -111,7 +111,7 @@ def agree(prompt, completions, heads, kv_heads, size, dtype, block_size=16, wind
 
 @pytest.mark.parametrize("prompt", [SPLIT - 1, *(pytest.param(n, marks=SLOW) for n in BORDERS)])
 def test_prompts_around_tiles_and_splits(prompt):
-    agree(prompt, (1, 5), 2, 1, 64, torch.bfloat16)
+    agree(prompt, (1, 3), 2, 1, 64, torch.bfloat16)
 
 
 @SLOW
@@ -130,16 +130,16 @@ def test_query_heads_per_key_head(group, block_size):
 
 @pytest.mark.parametrize("window", [TILE + 2, *(pytest.param(n, marks=SLOW) for n in (1, SPLIT))])
 def test_windows(window):
-    agree(SPLIT + 2, (1, 4), 2, 1, 64, torch.bfloat16, window=window)
+    agree(SPLIT + 2, (1, 2), 1, 1, 64, torch.bfloat16, window=window)
 
 
 def test_gradients_of_the_bitwise_forward():
-    cu_seqlens, parents = (0, 37, 57, 58, 66), (-1, 0, 0, -1)
+    cu_seqlens, parents = (0, 17, 27, 28, 33), (-1, 0, 0, -1)
     plan = plan_of(cu_seqlens, parents)
     inputs = {
-        "q": random(66, 2, 64, dtype=torch.bfloat16),
-        "k": random(66, 1, 64, dtype=torch.bfloat16, seed=1),
-        "v": random(66, 1, 64, dtype=torch.bfloat16, seed=2),
+        "q": random(33, 2, 64, dtype=torch.bfloat16),
+        "k": random(33, 1, 64, dtype=torch.bfloat16, seed=1),
+        "v": random(33, 1, 64, dtype=torch.bfloat16, seed=2),
     }
     check(
         lambda q, k, v: shared_attention_triton(q, k, v, plan),
