@@ -67,7 +67,7 @@ class FastLanguageModel:
             model.policy,
             seed=int(values["random_state"]),
             kv_share=float(values["gpu_memory_utilization"]) if values["fast_inference"] else None,
-            max_rank=int(values["max_lora_rank"]),
+            max_rank=int(values["max_lora_rank"]) if values["fast_inference"] else None,
             trains_all=bool(values["full_finetuning"]),
         )
         set_checkpointing(model, values["use_gradient_checkpointing"])
@@ -88,7 +88,7 @@ class FastLanguageModel:
             rank=int(values["r"]),
             alpha=float(values["lora_alpha"]),
             rslora=bool(values["use_rslora"]),
-            targets=values["target_modules"],
+            targets=values["target_modules"] or "all-linear",
             seed=int(values["random_state"]),
         )
         set_checkpointing(model, values["use_gradient_checkpointing"])

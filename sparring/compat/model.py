@@ -132,6 +132,14 @@ class FastModel:
         """Every parameter."""
         return list(self.policy.model.parameters())
 
+    def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """Every parameter with its name here."""
+        return list(self.policy.model.named_parameters())
+
+    def num_parameters(self) -> int:
+        """How many numbers there are, those of four bits left out."""
+        return self.get_nb_trainable_parameters()[1]
+
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Numbers that are trained, and all (those of four bits left out)."""
         trained = sum(p.numel() for p in self.policy.model.trainable_parameters().values())

@@ -28,6 +28,9 @@ from sparring.errors import DataError, UserError
 UNCUT = 2**31
 """A limit that no row meets: rows are cut afterwards."""
 
+PER_ROW = frozenset({"tools", "chat_template_kwargs"})
+"""Columns by which TRL renders each row in its own way."""
+
 OFFERED = (
     *("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"),
     *("prefills", "finish_reasons", "group_ids", "judged"),
@@ -59,6 +62,13 @@ def read_rows(dataset: Any, name: str) -> Rows:
     images = [column for column in ("image", "images") if column in rows.columns]
     if images:
         raise DataError(f"{name} has a column '{images[0]}': models read text alone; remove it")
+    for index, row in enumerate(rows if PER_ROW & set(rows.columns) else ()):
+        for column in PER_ROW:
+            if row.get(column):
+                raise DataError(
+                    f"{rows.where(index)} has '{column}', which is refused: the chat template is"
+                    " the same for all rows; write what it would add into the messages"
+                )
     return rows
 
 

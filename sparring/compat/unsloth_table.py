@@ -42,7 +42,7 @@ LOAD: dict[str, Argument] = {
     "gpu_memory_utilization": honoured(0.5, "[rollout] kv_memory, where fast_inference is True"),
     "float8_kv_cache": refused(False, "keys and values keep the model's dtype", "leave it out"),
     "random_state": honoured(3407, "the seed of sampling"),
-    "max_lora_rank": honoured(64, "a rank above it is refused"),
+    "max_lora_rank": honoured(64, "a rank above it is refused, where fast_inference is True"),
     "disable_log_stats": immaterial(True, _OWN_ENGINE),
     "unsloth_vllm_standby": immaterial(False, "there is one set of weights, none can sleep"),
     "unsloth_tiled_mlp": immaterial(False, "micro-batches are cut by tokens"),

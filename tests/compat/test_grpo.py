@@ -189,6 +189,7 @@ def test_named_rewards_and_wrong_ones():
         ([{"text": "a"}], "has no column 'prompt'"),
         ([{"prompt": "a", "image": 1}], "models read text alone"),
         ([{"prompt": "a", "completions": "b"}], "a name that every reward is given"),
+        ([{"prompt": "a"}, {"prompt": "b", "tools": ["x"]}], "row 2 has 'tools', which is refused"),
         ([{"prompt": "a"}, {"prompt": ""}], "train_dataset:row 2: 'prompt' is empty"),
     ],
 )

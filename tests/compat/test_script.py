@@ -226,7 +226,9 @@ def test_loading_refuses_with_the_native_way(model_path: str, change: dict, mess
 
 
 def test_adapters_are_held_to_what_is_computed(model_path: str):
-    model, _ = FastLanguageModel.from_pretrained(model_path, max_lora_rank=8, load_in_4bit=False)
+    model, _ = FastLanguageModel.from_pretrained(
+        model_path, max_lora_rank=8, load_in_4bit=False, fast_inference=True
+    )
     with pytest.raises(UserError, match="r = 16 is above max_lora_rank = 8"):
         FastLanguageModel.get_peft_model(model, r=16)
     with pytest.raises(UserError, match=r"lora_dropout = 0\.1 is refused: sampler and trainer"):
