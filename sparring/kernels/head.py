@@ -44,7 +44,10 @@ def head_logits(x_MD: Tensor, weight_VD: Tensor | Int8Matrix, *, is_fixed: bool 
     if isinstance(weight_VD, Int8Matrix):
         logits = torch.empty(len(x_MD), len(weight_VD), dtype=torch.float32, device=x_MD.device)
         for rows, piece in decoded_slices(weight_VD):
-            logits[:, rows] = head_logits(x_MD, piece, is_fixed=is_fixed)
+            if x_MD.is_cuda and x_MD.element_size() == 2 and not is_fixed:
+                torch.mm(x_MD, piece.T, out_dtype=torch.float32, out=logits[:, rows])
+            else:
+                logits[:, rows] = head_logits(x_MD, piece, is_fixed=is_fixed)
         return logits
     if is_fixed and x_MD.element_size() == 2:
         return matmul(x_MD, weight_VD, out_dtype=torch.float32)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import sparring
 from sparring.data.packing import pack_sequences
 from sparring.errors import CheckpointError, RecipeError
 from sparring.kernels.int8 import dequantize_int8, quantize_int8
@@ -26,6 +27,7 @@ from sparring.models.storage import EightBitTable, Storage
 from sparring.recipe import build_recipe
 from tests.models.test_quantised import CONFIG, SEQUENCES
 from tests.models.tiny import logits_of
+from tests.train.tiny_run import write_checkpoint
 
 
 def written(folder: Path, *, tied: bool) -> Path:
@@ -122,6 +124,25 @@ def test_a_head_of_8_bits_is_one_for_trainer_and_sampler(tmp_path: Path, tied: b
     save_model(ours, tmp_path / "saved")
     saved = dict(weight_views(load_model(tmp_path / "saved", dtype=dtype)))
     assert torch.equal(saved["model.embed_tokens.weight" if tied else "lm_head.weight"], table)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_sampled_from_a_head_of_8_bits_is_scored_alike(tmp_path: Path, tied: bool):
+    write_checkpoint(tmp_path / "model", width=64, tied=tied)
+    model, tokenizer = sparring.load(
+        str(tmp_path / "model"), device="cpu", quantization="nf4", head="8bit",
+        keep_16bit=["down_proj"],
+    )  # fmt: skip
+    assert isinstance(model.head, EightBitTable)
+    groups = sparring.generate(
+        model, tokenizer, ["ab", "c"], num_samples=3, max_completion_tokens=9
+    )
+    for rollout in (rollout for group in groups for rollout in group):
+        prompt = list(rollout.prompt.token_ids)
+        (scores,) = sparring.score(model, [prompt + rollout.token_ids.tolist()])
+        torch.testing.assert_close(
+            scores[len(prompt) - 1 :], rollout.logprobs, atol=2e-5, rtol=1e-5
+        )
 
 
 def test_an_adapter_goes_from_one_form_of_a_base_to_another(tmp_path: Path):

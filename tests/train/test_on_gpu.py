@@ -117,3 +117,29 @@ def test_resume_is_bitwise_on_a_gpu(folder: Path, tmp_path: Path) -> None:
     name = "final/adapter_model.safetensors"
     first, second = load_file(Path(one) / name), load_file(Path(two) / name)
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_grpo_with_a_head_of_8_bits_and_the_embedding_on_the_host(
+    folder: Path, tmp_path: Path, tied: bool, cuda_graphs: bool
+) -> None:
+    """Trainer and sampler read the same table, and graphs read rows of host memory."""
+    write_checkpoint(tmp_path / "model", width=64, tied=tied)
+    changes: dict[str, Any] = {
+        "model": {
+            "path": str(tmp_path / "model"),
+            "dtype": "bfloat16",
+            "quantization": "nf4",
+            "keep_16bit": ["down_proj"],
+            "head": "8bit",
+            "embedding": "device" if tied else "host",
+        },
+        "rollout": {"cuda_graphs": cuda_graphs},
+        "run": {"dir": str(tmp_path / "run")},
+        "loss": {"kl_coef": 0.01},
+        "lora": {"rank": 4},
+    }
+    grpo.train(grpo_recipe(folder, **changes))
+    steps = [record.metrics for record in runlog.read_steps(tmp_path / "run")]
+    assert all(0 < step["mismatch_mean"] < 0.05 for step in steps)

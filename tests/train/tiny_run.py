@@ -66,7 +66,7 @@ def write_tokenizer(folder: Path, *, begins: bool = False) -> None:
     fast.save_pretrained(folder)
 
 
-def write_checkpoint(folder: Path, *, seed: int = 0, width: int = 32) -> Path:
+def write_checkpoint(folder: Path, *, seed: int = 0, width: int = 32, tied: bool = True) -> Path:
     """A Llama of two layers with random weights, and its tokenizer."""
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -79,7 +79,7 @@ def write_checkpoint(folder: Path, *, seed: int = 0, width: int = 32) -> Path:
         "num_key_value_heads": 2,
         "max_position_embeddings": 128,
         "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": tied,
         "initializer_range": 0.1,
         "dtype": "float32",
     }
