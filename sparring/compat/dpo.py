@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ class DPOTrainer(Trainer):
             recipe,
             resume=resume,
             policy=self.model.policy,
-            pairs=self.pairs,
+            pairs=replace(self.pairs, is_ordered=self._is_sequential()),
             eval_pairs=self.eval_pairs if recipe.data.eval else None,
         )
 

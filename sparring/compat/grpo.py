@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,10 @@ class GRPOTrainer(Trainer):
             rewards=build_rewards(
                 self.reward_funcs, self.args.reward_weights, max_steps=recipe.train.steps
             ),
-            prompts=self._prompts(self._rows, recipe),
+            prompts=replace(
+                self._prompts(self._rows, recipe),
+                is_ordered=not self.args.shuffle_dataset or self._is_sequential(),
+            ),
             eval_prompts=self._prompts(self._eval_rows, recipe) if recipe.data.eval else None,
         )
 

@@ -35,11 +35,7 @@ GRPO: dict[str, Argument] = TRAINING | {
     "num_generations_eval": honoured(None, "[eval] num_samples; None: num_generations"),
     "max_completion_length": honoured(512, "[rollout] max_completion_tokens"),
     "ds3_gather_for_generation": immaterial(True, "one process trains on one device"),
-    "shuffle_dataset": refused(
-        True,
-        "every epoch is a new order drawn from the seed",
-        "sort is not offered: cut the run into several on parts of the data",
-    ),
+    "shuffle_dataset": honoured(True, "a new order in each epoch, or the rows' own", True, False),
     "pad_to_multiple_of": immaterial("auto", "nothing is padded"),
     "generation_batch_size": honoured(None, "[rollout] prompts_per_step x group_size"),
     "steps_per_generation": honoured(None, "a divisor or a multiple of accumulation: mini_steps"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ class SFTTrainer(Trainer):
             recipe,
             resume=resume,
             policy=self.model.policy,
-            rows=self.rows,
+            rows=replace(self.rows, is_ordered=self._is_sequential()),
             held_out=self.eval_rows if recipe.data.eval else None,
         )
 

@@ -209,6 +209,10 @@ class Trainer:
             tables[section] = {**there, **values} if isinstance(values, dict) else values
         return build_recipe(tables, command=self.command)
 
+    def _is_sequential(self) -> bool:
+        strategy = self.args.train_sampling_strategy
+        return str(getattr(strategy, "value", strategy)) == "sequential"
+
     def _every(self, strategy: str, steps: str) -> int:
         """Steps between two of something: by its strategy, its steps, or a share of all steps."""
         kind = str(getattr(getattr(self.args, strategy), "value", getattr(self.args, strategy)))

@@ -152,11 +152,10 @@ TRAINING: dict[str, Argument] = {
     "dataloader_in_order": immaterial(True, _ROWS_ONCE),
     "remove_unused_columns": immaterial(True, "a column is read where something asks for it"),
     "label_names": refused(None, "labels are the tokens themselves", "leave it out"),
-    "train_sampling_strategy": refused(
+    "train_sampling_strategy": honoured(
         "random",
-        "every epoch is a new order drawn from the seed",
-        "sort is not offered: cut the run into several on parts of the data",
-        ("group_by_length",),  # what it is for, less padding, is there without it
+        "the order of rows; nothing is padded, so lengths need no grouping",
+        *("random", "sequential", "group_by_length"),
     ),
     "length_column_name": immaterial("length", _PACKED),
     "ddp_find_unused_parameters": immaterial(None, _ONE_PROCESS),

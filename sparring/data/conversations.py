@@ -83,7 +83,8 @@ class ConversationSet:
     num_rows: rows that were there, unreadable ones included. num_bad, bad: rows skipped, and the
     first of them in words. num_split: rows that became several samples because their template
     rewrites history. num_too_long: samples dropped because they have more than max_tokens tokens;
-    longest: tokens of the longest sample found, longest_at: its row's place.
+    longest: tokens of the longest sample found, longest_at: its row's place. is_ordered: as of
+    PromptSet.
     """
 
     conversations: tuple[Conversation, ...]
@@ -97,6 +98,7 @@ class ConversationSet:
     max_tokens: int
     template: ChatTemplate
     longest_at: str = ""
+    is_ordered: bool = False
 
     def __len__(self) -> int:
         return len(self.conversations)

@@ -54,7 +54,7 @@ class PairSet:
     num_rows: rows that were there, unreadable ones included. num_bad, bad: rows skipped, and the
     first of them in words. num_too_long: pairs dropped because one side has more than max_tokens
     tokens, context included; longest: tokens of the longest side found, longest_at: its row's
-    place. notes: what a reader should know besides.
+    place. notes: what a reader should know besides. is_ordered: as of PromptSet.
     """
 
     pairs: tuple[Pair, ...]
@@ -68,6 +68,7 @@ class PairSet:
     template: ChatTemplate
     notes: tuple[str, ...] = ()
     longest_at: str = ""
+    is_ordered: bool = False
 
     def __len__(self) -> int:
         return len(self.pairs)

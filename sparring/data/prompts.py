@@ -27,6 +27,7 @@ class PromptSet:
     dropped because they have more than max_prompt_tokens tokens; longest: tokens of the longest
     prompt found, longest_at: its row's place. notes: what a reader should know besides.
     fingerprints: per prompt a hash of its question, free of case, spacing and template.
+    is_ordered: a run takes them in this order, epoch after epoch, instead of a new one each time.
     """
 
     prompts: tuple[Prompt, ...]
@@ -41,6 +42,7 @@ class PromptSet:
     notes: tuple[str, ...]
     fingerprints: tuple[bytes, ...]
     longest_at: str = ""
+    is_ordered: bool = False
 
     def __len__(self) -> int:
         return len(self.prompts)

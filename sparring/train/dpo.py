@@ -92,6 +92,7 @@ def _steps(
                     step=step,
                     per_step=section.pairs_per_step,
                     seed=recipe.run.seed,
+                    in_order=parts.train.is_ordered,
                 )
                 update = train_step(
                     model,

@@ -149,6 +149,7 @@ def _steps(
                     step=step,
                     per_step=rollout.prompts_per_step,
                     seed=recipe.run.seed,
+                    in_order=parts.train.is_ordered,
                 )
                 rollouts = engine.generate(
                     prompts,

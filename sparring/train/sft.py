@@ -109,6 +109,7 @@ def _steps(
                     step=step,
                     per_step=section.conversations_per_step,
                     seed=recipe.run.seed,
+                    in_order=rows.is_ordered,
                 )
                 batches = pack_conversations(conversations, max_tokens=section.micro_batch_tokens)
                 update = train_step(

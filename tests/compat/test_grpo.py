@@ -448,3 +448,16 @@ def test_vllms_sampling_of_a_configuration(model_path: str):
         recipe_of(top_p=0.9)
     with pytest.raises(UserError, match="rewards see the text before a stop string"):
         recipe_of(stop=["END"], include_stop_str_in_output=True)
+
+
+def test_rows_in_their_own_order_where_it_is_asked_for(model_path: str):
+    for given in ({"shuffle_dataset": False}, {"train_sampling_strategy": "sequential"}, {}):
+        seen: list[str] = []
+
+        def reward(prompts, completions, *, seen=seen, **kwargs):
+            seen += prompts[::2]
+            return [0.0 for _ in completions]
+
+        trainer_of(model_path, reward, texts(6), max_steps=4, **given).train()
+        expected = [f"say {n}" for n in (0, 1, 2, 3, 4, 5, 0, 1)]
+        assert (seen == expected) == bool(given)
