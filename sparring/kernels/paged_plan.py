@@ -26,7 +26,8 @@ def split_of(capability: Capability, head_size: int) -> dict[str, int]:
         raise ValueError(f"head size is {head_size}; attention over blocks takes at most 256")
     if capability.arch == 0:
         return _INTERPRETED
-    return {"SPLIT": SPLIT, "BLOCK_N": 64, "num_stages": 2}
+    is_large = 90 <= capability.arch < 120  # shared memory of 227 KiB
+    return {"SPLIT": SPLIT, "BLOCK_N": 64, "num_stages": 3 if is_large else 2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -66,10 +66,11 @@ def _paged_range(
 ):  # fmt: skip
     """Online softmax over keys low..high; MASKED where a tile may be seen in part."""
     columns = tl.arange(0, BLOCK_E)
+    # a tile's block is known a tile ahead, so that its keys can be under way two tiles ahead
+    block = tl.load(table_ptr + low // B, mask=low < high, other=0).to(tl.int64)
     for start in range(low, high, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         if B % BLOCK_N == 0:  # a tile lies in one block
-            block = tl.load(table_ptr + start // B).to(tl.int64)
             first = block * STRIDE + (start % B) * E
             at = first + (tl.arange(0, BLOCK_N) * E)[:, None] + columns[None, :]
             at_scale = block * (STRIDE // E) + start % B + tl.arange(0, BLOCK_N)
@@ -111,6 +112,8 @@ def _paged_range(
             p = p * v_scale[None, :]
         acc = dot(rounded(p, q.dtype), v, acc * shrink[:, None])
         peak = above
+        after = start + BLOCK_N
+        block = tl.load(table_ptr + after // B, mask=after < high, other=0).to(tl.int64)
     return acc, peak, total
 
 

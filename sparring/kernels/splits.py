@@ -111,11 +111,12 @@ def paged_split(
     acc = tl.zeros([BLOCK_E, BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    # a tile's block is known a tile ahead, so that its keys can be under way two tiles ahead
+    block = tl.load(table_ptr + low // B).to(tl.int64)
     for start in range(low, high, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         inside = (keys < num_keys)[:, None] & (columns < E)[None, :]
         if B % BLOCK_N == 0:  # a tile lies in one block
-            block = tl.load(table_ptr + start // B).to(tl.int64)
             first = block * STRIDE + (start % B) * E
             at = first + (tl.arange(0, BLOCK_N) * E)[:, None] + columns[None, :]
             at_scale = block * (STRIDE // E) + start % B + tl.arange(0, BLOCK_N)
@@ -140,6 +141,8 @@ def paged_split(
                 acc, peak, total, q, k, v, k_scale, v_scale, keys, positions, num_keys, scale,
                 window, HAS_WINDOW, True,
             )  # fmt: skip
+        after = start + BLOCK_N
+        block = tl.load(table_ptr + after // B, mask=after < high, other=0).to(tl.int64)
     return acc, peak, tl.sum(total, axis=0)
 
 
