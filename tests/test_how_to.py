@@ -42,12 +42,15 @@ def test_both_languages_show_the_same_commands():
 
 @pytest.mark.parametrize("place", ["how-to", "zh"])
 def test_the_recipe_of_saving_memory_is_a_recipe(place: str):
-    (text,) = blocks(DOCS / place / "save-memory.md", "toml")
+    text, weights = blocks(DOCS / place / "save-memory.md", "toml")
     tables = tomllib.loads(text)
+    tables["model"] |= tomllib.loads(weights)["model"]
     tables |= {"data": {"train": "rows.jsonl"}, "reward": [{"name": "math"}], "run": {"dir": "r"}}
     recipe = build_recipe(tables, command="grpo")
     assert (recipe.train.checkpointing, recipe.train.mlp_tile_tokens) == ("layers", 8192)
     assert recipe.train.max_mismatch_kl == 0.05
+    assert recipe.model.keep_16bit == ("down_proj", "model.layers.0")
+    assert (recipe.model.head, recipe.model.embedding) == ("8bit", "host")
 
 
 PLAN_PAGES = [DOCS / place / "plan-memory.md" for place in ("how-to", "zh")]
