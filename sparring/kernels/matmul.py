@@ -190,9 +190,21 @@ def sum_of_segments(
     finishes = tl.atomic_add(count_ptr + tile, 1, sem="acq_rel") == segments - 1
     tl.debug_barrier()
     if finishes:
+        AT_ONCE: tl.constexpr = 4 if BLOCK_N * BLOCK_T <= 2048 else 2  # they wait for each other
         acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
-        for piece in tl.range(segments):
-            acc += tl.load(work + piece * (BLOCK_N * BLOCK_T), cache_modifier=".cg")
+        for piece in tl.range(0, segments, AT_ONCE):
+            part = work + piece * (BLOCK_N * BLOCK_T)
+            a = tl.load(part, cache_modifier=".cg")
+            part += BLOCK_N * BLOCK_T
+            b = tl.load(part, mask=piece + 1 < segments, other=0.0, cache_modifier=".cg")
+            if AT_ONCE == 4:
+                part += BLOCK_N * BLOCK_T
+                c = tl.load(part, mask=piece + 2 < segments, other=0.0, cache_modifier=".cg")
+                part += BLOCK_N * BLOCK_T
+                d = tl.load(part, mask=piece + 3 < segments, other=0.0, cache_modifier=".cg")
+                acc = acc + a + b + c + d
+            else:
+                acc = acc + a + b
         tl.store(count_ptr + tile, 0)
     return acc, finishes
 

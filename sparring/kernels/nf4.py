@@ -213,8 +213,8 @@ def lookup_asm(half_type: str) -> str:
     """PTX: a word of four packed bytes $4 and its scale $5 to four registers of two weights each.
 
     The word's nibbles without their top bits are, four at a time, a permutation's selector over
-    eight bytes; the top bits select a mask that chooses between the two halves of the table. A
-    word lists its weights as 1, 0, 3, 2 ..., which the last permutation puts in order.
+    eight bytes; the top bits, spread over bytes, are a mask that chooses between the two halves of
+    the table. A word lists its weights as 1, 0, 3, 2 ..., which the last permutation puts in order.
     """
     lines = [".reg .b32 s,m,n,a,b,c,d,t<8>,l<4>,h<4>;", ".reg .f32 x<16>;"]
     for i, value in enumerate(CODE):
@@ -225,12 +225,12 @@ def lookup_asm(half_type: str) -> str:
     for i in range(4):
         lines.append(f"prmt.b32 l{i},t{2 * i},t{2 * i + 1},0x6420;")
         lines.append(f"prmt.b32 h{i},t{2 * i},t{2 * i + 1},0x7531;")
-    lines += ["and.b32 s,$4,0x77777777;", "shr.u32 m,$4,1;", "and.b32 m,m,0x44444444;"]
-    for first, second in (("$0", "$1"), ("$2", "$3")):
+    lines += ["and.b32 s,$4,0x77777777;", "shl.b32 m,$4,4;"]
+    for first, second, tops in (("$0", "$1", "0xd9c8"), ("$2", "$3", "0xfbea")):
         if first == "$2":
-            lines += ["shr.u32 s,s,16;", "shr.u32 m,m,16;"]
+            lines.append("shr.u32 s,s,16;")
         lines += [
-            "prmt.b32 n,0,0xffffffff,m;", "prmt.b32 a,h0,h1,s;", "prmt.b32 b,h2,h3,s;",
+            f"prmt.b32 n,m,$4,{tops};", "prmt.b32 a,h0,h1,s;", "prmt.b32 b,h2,h3,s;",
             "prmt.b32 c,l0,l1,s;", "prmt.b32 d,l2,l3,s;", "lop3.b32 a,b,a,n,0xe4;",
             "lop3.b32 c,d,c,n,0xe4;", f"prmt.b32 {first},c,a,0x4051;",
             f"prmt.b32 {second},c,a,0x6273;",

@@ -187,6 +187,8 @@ class Linear(nn.Module):
         if self.is_fixed and lora is None and isinstance(self.base, Dense):
             y: Tensor = _FixedMatmul.apply(x_TI, self.base.weight, self.bias)  # type: ignore[no-untyped-call]
             return y
+        if self.is_fixed and isinstance(self.base, Quantised) and self.bias is not None:
+            return lora_linear(x_TI, Frozen(self.base, None, lora, True)) + self.bias
         if lora is not None and not torch.is_grad_enabled():
             low_rank = lora.low_rank(x_TI, self.capability)
             if low_rank is not None:

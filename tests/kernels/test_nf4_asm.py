@@ -51,6 +51,7 @@ def emulate(asm, registers, dtype):
         "lop3.b32": choose,
         "and.b32": lambda a, b: a & b,
         "shr.u32": lambda a, b: a >> b,
+        "shl.b32": lambda a, b: a << b & 0xFFFFFFFF,
     }
 
     def value(word):

@@ -170,10 +170,15 @@ LAYER = {"qkv": (4608, 3584), "down": (3584, 18944), "qwen3 o": (1024, 2048)}
 def test_bits_of_a_row_at_any_number_of_rows(name, dtype):
     """On a card: NF4 and decoded, 1 to 1,000 rows, with an adapter, all the same bits."""
     num_outputs, num_inputs = LAYER[name]
+    torch.manual_seed(0)
+
+    def random(*shape, dtype, scale=1.0):  # on the card: these are large
+        return (torch.randn(shape, device=DEVICE) * scale).to(dtype)
+
     weight = nf4.quantize_nf4(random(num_outputs, num_inputs, dtype=dtype, scale=0.02))
     dense = nf4.dequantize_nf4(weight)
     assert torch.equal(dense, nf4.dequantize_nf4_reference(weight))
-    x, bias = random(1000, num_inputs, dtype=dtype, seed=1), random(num_outputs, dtype=dtype)
+    x, bias = random(1000, num_inputs, dtype=dtype), random(num_outputs, dtype=dtype)
     for product, weights in ((nf4_matmul.nf4_matmul, weight), (matmul.matmul, dense)):
         whole = product(x, weights, bias, low_rank_of(x, num_outputs, 16, dtype))
         reference = low_rank_of(x, num_outputs, 16, dtype)
