@@ -83,7 +83,7 @@ ROWS: dict[str, Row] = {
     "step 4x8x256x768": Row(**STEP, work=(4, 8, 256, 768)),
     "step cached 4x8x256x768": Row(**STEP, work=(4, 8, 256, 768), caches_weights=True),
     "step 4x8x256x768 in 24 GiB": Row(**STEP, work=(4, 8, 256, 768), cap_gib=24),
-    "step 4x8x256x256": Row(**STEP, work=(4, 8, 256, 256)),
+    "step 4x8x256x256": Row(**STEP, work=(4, 8, 256, 256), micro_batch_tokens=2400),
     "step bitwise 4x8x256x768": Row(**STEP, work=(4, 8, 256, 768), bitwise=True),
     "prefill 32x2048": Row(model=LARGE, work=(32, 1, 2048, 1), kind="prefill"),
     "prefill nf4 32x2048": Row(**NF4, work=(32, 1, 2048, 1), kind="prefill"),

@@ -55,6 +55,8 @@ COMBINE_WARPS = 2
 BUSY_PROGRAMS = 4096
 """Programs that keep a large card busy: with more tiles than that, a program takes several."""
 MAX_SPAN = 32
+ALIGNED = 16
+"""Rows of logits begin at multiples of so many entries."""
 MAX_CHUNK_ENTRIES = 1 << 22
 
 
@@ -260,8 +262,7 @@ def _launch(
     """Draws, or gives the log-probabilities of tokens_R where that is given."""
     has_token = tokens_R is not None
     sample_ids_R2, draws_R = sample_ids_R2.contiguous(), draws_R.contiguous()
-    if logits_RV.stride(1) != 1:
-        logits_RV = logits_RV.contiguous()
+    logits_RV = _aligned(logits_RV)
     num_rows, vocab_size = logits_RV.shape
     device = logits_RV.device
     if tokens_R is None:
@@ -305,6 +306,19 @@ def draw_tokens(
     """
     chosen = draw_tokens_triton if uses_triton(logits_RV) else draw_tokens_reference
     return chosen(logits_RV, sample_ids_R2, draws_R, rules)
+
+
+def _aligned(logits_RV: Tensor) -> Tensor:
+    """The logits in rows that begin at aligned places; a copy where they do not.
+
+    How a tile is loaded decides in which order it is added up: aligned rows are one case for all.
+    """
+    num_rows, vocab_size = logits_RV.shape
+    if logits_RV.stride(1) == 1 and logits_RV.stride(0) % ALIGNED == 0:
+        return logits_RV
+    width = -(-vocab_size // ALIGNED) * ALIGNED
+    rows = logits_RV.new_empty(num_rows, width)[:, :vocab_size]
+    return rows.copy_(logits_RV)
 
 
 def label_logprobs_reference(

@@ -66,6 +66,15 @@ def moments(rule: torch.optim.Optimizer, master: Tensor) -> dict[str, Tensor]:
     }
 
 
+def allocate_moments(rule: torch.optim.Optimizer, master: Tensor) -> None:
+    """Take the memory of a master's state now, as a first update would: zeros."""
+    if isinstance(rule, torch.optim.AdamW):
+        state = {kind: torch.zeros_like(value) for kind, value in _empty_torch(master).items()}
+    else:
+        state = _empty_8bit(rule, master)
+    rule.state[master] = state
+
+
 def load_moments(
     rule: torch.optim.Optimizer, master: Tensor, name: str, tensors: Mapping[str, Tensor]
 ) -> set[str]:

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from sparring.errors import CheckpointError, RecipeError
-from sparring.train.adamw import RULES, build_rule, fitting, load_moments, moments
+from sparring.train.adamw import (
+    RULES,
+    allocate_moments,
+    build_rule,
+    fitting,
+    load_moments,
+    moments,
+)
 
 SCHEDULES = ("constant", "cosine", "linear")
 HALF = (torch.bfloat16, torch.float16)
@@ -91,6 +98,10 @@ class Optimizer:
             betas=betas,
             epsilon=epsilon,
         )
+        # on a card it lies below the keys and values, whose memory must come back in one piece
+        for master in masters:
+            if master.is_cuda:
+                allocate_moments(self._rule, master)
 
     def current_learning_rate(self) -> float:
         """The learning rate of the next step."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparring.errors import CheckpointError, RecipeError
+from sparring.train.adamw import allocate_moments
 from sparring.train.optimizer import (
     LOSS_SCALE_GROWTH_STEPS,
     Optimizer,
@@ -257,3 +258,19 @@ def test_a_later_optimizer_over_16_bit_parameters_takes_the_gradients() -> None:
     update(second, parameters, seed=1)
     assert not torch.equal(parameters["norm"], before)
     assert not first.gradients()
+
+
+def test_moments_taken_beforehand_are_those_of_a_first_update() -> None:
+    made = []
+    for is_early in (False, True):
+        parameter = nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4))
+        optimizer = build_optimizer({"w": parameter}, learning_rate=0.1, num_steps=5)
+        if is_early:
+            allocate_moments(optimizer._rule, optimizer._masters["w"])
+        for _ in range(3):
+            parameter.grad = parameter.detach() * 2 + 1
+            optimizer.step(gradient_norm=1.0, max_grad_norm=0.0)
+        made.append((parameter.detach().clone(), optimizer.state_tensors()))
+    (plain, state), (early, early_state) = made
+    assert torch.equal(plain, early)
+    assert all(torch.equal(value, early_state[key]) for key, value in state.items())
