@@ -187,6 +187,7 @@ def load_model(
     dtype: str = "auto",
     device: torch.device | str = "cpu",
     kv_bytes: int = 0,
+    free: int | None = None,
     quantization: str = "none",
     capability: Capability | None = None,
     storage: Storage | None = None,
@@ -196,11 +197,11 @@ def load_model(
     path, adapter: see `resolve`. dtype: "auto" (the checkpoint's own), "float32", "bfloat16" or
     "float16". quantization: "none" or "nf4"; a checkpoint that is stored in NF4 is read as it is,
     whichever is given. kv_bytes: what the caller will need beside the weights; both must fit into
-    free memory. capability: what kernels may use, where it is to be less than the device can do;
-    capability_for(75) makes any card compute as a T4 does. storage: which matrices quantization
-    leaves alone, and how head and embedding are kept. An adapter is loaded as "policy", ready for
-    training. Raises CheckpointError for anything that cannot be read as it stands,
-    MemoryBudgetError for a model that does not fit.
+    `free` bytes (by default what is free on the device now). capability: what kernels may use,
+    where it is to be less than the device can do; capability_for(75) makes any card compute as a T4
+    does. storage: which matrices quantization leaves alone, and how head and embedding are kept. An
+    adapter is loaded as "policy", ready for training. Raises CheckpointError for anything that
+    cannot be read as it stands, MemoryBudgetError for a model that does not fit.
     """
     device = torch.device(device)
     if quantization not in QUANTIZATIONS:
@@ -222,7 +223,7 @@ def load_model(
     files = weight_files(folder)
     capability, storage = capability or capability_of(device), storage or Storage()
     chosen = _choose_dtype(dtype, config, capability)
-    _check_fits(config, chosen, device, kv_bytes, is_quantised, storage)
+    _check_fits(config, chosen, device, kv_bytes, is_quantised, storage, free)
     model = build_model(
         config,
         device=device,
@@ -290,6 +291,7 @@ def _check_fits(
     kv_bytes: int,
     is_quantised: bool,
     storage: Storage,
+    free: int | None = None,
 ) -> None:
     shape = build_model(
         config, device="meta", dtype=dtype, is_quantised=is_quantised, storage=storage
@@ -309,7 +311,9 @@ def _check_fits(
     for table in eight_bit_tables(shape).values():
         num_parameters += table.shape[0] * table.shape[1]
         weight_bytes += table.shape[0] * (table.shape[1] + 4)
-    check_fits(num_parameters, dtype, device, kv_bytes=kv_bytes, weight_bytes=weight_bytes)
+    check_fits(
+        num_parameters, dtype, device, kv_bytes=kv_bytes, weight_bytes=weight_bytes, free=free
+    )
 
 
 def _choose_dtype(name: str, config: Mapping[str, Any], capability: Capability) -> torch.dtype:

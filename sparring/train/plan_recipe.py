@@ -23,7 +23,7 @@ from sparring.recipe import Recipe
 from sparring.train.cards import Card, all_cards, find_card
 from sparring.train.plan import MODES, Plan, gib, predict, propose
 from sparring.train.plan_job import CONTEXT_BYTES, Job, Settings, Trained, Work
-from sparring.train.policy import MAX_RUNNING, Policy, pick_device
+from sparring.train.policy import MAX_RUNNING, Policy, pick_device, set_memory_saving
 
 Algorithm = Literal["grpo", "ppo", "sft", "dpo"]
 ASSUMED_PROMPT_TOKENS = 256
@@ -203,10 +203,10 @@ def fit_memory(
 ) -> Recipe:
     """The recipe with every "auto" of memory decided, and the allocator held to run.memory.
 
-    Call it before anything is on the device; loaded: a policy that is there all the same. On a GPU
-    run.memory becomes bytes: what it says, or what is free now, read here once. Raises
-    MemoryBudgetError, with the proposal, where micro_batch_tokens and checkpointing as the recipe
-    has them do not fit.
+    Call it before anything is on the device; loaded: a policy that is there all the same, whose
+    own checkpointing counts and gives way where it does not fit. On a GPU run.memory becomes bytes:
+    what it says, or what is free now, read here once. Raises MemoryBudgetError, with the proposal,
+    where micro_batch_tokens and checkpointing as the recipe has them do not fit.
     """
     device = pick_device() if loaded is None else loaded.model.device
     if device.type != "cuda":
@@ -216,13 +216,33 @@ def fit_memory(
     budget = _budget(recipe, device, say)
     recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"memory": budget})})
     model = None if loaded is None else loaded.model
+    if model is not None:
+        recipe = _as_set(recipe, model)
     job = job_of(recipe, algorithm=algorithm, model=model)
     if job.policy.item != 2:
         say("memory is not planned for float32 on a GPU: attention runs in plain torch there")
         return _decided(recipe, settings_of(recipe))
-    chosen = _chosen(recipe, job, budget, _card_of(device))
+    card = _card_of(device)
+    try:
+        chosen = _chosen(recipe, job, budget, card)
+    except MemoryBudgetError:
+        if model is None:
+            raise
+        chosen = propose(job, settings_of(recipe), budget=budget, card=card)
     say(_told(chosen))
-    return _decided(recipe, chosen.settings)
+    decided = _decided(recipe, chosen.settings)
+    if model is not None:
+        set_memory_saving(model, decided)
+    return decided
+
+
+def _as_set(recipe: Recipe, model: Decoder) -> Recipe:
+    """The recipe with the checkpointing that a loaded model has, where it has one."""
+    kept = model.checkpointing
+    if kept.mode == "none":
+        return recipe
+    train = {"checkpointing": kept.mode, "offload": kept.offload}
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=train)})
 
 
 def _budget(recipe: Recipe, device: torch.device, say: Callable[[str], None]) -> int:

@@ -14,7 +14,7 @@ from sparring.train.cards import Card
 from sparring.train.plan_job import Job, Settings, Trained, Work, trained_sizes
 from sparring.train.plan_training import MicroBatch
 
-MATMUL_SHARE, HEAD_SHARE = 0.90, 0.77
+MATMUL_SHARE, HEAD_SHARE = 0.86, 0.77
 ATTENTION_FORWARD_SHARE, ATTENTION_BACKWARD_SHARE = 0.42, 0.30
 """Of the card's tensor peak (for the H200 the measured 801 TFLOP/s)."""
 SKINNY_SHARE = 0.6
@@ -77,9 +77,12 @@ def training_seconds(
     total = STEP_SECONDS + both + _optimizer_seconds(policy, card)
     if job.reference != "none":
         total += forward
-    if job.critic is not None:
+    passes = job.passes
+    if job.critic is None:
+        total += (passes - 1) * both
+        total += (passes * job.mini_steps - 1) * _optimizer_seconds(policy, card)
+    else:
         critic = job.critic
-        passes = job.passes
         value = sum(_update_seconds(critic, settings, card, b, with_head=False) for b in batches)
         total += forward  # log-probabilities before the first of several updates
         total += sum(_pass_seconds(critic, card, batch, with_head=False) for batch in batches)

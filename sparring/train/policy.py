@@ -100,13 +100,14 @@ def build_policy(recipe: Recipe, *, capability: Capability | None = None) -> Pol
                 f" are frozen; add [lora], or remove {key}"
             )
     dtype = "float32" if section.dtype == "auto" and device.type == "cpu" else section.dtype
-    kv_memory = recipe.rollout.kv_memory
+    kv_memory, has_budget = recipe.rollout.kv_memory, recipe.run.memory != "auto"
     model = checkpoint.load_model(
         section.path,
         adapter=section.adapter or None,
         dtype=dtype,
         device=device,
         kv_bytes=0 if kv_memory == "auto" else int(kv_memory),
+        free=int(recipe.run.memory) if device.type == "cuda" and has_budget else None,
         quantization=section.quantization,
         capability=capability,
         storage=storage_of(section),

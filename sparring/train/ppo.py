@@ -401,9 +401,10 @@ def _build_critic(recipe: Recipe, policy: Policy, session: Session) -> Critic:
     section, model = recipe.value, policy.model
     assert section is not None, "a ppo recipe has a [value] section"
     held = sum(p.numel() * p.dtype.itemsize for p in model.parameters())
-    free = free_bytes(model.device)
-    if recipe.run.memory != "auto":
-        free = min(free, int(recipe.run.memory) - held)
+    if recipe.run.memory == "auto":
+        free = free_bytes(model.device)
+    else:
+        free = int(recipe.run.memory) - held
     # AdamW's moments and a float32 gradient are still to come; 16-bit masters are there already.
     free -= sum(12 * p.numel() for p in model.trainable_parameters().values())
     seed = (recipe.run.seed + 1) % 2**63
