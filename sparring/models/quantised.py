@@ -148,13 +148,34 @@ class Quantised(nn.Module):
     def product(self, x_TI: Tensor, bias_O: Tensor | None, low_rank: LowRank | None) -> Tensor:
         """x W^T + bias + an adapter's part, without gradient."""
         whole = self._whole
-        if self._cached is not None or whole is None or not x_TI.is_cuda:
+        if self._copy() is not None or not x_TI.is_cuda:
             y_TO = F.linear(x_TI, self.dense(), bias_O)
+        elif whole is None:
+            y_TO = self._part_by_part(x_TI, bias_O)
         elif takes(x_TI, whole, self.capability) and 0 < len(x_TI) <= self._fused_rows():
             return nf4_matmul(x_TI, whole, bias_O, low_rank, self.capability)
         else:
             y_TO = self._decode_and_multiply(x_TI, bias_O)
         return y_TO if low_rank is None else lora_expand(y_TO, low_rank)
+
+    def _copy(self) -> Tensor | None:
+        """All rows as an ordinary tensor, where there is one."""
+        return self._plain if self._plain is not None else self._cached
+
+    def _part_by_part(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+        """`product` of a weight of which some matrices are in 16 bits: each goes its own way."""
+        if len(x_TI) > self._fused_rows():
+            return self._decode_and_multiply(x_TI, bias_O)
+        outputs, parts = [], self.parts()
+        biases = [None] * len(parts) if bias_O is None else bias_O.split(list(self.part_rows))
+        for part, bias in zip(parts, biases, strict=True):
+            if isinstance(part, Tensor):
+                outputs.append(F.linear(x_TI, part, bias))
+            elif takes(x_TI, part, self.capability) and len(x_TI):
+                outputs.append(nf4_matmul(x_TI, part, bias, None, self.capability))
+            else:
+                outputs.append(F.linear(x_TI, self._decode(part), bias))
+        return torch.cat(outputs, dim=1)
 
     def fixed_product(
         self, x_TI: Tensor, bias_O: Tensor | None, low_rank: LowRank | None
@@ -180,19 +201,26 @@ class Quantised(nn.Module):
     def _row_slices(self) -> Iterator[tuple[slice, Tensor]]:
         """(rows, those rows decoded) over the weight, each overwriting the one before."""
         num_outputs, num_inputs = self.shape
-        if self._whole is None or self._cached is not None:
+        if self._copy() is not None:
             yield slice(0, num_outputs), self.dense()
             return
         step = self._step(num_inputs, num_outputs, SLICE_BYTES)
         scratch = torch.empty(step, num_inputs, dtype=self.dtype, device=self.device)
-        for first in range(0, num_outputs, step):
-            rows = slice(first, min(first + step, num_outputs))
-            yield rows, self._decode(self._whole, rows, out=scratch[: rows.stop - first])
+        start = 0
+        for part in self._stored():
+            if isinstance(part, Tensor):
+                yield slice(start, start + len(part)), part
+            else:
+                for first in range(0, part.shape[0], step):
+                    rows = slice(first, min(first + step, part.shape[0]))
+                    decoded = self._decode(part, rows, out=scratch[: rows.stop - first])
+                    yield slice(start + first, start + rows.stop), decoded
+            start += part.shape[0]
 
     def _column_slices(self) -> Iterator[tuple[slice, Tensor]]:
         """The same over columns."""
         num_outputs, num_inputs = self.shape
-        if self._whole is None or self._cached is not None or num_inputs % BLOCK:
+        if self._copy() is not None or num_inputs % BLOCK:
             yield slice(0, num_inputs), self.dense()
             return
         step = self._step(num_outputs, num_inputs, COLUMN_SLICE_BYTES)
@@ -200,7 +228,19 @@ class Quantised(nn.Module):
         for first in range(0, num_inputs, step):
             columns = slice(first, min(first + step, num_inputs))
             out = scratch[: num_outputs * (columns.stop - first)].view(num_outputs, -1)
-            yield columns, self._decode(self._whole, columns=columns, out=out)
+            start = 0
+            for part in self._stored():
+                rows = slice(start, start + part.shape[0])
+                if isinstance(part, Tensor):
+                    out[rows] = part[:, columns]
+                else:
+                    self._decode(part, columns=columns, out=out[rows])
+                start = rows.stop
+            yield columns, out
+
+    def _stored(self) -> list[Part]:
+        """What lies in memory, in the order of rows."""
+        return self.parts() if self._whole is None else [self._whole]
 
     def _step(self, other: int, size: int, most_bytes: int) -> int:
         """Rows (or columns) of a slice: a multiple of STEP, and all slices alike if it goes."""

@@ -69,7 +69,7 @@ class HostTable(nn.Module):
     def __init__(self, num_rows: int, width: int, *, dtype: torch.dtype) -> None:
         super().__init__()
         weight = torch.empty(num_rows, width, dtype=dtype)
-        _lock_pages(weight)
+        _lock_pages(weight, self)
         self.weight = nn.Parameter(weight, requires_grad=False)
 
     def rows(self, ids_T: Tensor) -> Tensor:
@@ -81,8 +81,10 @@ class HostTable(nn.Module):
         return sample_of(self.weight)
 
 
-def _lock_pages(tensor: Tensor) -> None:
-    """Page-lock a tensor's memory where it is (an allocation by torch rounds its size up)."""
+def _lock_pages(tensor: Tensor, owner: nn.Module) -> None:
+    """Page-lock a tensor's memory where it is, for the life of its owner (memory that torch itself
+    page-locks is rounded up to a power of two).
+    """
     runtime = torch.cuda.cudart()
     address = tensor.data_ptr()
     status = runtime.cudaHostRegister(address, tensor.numel() * tensor.element_size(), 0)
@@ -91,7 +93,7 @@ def _lock_pages(tensor: Tensor) -> None:
             f"the host memory of the embedding cannot be page-locked ({status}); raise the limit of"
             " locked memory (ulimit -l), or keep the embedding on the device"
         )
-    ending = weakref.finalize(tensor.untyped_storage(), runtime.cudaHostUnregister, address)
+    ending = weakref.finalize(owner, runtime.cudaHostUnregister, address)
     ending.atexit = False
 
 

@@ -159,12 +159,17 @@ def test_bytes_of_a_quantised_weight(plain: Path):
     assert base.num_bytes / (2 * 192 * 128) == pytest.approx(0.5625, abs=0.06)
 
 
+@pytest.mark.parametrize("is_mixed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_slices_give_the_products_of_the_whole(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype):
+def test_slices_give_the_products_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, is_mixed: bool
+):
     weight = Quantised((192, 64, 96), 320, device=torch.device("cpu"), dtype=dtype)
     generator = torch.Generator().manual_seed(0)
     for index, rows in enumerate(weight.part_rows):
-        weight.quantise(index, torch.randn(rows, 320, generator=generator).to(dtype))
+        matrix = torch.randn(rows, 320, generator=generator).to(dtype)
+        put = weight.fill if is_mixed and index == 1 else weight.quantise
+        put(index, matrix)
     x, dy = (torch.randn(5, n, generator=generator).to(dtype) for n in (320, 352))
     dense = weight.dense()
     monkeypatch.setattr("sparring.models.quantised.STEP", 64)
@@ -173,7 +178,9 @@ def test_slices_give_the_products_of_the_whole(monkeypatch: pytest.MonkeyPatch, 
     assert [rows.stop for rows, _ in weight._row_slices()] == [64, 128, 192, 256, 320, 352]
     assert [columns.stop for columns, _ in weight._column_slices()] == [128, 256, 320]
     limit = 1e-6 if dtype == torch.float32 else 4e-3
+    bias = torch.randn(352, generator=generator).to(dtype)
     for got, want in (
+        (weight._part_by_part(x, bias), x.double() @ dense.double().T + bias.double()),
         (weight.matmul_transposed(dy), dy.double() @ dense.double()),
         (weight.add_matmul_transposed(x.clone(), dy), x.double() + dy.double() @ dense.double()),
         (weight.add_matmul(dy.clone(), x), dy.double() + x.double() @ dense.double().T),
