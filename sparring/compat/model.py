@@ -261,10 +261,13 @@ class FastModel:
             for index, (prompt, group) in enumerate(zip(asked, groups, strict=True))
         ]
 
-    def generate(self, input_ids: Tensor | None = None, **given: Any) -> Tensor:
+    def generate(self, input_ids: Any = None, **given: Any) -> Tensor:
         """As transformers' generate with the adapter in training: ids [B, P + R] of prompts and
         completions, shorter rows filled at their end. Raises UserError.
         """
+        if isinstance(input_ids, Mapping):  # what apply_chat_template gives
+            given = {**input_ids, **given}
+            input_ids = given.pop("input_ids")
         values = with_defaults("generate", GENERATE, {"input_ids": input_ids, **given})
         if input_ids is None:
             raise UserError("generate takes input_ids; text goes through the tokenizer first")
@@ -305,12 +308,17 @@ class FastModel:
 
     def save_pretrained(self, save_directory: str, **given: Any) -> None:
         """Write the adapter, or every weight where there is none, in Hugging Face's format."""
-        with_defaults("save_pretrained", MERGED, given)
+        values = with_defaults("save_pretrained", MERGED, given)
         folder = Path(save_directory)
         if self.policy.model.has_adapter():
             self._save_adapter(folder)
         else:
-            checkpoint.save_model(self.policy.model, folder, end_ids=self.policy.stop_ids)
+            checkpoint.save_model(
+                self.policy.model,
+                folder,
+                end_ids=self.policy.stop_ids,
+                max_shard_bytes=_size(values["max_shard_size"]),
+            )
 
     def save_pretrained_merged(
         self, save_directory: str, tokenizer: Any = None, **given: Any

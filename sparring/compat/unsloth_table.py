@@ -179,6 +179,7 @@ SAMPLING: dict[str, Argument] = {
 GENERATE: dict[str, Argument] = {
     "input_ids": honoured(None, "the prompts' token ids"),
     "attention_mask": honoured(None, "which of them are padding"),
+    "token_type_ids": immaterial(None, "no model here has types of tokens"),
     "max_new_tokens": honoured(None, "max_completion_tokens"),
     "max_length": honoured(None, "of prompt and completion together"),
     "do_sample": honoured(None, "None: where a temperature is given", None, True, False),

@@ -143,8 +143,8 @@ def set_memory_saving(model: Decoder, recipe: Recipe) -> None:
     section = recipe.train
     if recipe.run.bitwise and not has_kernels(model):
         raise RecipeError(
-            "[run] bitwise = true needs a GPU with tensor cores and a dtype of 16 bits; this model is"
-            f" in {model.dtype} on {model.device}. Leave bitwise out: rows do not depend on each"
+            "[run] bitwise = true needs a GPU with tensor cores and a dtype of 16 bits; this model"
+            f" is in {model.dtype} on {model.device}. Leave bitwise out: rows do not depend on each"
             " other on a CPU but for rounding"
         )
     model.set_bitwise(recipe.run.bitwise)

@@ -167,6 +167,10 @@ def test_generate_of_transformers_continues_padded_prompts(model_path: str):
     said = [token for token in both[0, 4:].tolist() if token != end]
     assert said == [token for token in alone[0, 1:].tolist() if token != end]
 
+    chat = [{"role": "user", "content": "a"}]
+    asked = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
+    assert len(model.generate(input_ids=asked, max_new_tokens=2)[0]) > 2
+
     class Streamer:
         def __init__(self):
             self.seen = []
