@@ -12,10 +12,11 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from sparring.compat.state import TrainerState
 from sparring.errors import RewardError, UserError
+from sparring.rewards.model import ModelReward
 from sparring.rewards.registry import named_rewards
 from sparring.rewards.verdicts import Reward, load_reward
 
@@ -71,7 +72,10 @@ def _build(one: Any, weight: float, max_steps: int) -> Reward:
             weight=weight,
             timeout_seconds=SECONDS,
         )
-        return replace(loaded, name=Path(one).name, is_optional=True)
+        judge = _classifier(cast(ModelReward, loaded.function))
+        return replace(
+            loaded, name=Path(one).name, function=judge, knobs={}, is_fitted=False, is_optional=True
+        )
     if not callable(one) or hasattr(one, "forward"):
         raise UserError(
             f"a reward is a {type(one).__name__}; give a function, an object with __call__, or the"
@@ -88,6 +92,17 @@ def _build(one: Any, weight: float, max_steps: int) -> Reward:
         is_optional=True,
         is_inline=not is_async,
     )
+
+
+def _classifier(model: ModelReward) -> Callable[..., Any]:
+    """A sequence classifier as TRL calls it: on a text prompt with its completion as they stand."""
+
+    def call(prompts: list[Any], completions: list[Any]) -> Any:
+        if all(isinstance(prompt, str) for prompt in prompts):
+            return model.score_texts([p + c for p, c in zip(prompts, completions, strict=True)])
+        return model(prompts=prompts, completions=completions)
+
+    return call
 
 
 def _is_async(function: Any) -> bool:

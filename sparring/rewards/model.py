@@ -96,6 +96,11 @@ class ModelReward:
             log_metric("correlation_with_length", correlation(scores, lengths))
         return list(values)
 
+    def score_texts(self, texts: Sequence[str]) -> list[float]:
+        """Raw scores of texts as they stand, without a template or special tokens of their own."""
+        ids = [list(self._tokenizer(one, add_special_tokens=False)["input_ids"]) for one in texts]
+        return self.score([tokens[-self._max_tokens :] for tokens in ids])
+
     def score(self, ids: Sequence[Sequence[int]]) -> list[float]:
         """Raw scores of token sequences, in float32, whatever the batch they stand in."""
         order = sorted(range(len(ids)), key=lambda index: len(ids[index]))

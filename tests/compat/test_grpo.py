@@ -461,3 +461,44 @@ def test_rows_in_their_own_order_where_it_is_asked_for(model_path: str):
         trainer_of(model_path, reward, texts(6), max_steps=4, **given).train()
         expected = [f"say {n}" for n in (0, 1, 2, 3, 4, 5, 0, 1)]
         assert (seen == expected) == bool(given)
+
+
+def test_a_classifier_by_its_folder_scores_prompt_and_completion(
+    tiny: ModuleType, model_path: str, tmp_path: Path
+):
+    import torch
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForSequenceClassification
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=264,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_labels=1,
+        pad_token_id=257,
+    )
+    judge = Qwen2ForSequenceClassification(config).eval()
+    folder = tmp_path / "my-judge"
+    judge.save_pretrained(folder)
+    tiny.write_tokenizer(folder, tiny.TEMPLATE)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def expected(text: str) -> float:
+        ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+        with torch.no_grad():
+            return float(judge(input_ids=ids).logits[0, 0])
+
+    (reward,) = build_rewards(str(folder), None, max_steps=1)
+    assert reward.name == "my-judge"
+    found = reward.function(prompts=["2+2="] * 2, completions=["4", "four"])
+    assert found == pytest.approx([expected("2+2=4"), expected("2+2=four")], abs=1e-4)
+    asked, said = tiny.as_messages("2+2="), [{"role": "assistant", "content": "4"}]
+    (found,) = reward.function(prompts=[asked], completions=[said])
+    text = tokenizer.apply_chat_template(asked + said, tokenize=False)
+    assert found == pytest.approx(expected(text), abs=1e-4)
+    trainer = trainer_of(model_path, str(folder), texts(), max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["rewards/my-judge/mean"] != 0.0
