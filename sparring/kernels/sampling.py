@@ -52,6 +52,7 @@ __all__ = [
 BLOCK_V = 512
 NUM_WARPS = 1
 COMBINE_WARPS = 2
+MAX_REGISTERS = 96
 BUSY_PROGRAMS = 4096
 """Programs that keep a large card busy: with more tiles than that, a program takes several."""
 MAX_SPAN = 32
@@ -162,19 +163,22 @@ def _tiles_kernel(
     plane = tl.num_programs(0).to(tl.int64) * TILES
     scale = inverse * 1.4426950408889634  # exp(x) = 2^(x log2 e)
     lead = -float("inf")
-    for tile in range(first, min(first + SPAN, TILES)):
+    end = min(first + SPAN, TILES)
+    begin = first * BLOCK_V
+    coming = tl.load(logits_ptr + begin + lane, mask=lane < V - begin, other=-float("inf"))
+    for tile in range(first, end):
         start = tile * BLOCK_V
-        z = tl.load(logits_ptr + start + lane, mask=lane < V - start, other=-float("inf"))
-        z = z.to(tl.float32)
+        z = coming.to(tl.float32)
+        after = start + BLOCK_V  # the next tile is under way while this one is computed
+        wanted = tl.where(tile + 1 < end, V - after, 0)
+        coming = tl.load(logits_ptr + after + lane, mask=lane < wanted, other=-float("inf"))
         top = tl.max(z, axis=0)
         base = tl.where(top == -float("inf"), 0.0, top)
         e = exp2_fast((z - base) * scale)
         total = tl.sum(e, axis=0)
         if is_early:
             for i in tl.static_range(HELD):
-                is_held = lane == (tl.load(held_ptr + i) - start).to(tl.int32)
-                e = tl.where(is_held, 0.0, e)
-                z = tl.where(is_held, -float("inf"), z)
+                e = tl.where(lane == (tl.load(held_ptr + i) - start).to(tl.int32), 0.0, e)
         if IS_CUT:
             key = order_key(z * inverse)
             least = tl.load(keys_ptr + row)
@@ -183,6 +187,13 @@ def _tiles_kernel(
         gap = -float("inf")
         best = start
         if is_greedy:
+            # read again: most rows are not greedy, and need the registers
+            z = tl.load(logits_ptr + start + lane, mask=lane < V - start, other=-float("inf"))
+            z = z.to(tl.float32)
+            if is_early:
+                for i in tl.static_range(HELD):
+                    is_held = lane == (tl.load(held_ptr + i) - start).to(tl.int32)
+                    z = tl.where(is_held, -float("inf"), z)
             peak = tl.max(z, axis=0)
             gap = peak - base
             best = start + tl.min(tl.where(z == peak, lane, V - 1 - start), axis=0)
@@ -285,7 +296,7 @@ def _launch(
         sample_ids_R2, draws_R, rules.held_ids_H, rules.min_draws_R, keys_R, last_R,
         logits_RV.stride(0), V=vocab_size, BLOCK_V=BLOCK_V, TILES=num_tiles, SPAN=span,
         HELD=len(rules.held_ids_H), IS_CUT=rules.cut is not None, num_warps=NUM_WARPS,
-        enable_fp_fusion=True,
+        maxnreg=MAX_REGISTERS, enable_fp_fusion=True,
     )  # fmt: skip
     _combine_kernel[(num_rows,)](
         logits_RV, parts, best, rules.inverse_temperatures_R, tokens_R, logprobs_R,
