@@ -168,7 +168,7 @@ def training_phase(
     largest = sorted(batches, key=lambda batch: -batch.rows)[:BATCHES_PLAYED]
     a_row = STREAM_BYTES + (VALUE_STREAM_BYTES if job.critic is not None else 0)
     streams = sum(batch.rows for batch in batches) * a_row
-    for step in range(STEPS_PLAYED):
+    for _ in range(STEPS_PLAYED):
         with tape.during(STREAMS, streams):
             for model, with_head in _trained(job):
                 passes = TrainingTape(tape, model, settings)
@@ -176,8 +176,6 @@ def training_phase(
                     passes.micro_batch(
                         replace(batch, has_gradients=number > 0), with_head=with_head
                     )
-                if step == 0:
-                    take_moments(tape, model)
                 passes.forget_gradients()
     return _played(tape, start, budget, "training", settings)
 
@@ -185,8 +183,6 @@ def training_phase(
 def rollout_phase(job: Job, settings: Settings, *, budget: int | None, arch: int) -> Phase:
     """A rollout on top of all that stays, optimizer state included."""
     tape = _resident(job, settings, arch)
-    for model, _ in _trained(job):
-        take_moments(tape, model)
     start = len(tape.events)
     take_rollout(tape, job.policy, job.work, settings)
     return _played(tape, start, budget, "rollout", settings)
@@ -317,11 +313,13 @@ def _resident(job: Job, settings: Settings, arch: int) -> Tape:
     if job.reference == "weights":
         take_weights(tape, job.policy, REFERENCE)
     take_masters(tape, job.policy)
+    take_moments(tape, job.policy)
     if job.critic is not None:
         if not job.shares_trunk:
             take_weights(tape, job.critic, CRITIC)
         take_adapter(tape, job.critic, CRITIC)
         take_masters(tape, job.critic)
+        take_moments(tape, job.critic)
         tape.take(CRITIC, (job.critic.config.width + 1) * 4)
     for _ in range(2):
         tape.take(WORKSPACES, workspace_bytes(arch) // 2)

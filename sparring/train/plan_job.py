@@ -289,7 +289,7 @@ def take_masters(tape: Tape, model: Trained) -> None:
 
 
 def take_moments(tape: Tape, model: Trained) -> None:
-    """The optimizer's moments: there from the first update on."""
+    """The optimizer's moments: there once the optimizer is built."""
     for numbers, _ in trained_sizes(model):
         if model.optimizer == "adamw_8bit" and numbers >= 4096:
             for _ in range(2):
