@@ -3,10 +3,11 @@
     python benchmarks/rollouts.py OUTPUT.json [ROW ...]       without rows: all of them
     python benchmarks/rollouts.py OUTPUT.json --list
 
-Each row runs in a process of its own, so that memory caps and peaks are its own. Random weights of
-real shapes, distinct random prompts, fixed output lengths unless the row says otherwise,
-temperature 1 with the log-probability of every token. Tokens a second are output tokens over wall
-time, prefill included; the best of three runs after one that compiles and captures, all reported.
+Rows of one model run one after another in a process of their own; a row's peak is the largest
+reserved memory since its engine was made. Random weights of real shapes, distinct random prompts,
+fixed output lengths unless the row says otherwise, temperature 1 with the log-probability of every
+token. Tokens a second are output tokens over wall time, prefill included; the best of three runs
+after one that compiles and captures (of 20 tokens a completion), all reported.
 
 The limit is the formula of docs/benchmarks/README.md: weights read once a step, keys and values of
 the mean context, or arithmetic, whichever is more, at the bandwidth and matrix rate measured in the
@@ -16,6 +17,8 @@ same process. A step is rollout, judging by random advantages, training phase an
 from __future__ import annotations
 
 import argparse
+import gc
+import itertools
 import json
 import subprocess
 import sys
@@ -225,20 +228,35 @@ def memory() -> dict[str, float]:
     }
 
 
-def run(row: Row) -> dict[str, Any]:
-    """Measures one row in this process."""
+def run_all(names: list[str], output: Path) -> None:
+    """Measures rows of one model in this process and writes them down as they come."""
+    first = ROWS[names[0]]
     total = torch.cuda.get_device_properties(0).total_memory
-    if row.cap_gib:
-        torch.cuda.set_per_process_memory_fraction((row.cap_gib - 1.0) * GIB / total)
+    if first.cap_gib:
+        torch.cuda.set_per_process_memory_fraction((first.cap_gib - 1.0) * GIB / total)
     ceilings = {"bandwidth": 4.26e12, "matmul": 801e12}
-    if not row.cap_gib:
+    if not first.cap_gib:
         ceilings = {"bandwidth": copy_bandwidth(), "matmul": matmul_rate()}
     torch.cuda.empty_cache()
     started = time.perf_counter()
-    model = build(row.model, quantization=row.quantization, lora_rank=row.lora_rank)
-    out: dict[str, Any] = {"build seconds": time.perf_counter() - started, **ceilings}
-    if not row.lora_rank:
+    model = build(first.model, quantization=first.quantization, lora_rank=first.lora_rank)
+    seconds = time.perf_counter() - started
+    if not first.lora_rank:
         model.requires_grad_(False)
+    found = {}
+    for name in names:
+        try:
+            found[name] = {"build seconds": seconds, **ceilings} | run(ROWS[name], model, ceilings)
+        except Exception as problem:  # noqa: BLE001 - one row must not lose the others
+            found[name] = {"failed": repr(problem)[:2000]}
+        output.write_text(json.dumps(found))
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def run(row: Row, model: Decoder, ceilings: dict[str, float]) -> dict[str, Any]:
+    """Measures one row."""
+    out: dict[str, Any] = {}
     model.set_bitwise(row.bitwise)
     num_prompts, samples, prompt_tokens, output = row.work
     prompts = prompts_of(model, num_prompts, prompt_tokens, ragged=row.kind == "ragged")
@@ -259,7 +277,8 @@ def run(row: Row) -> dict[str, Any]:
         engine.weights_changed(policy_version=number)
         torch.cuda.synchronize()
         start = time.perf_counter()
-        rollouts = engine.generate(prompts, sampling, num_samples=samples, limits=limits_of(row))
+        limits = limits_of(row) if number else [[min(20, output)] * samples] * num_prompts
+        rollouts = engine.generate(prompts, sampling, num_samples=samples, limits=limits)
         torch.cuda.synchronize()
         times = {"rollout": time.perf_counter() - start}
         groups = grouped(prompts, rollouts)
@@ -338,31 +357,45 @@ def main() -> None:
         print("\n".join(ROWS))
         return
     if arguments.one:
-        (name,) = arguments.rows
-        arguments.output.write_text(json.dumps(run(ROWS[name])))
+        run_all(arguments.rows, arguments.output)
         return
     result: dict[str, Any] = {"environment": environment(), "rows": {}}
-    for name in arguments.rows or ROWS:
+    chosen = arguments.rows or list(ROWS)
+    for _, group in itertools.groupby(chosen, key=lambda name: process_of(ROWS[name])):
+        names = list(group)
         part = arguments.output.with_suffix(".part")
-        command = [sys.executable, "-m", "benchmarks.rollouts", str(part), name, "--one"]
+        part.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "benchmarks.rollouts", str(part), *names, "--one"]
         done = subprocess.run(command, capture_output=True, text=True)
-        row: dict[str, Any] = asdict(ROWS[name])
-        if done.returncode:
-            row["failed"] = done.stderr[-3000:]
-            print(f"{name}: FAILED\n{done.stderr[-1500:]}", flush=True)
-        else:
-            row |= json.loads(part.read_text())
-            part.unlink()
-            print(
-                f"{name}: {row['tokens/s']:,.0f} tok/s, best {row['best seconds']:.3f} s, "
-                f"{row['ms a step']:.2f} ms a step, "
-                f"limit share {row.get('share of limit', 0):.0%}, "
-                f"reserved {row['peak reserved GiB']:.2f} GiB, mismatch {row.get('mismatch')}, "
-                f"graphs {row['graphs']}",
-                flush=True,
-            )
-        result["rows"][name] = row
+        found = json.loads(part.read_text()) if part.exists() else {}
+        for name in names:
+            missing = {"failed": done.stderr[-3000:]}
+            row = asdict(ROWS[name]) | found.get(name, missing)
+            print(told(name, row), flush=True)
+            result["rows"][name] = row
         arguments.output.write_text(json.dumps(result, indent=1))
+    part.unlink(missing_ok=True)
+
+
+def process_of(row: Row) -> tuple[object, ...]:
+    """Rows of which this is equal share a process."""
+    return row.model, row.quantization, row.lora_rank, row.cap_gib
+
+
+def told(name: str, row: dict[str, Any]) -> str:
+    if "failed" in row:
+        return f"{name}: FAILED\n{row['failed'][-1500:]}"
+    gap = row.get("mismatch", {"mean": 0.0, "kl": 0.0})
+    return (
+        f"{name}: {row['tokens/s']:,.0f} tok/s, best {row['best seconds']:.3f} s of "
+        f"{[round(times.get('step', times['rollout']), 3) for times in row['runs']]}, "
+        f"{row['ms a step']:.2f} ms a step, share {row.get('share of limit', 0):.0%}, "
+        f"rows {row['mean rows']:.1f}, recomputed {row['recomputed tokens']}, "
+        f"reserved {row['peak reserved GiB']:.2f} GiB, "
+        f"beside {row['device used - reserved GiB']:.2f}, "
+        f"mismatch {gap['mean']:.4f} kl {gap['kl']:.1e}, graphs {row['graphs']}"
+        + (f", prompt {row['prompt tokens/s']:,.0f} tok/s" if "prompt tokens/s" in row else "")
+    )
 
 
 if __name__ == "__main__":
