@@ -96,8 +96,8 @@ def weights_of(name: str) -> list[nf4.NF4Matrix]:
 
 
 def adapter(name: str, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> LowRank:
-    table = TABLES[name]
-    return LowRank(xa=lora.lora_shrink(x, a), b=b, parts=table, scale=1.0, granule=512)
+    xa, scratch = lora.lora_shrink_beside(x, a, capability_of(CUDA))
+    return LowRank(xa=xa, b=b, parts=TABLES[name], scale=1.0, granule=512, scratch=scratch)
 
 
 TABLES: dict[str, torch.Tensor] = {}

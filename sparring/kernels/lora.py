@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 
 from sparring.kernels import Capability, jit, rounded, tl, triton
-from sparring.kernels.matmul import LowRank, add_low_rank, launch, matmul, matmul_reference
+from sparring.kernels.matmul import (
+    LowRank,
+    add_low_rank,
+    launch,
+    launch_beside_next,
+    matmul,
+    matmul_reference,
+)
 
 
 def lora_shrink_reference(x: Tensor, a: Tensor) -> Tensor:
@@ -37,6 +44,23 @@ def lora_shrink(x: Tensor, a: Tensor, capability: Capability | None = None) -> T
     capability: the model's; left out, what the card can do.
     """
     return matmul(x, a, capability=capability)
+
+
+def lora_shrink_beside(
+    x: Tensor, a: Tensor, capability: Capability
+) -> tuple[Tensor, Tensor | None]:
+    """`lora_shrink`, and the scratch to hold where it still runs when the next product starts.
+
+    Where the card can let a launch start before the last one is done, the product's long part and
+    the shrink run side by side; None elsewhere.
+    """
+    if x.is_cuda and triton is not None and capability.arch in OVERLAPPING:
+        return launch_beside_next(x, a, capability=capability)
+    return lora_shrink(x, a, capability), None
+
+
+OVERLAPPING = (90, 100, 120)
+"""Architectures whose launches may overlap."""
 
 
 @jit(do_not_specialize=["num_rows"])

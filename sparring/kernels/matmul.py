@@ -38,7 +38,8 @@ class LowRank:
     xa 16 bits [T, sum of ranks], b 16 bits [sum of adapted outputs, rank]. parts int32 [P, 4] on
     the device: first and last output of the part (exclusive), its first row in b, its first
     column in xa. granule: what all those outputs are multiples of; with tiles that divide it a
-    program meets one part only.
+    program meets one part only. scratch: set where xa may still be being written (`launch`'s
+    `lets_next_start`): the memory used for that, held until the product is under way.
     """
 
     xa: Tensor
@@ -46,6 +47,7 @@ class LowRank:
     parts: Tensor
     scale: float
     granule: int = 1
+    scratch: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,22 +137,28 @@ def part_of(parts_ptr, n, NUM_PARTS: tl.constexpr):
 
 
 @jit
-def low_rank_operands(
-    xa_ptr, b_ptr, row, column, t, num_rows, last_row, stride_xat,
-    BLOCK_N: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """B [N, R] from `row` on (zeros where that is negative, or past `last_row`) and xa [T, R]."""
+def rows_of_b(
+    b_ptr, row, last_row, BLOCK_N: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr
+):
+    """B [N, R] from `row` on; zeros where that is negative, or from `last_row` on."""
     r = tl.arange(0, BLOCK_R)
     i = tl.arange(0, BLOCK_N)
-    b = tl.load(
+    return tl.load(
         b_ptr + (row + i)[:, None] * RANK + r[None, :],
         mask=((row >= 0) & (i < last_row))[:, None] & (r < RANK)[None, :], other=0.0,
     )  # fmt: skip
-    xa = tl.load(
+
+
+@jit
+def rows_of_xa(
+    xa_ptr, row, column, t, num_rows, stride_xat, RANK: tl.constexpr, BLOCK_R: tl.constexpr
+):
+    """xa [T, R] from `column` on; zeros where `row` is negative."""
+    r = tl.arange(0, BLOCK_R)
+    return tl.load(
         xa_ptr + t[:, None] * stride_xat + (column + r)[None, :],
         mask=((row >= 0) & (t < num_rows))[:, None] & (r < RANK)[None, :], other=0.0,
     )  # fmt: skip
-    return b, xa
 
 
 @jit
@@ -211,14 +219,17 @@ def sum_of_segments(
 
 @jit
 def store_product(
-    acc, b, xa, row_n, row_t, xa_ptr, b_ptr, parts_ptr, bias_ptr, out_ptr, scale, num_rows,
-    num_outputs, stride_ot, stride_xat,
+    acc, b, row, column, row_n, row_t, xa_ptr, b_ptr, parts_ptr, bias_ptr, out_ptr, scale,
+    num_rows, num_outputs, stride_ot, stride_xat,
     HAS_BIAS: tl.constexpr, NUM_PARTS: tl.constexpr, ALIGNED: tl.constexpr, RANK: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Adapter, bias, the one rounding, and the store of acc [N, T] as y [T, N]."""
     if NUM_PARTS > 0:
         if ALIGNED:
+            xa = rows_of_xa(
+                xa_ptr, row, column, row_t, num_rows, stride_xat, RANK, BLOCK_R
+            )  # fmt: skip
             acc += scale * dot(b, tl.trans(xa), tl.zeros(acc.shape, tl.float32))
         else:
             acc = add_low_rank(
@@ -263,7 +274,10 @@ def _matmul_kernel(
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
     SPLIT: tl.constexpr, CHAINED: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr,
     NUM_PARTS: tl.constexpr, ALIGNED: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
+    LETS_NEXT_START: tl.constexpr,
 ):  # fmt: skip
+    if LETS_NEXT_START:
+        tl.extra.cuda.gdc_launch_dependents()
     n0 = tl.program_id(1) * BLOCK_N
     t0 = tl.program_id(0) * BLOCK_T
     row_n = n0 + tl.arange(0, BLOCK_N)
@@ -277,13 +291,11 @@ def _matmul_kernel(
     w_ptr += n0.to(tl.int64) * columns
     x_ptr += t0.to(tl.int64) * stride_xt
     b = 0
-    xa = 0
+    row = 0
+    column = 0
     if NUM_PARTS > 0 and ALIGNED:
         row, column = part_of(parts_ptr, n0, NUM_PARTS)
-        b, xa = low_rank_operands(
-            xa_ptr, b_ptr, row, column, row_t, num_rows, num_outputs - n0, stride_xat,
-            BLOCK_N, RANK, BLOCK_R,
-        )  # fmt: skip
+        b = rows_of_b(b_ptr, row, num_outputs - n0, BLOCK_N, RANK, BLOCK_R)
     finishes = True
     if CHAINED:
         acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
@@ -306,21 +318,26 @@ def _matmul_kernel(
         )
     if finishes:
         store_product(
-            acc, b, xa, row_n, row_t, xa_ptr, b_ptr, parts_ptr, bias_ptr, out_ptr, scale, num_rows,
-            num_outputs, stride_ot, stride_xat, HAS_BIAS, NUM_PARTS, ALIGNED, RANK, BLOCK_R,
+            acc, b, row, column, row_n, row_t, xa_ptr, b_ptr, parts_ptr, bias_ptr, out_ptr, scale,
+            num_rows, num_outputs, stride_ot, stride_xat, HAS_BIAS, NUM_PARTS, ALIGNED, RANK,
+            BLOCK_R,
         )  # fmt: skip
 
 
 @cache
 def _counters(device: torch.device) -> Tensor:
-    """Arrival counters of unfinished tiles; every launch leaves them at zero."""
-    return torch.zeros(65536, dtype=torch.int32, device=device)
+    """Two sets of arrival counters of unfinished tiles; every launch leaves them at zero."""
+    return torch.zeros(2, 65536, dtype=torch.int32, device=device)
 
 
-def workspace(x: Tensor, tile: Tile, tiles: int, segments: int) -> tuple[Tensor, Tensor]:
-    """Where segments wait for their sum, and the counters of who has arrived."""
+def workspace(
+    x: Tensor, tile: Tile, tiles: int, segments: int, which: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Where segments wait for their sum, and the counters of who has arrived; products that can run
+    at the same time take different ones.
+    """
     size = tiles * segments * tile.block_n * tile.block_t
-    return torch.empty(size, dtype=torch.float32, device=x.device), _counters(x.device)
+    return torch.empty(size, dtype=torch.float32, device=x.device), _counters(x.device)[which]
 
 
 def low_rank_arguments(low_rank: LowRank | None, x: Tensor, tile: Tile) -> dict[str, object]:
@@ -368,11 +385,33 @@ def launch(
     out_dtype: float32 where sums are not to be rounded. segments, tile and is_chained are for tests
     and measurements; of them only segments changes bits.
     """
+    return launch_beside_next(
+        x, weight, bias, low_rank, capability, segments=segments, tile=tile,
+        is_chained=is_chained, out_dtype=out_dtype, lets_next_start=False,
+    )[0]  # fmt: skip
+
+
+def launch_beside_next(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    low_rank: LowRank | None = None,
+    capability: Capability | None = None,
+    *,
+    segments: int | None = None,
+    tile: Tile | None = None,
+    is_chained: bool | None = None,
+    out_dtype: torch.dtype | None = None,
+    lets_next_start: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """`launch`, and its scratch. lets_next_start: a next kernel that is launched so may start while
+    this one runs, and waits for y where it reads it; the scratch must be held until then (sm_90).
+    """
     check_shapes(x, weight.shape, weight.dtype)
     (num_rows, num_inputs), num_outputs = x.shape, weight.shape[0]
     out = torch.empty(num_rows, num_outputs, dtype=out_dtype or x.dtype, device=x.device)
     if num_rows == 0:
-        return out
+        return out, None
     capability = capability or capability_of(x.device)
     tile = tile or tile_of(capability, num_rows)
     segments = segments or segments_of(capability, num_outputs, num_inputs)
@@ -380,7 +419,9 @@ def launch(
         is_chained = num_rows > MAX_SPLIT_ROWS
     is_split = segments > 1 and not is_chained
     grid = (triton.cdiv(num_rows, tile.block_t), triton.cdiv(num_outputs, tile.block_n))
-    work, count = workspace(x, tile, grid[0] * grid[1], segments) if is_split else (x, x)
+    work, count = x, x
+    if is_split:
+        work, count = workspace(x, tile, grid[0] * grid[1], segments, int(lets_next_start))
     _matmul_kernel[(*grid, segments if is_split else 1)](
         x_ptr=x, w_ptr=weight, bias_ptr=x if bias is None else bias, out_ptr=out, work_ptr=work,
         count_ptr=count, num_rows=num_rows, num_outputs=num_outputs, blocks=num_inputs // BLOCK,
@@ -388,9 +429,10 @@ def launch(
         stride_ot=out.stride(0), BLOCK_N=tile.block_n, BLOCK_T=tile.block_t, BLOCK_K=BLOCK_K,
         STAGES=tile.num_stages, SPLIT=is_split, CHAINED=segments > 1 and is_chained,
         EVEN_K=num_inputs % BLOCK_K == 0, HAS_BIAS=bias is not None, num_warps=tile.num_warps,
-        enable_fp_fusion=False, **low_rank_arguments(low_rank, x, tile),
+        enable_fp_fusion=False, LETS_NEXT_START=lets_next_start,
+        **low_rank_arguments(low_rank, x, tile),
     )  # fmt: skip
-    return out
+    return out, work
 
 
 def matmul_reference(

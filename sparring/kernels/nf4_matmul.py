@@ -31,9 +31,9 @@ from sparring.kernels.matmul import (
     check_shapes,
     first_that_holds,
     low_rank_arguments,
-    low_rank_operands,
     matmul_reference,
     part_of,
+    rows_of_b,
     segments_of,
     steps_of,
     store_product,
@@ -99,7 +99,7 @@ def _nf4_matmul_kernel(
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
     WARPS: tl.constexpr, SPLIT: tl.constexpr, EVEN_K: tl.constexpr, DOUBLE: tl.constexpr,
     FAST: tl.constexpr, HAS_BIAS: tl.constexpr, NUM_PARTS: tl.constexpr, ALIGNED: tl.constexpr,
-    RANK: tl.constexpr, BLOCK_R: tl.constexpr,
+    RANK: tl.constexpr, BLOCK_R: tl.constexpr, BESIDE_SHRINK: tl.constexpr,
 ):  # fmt: skip
     Q: tl.constexpr = BLOCK_K // 64
     R: tl.constexpr = BLOCK_N // (8 * WARPS)
@@ -117,13 +117,11 @@ def _nf4_matmul_kernel(
     x_ptr += t0.to(tl.int64) * stride_xt
     words_ptr += n0.to(tl.int64) * (blocks * 8)
     b = 0
-    xa = 0
+    row = 0
+    column = 0
     if NUM_PARTS > 0 and ALIGNED:
         row, column = part_of(parts_ptr, n0, NUM_PARTS)
-        b, xa = low_rank_operands(
-            xa_ptr, b_ptr, row, column, row_t, num_rows, num_outputs - n0, stride_xat,
-            BLOCK_N, RANK, BLOCK_R,
-        )  # fmt: skip
+        b = rows_of_b(b_ptr, row, num_outputs - n0, BLOCK_N, RANK, BLOCK_R)
     first = tl.minimum(tl.program_id(2) * steps, blocks)
     last = tl.minimum(first + steps, blocks)
     block = (n * blocks)[:, None] + (first + q)[None, :]
@@ -157,9 +155,12 @@ def _nf4_matmul_kernel(
             acc, work_ptr, count_ptr, tl.program_id(2), segments, BLOCK_N, BLOCK_T
         )
     if finishes:
+        if BESIDE_SHRINK:  # until here nothing was read that the launch before writes
+            tl.extra.cuda.gdc_wait()
         store_product(
-            acc, b, xa, row_n, row_t, xa_ptr, b_ptr, parts_ptr, bias_ptr, out_ptr, scale, num_rows,
-            num_outputs, stride_ot, stride_xat, HAS_BIAS, NUM_PARTS, ALIGNED, RANK, BLOCK_R,
+            acc, b, row, column, row_n, row_t, xa_ptr, b_ptr, parts_ptr, bias_ptr, out_ptr, scale,
+            num_rows, num_outputs, stride_ot, stride_xat, HAS_BIAS, NUM_PARTS, ALIGNED, RANK,
+            BLOCK_R,
         )  # fmt: skip
 
 
@@ -191,6 +192,8 @@ def launch(
     grid = (triton.cdiv(num_rows, tile.block_t), triton.cdiv(num_outputs, tile.block_n), segments)
     work, count = workspace(x, tile, grid[0] * grid[1], segments) if segments > 1 else (x, x)
     double = weight.absmax2 is not None
+    beside = low_rank is not None and low_rank.scratch is not None
+    overlap = {"launch_pdl": True} if beside else {}
     _nf4_matmul_kernel[grid](
         x_ptr=x, words_ptr=words_of(weight), absmax_ptr=weight.absmax,
         absmax2_ptr=weight.absmax2 if double else x, offset_ptr=weight.offset if double else x,
@@ -200,8 +203,8 @@ def launch(
         stride_xt=x.stride(0), stride_ot=out.stride(0), BLOCK_N=tile.block_n, BLOCK_T=tile.block_t,
         BLOCK_K=BLOCK_K, STAGES=tile.num_stages, WARPS=tile.num_warps, SPLIT=segments > 1,
         EVEN_K=num_inputs % BLOCK_K == 0, DOUBLE=double, FAST=capability.tensor_dots,
-        HAS_BIAS=bias is not None, num_warps=tile.num_warps, enable_fp_fusion=False,
-        **low_rank_arguments(low_rank, x, tile),
+        HAS_BIAS=bias is not None, BESIDE_SHRINK=beside, num_warps=tile.num_warps,
+        enable_fp_fusion=False, **low_rank_arguments(low_rank, x, tile), **overlap,
     )  # fmt: skip
     return out
 

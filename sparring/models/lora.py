@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sparring.errors import CheckpointError
 from sparring.kernels import Capability
-from sparring.kernels.lora import lora_shrink
+from sparring.kernels.lora import lora_shrink, lora_shrink_beside
 from sparring.kernels.matmul import LowRank
 
 PROJECTIONS = (
@@ -235,16 +235,23 @@ class LoraAdapter(nn.Module):
             return None
         if not x_TI.is_cuda or not capability.tensor_dots or x_TI.shape[1] % 64:
             return None
-        xa = lora_shrink(x_TI, a, capability)
-        return self._low_rank(xa, b)
+        xa, scratch = lora_shrink_beside(x_TI, a, capability)
+        return self._low_rank(xa, b, scratch)
 
     def fixed_low_rank(self, x_TI: Tensor) -> LowRank:
         """`low_rank` for any number of rows, no bit of a row depending on it."""
         a, b = self.matrices_used()
         return self._low_rank(lora_shrink(x_TI, a), b)
 
-    def _low_rank(self, xa: Tensor, b: Tensor) -> LowRank:
-        return LowRank(xa=xa, b=b, parts=self.part_table, scale=self.scale, granule=self._granule)
+    def _low_rank(self, xa: Tensor, b: Tensor, scratch: Tensor | None = None) -> LowRank:
+        return LowRank(
+            xa=xa,
+            b=b,
+            parts=self.part_table,
+            scale=self.scale,
+            granule=self._granule,
+            scratch=scratch,
+        )
 
     def forward(self, y_TO: Tensor, x_TI: Tensor) -> Tensor:
         """Add scale (x A^T) B^T to y [T, O] in place; differentiable in y, x, A and B."""

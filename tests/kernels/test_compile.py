@@ -248,14 +248,16 @@ def test_products_of_few_rows(kind, index, arch):
     }  # fmt: skip
     if kind == "nf4":
         constants |= {"WARPS": tile.num_warps, "DOUBLE": True, "FAST": True}
+        constants |= {"BESIDE_SHRINK": arch in lora.OVERLAPPING}
         kernel = nf4_matmul._nf4_matmul_kernel
     else:
         constants |= {"SPLIT": index < 3, "CHAINED": index == 3}
+        constants |= {"LETS_NEXT_START": arch in lora.OVERLAPPING}
         kernel = matmul._matmul_kernel
     pointers = {**POINTERS, "w_ptr": "*bf16", "parts_ptr": "*i32"}
     found, ptx = check(kernel, pointers, constants, arch, products=True, stack_limit=80)
     assert found == {90: {"wgmma.mma"}, 100: {"tcgen05.mma"}}.get(arch, {"mma.sync"})
-    assert ("0xffffffff,m" in ptx) == (kind == "nf4")
+    assert ("0xd9c8" in ptx) == (kind == "nf4")
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -11,7 +11,7 @@ import os
 import pytest
 import torch
 
-from sparring.kernels import lora, matmul, nf4, nf4_matmul
+from sparring.kernels import capability_of, lora, matmul, nf4, nf4_matmul
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -187,3 +187,41 @@ def test_bits_of_a_row_at_any_number_of_rows(name, dtype):
             part = x[-num_rows:]
             got = product(part, weights, bias, low_rank_of(part, num_outputs, 16, dtype))
             assert torch.equal(got, whole[-num_rows:]), (num_rows, product)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="launches that overlap")
+@pytest.mark.parametrize("num_rows", [1, 32, 200])
+def test_a_shrink_beside_its_product(num_rows):
+    """The product starts while x A^T is being made: in a graph, the same bits each time."""
+    weight = nf4.quantize_nf4(random(4608, 3584, dtype=torch.bfloat16, scale=0.02))
+    capability = capability_of(DEVICE)
+    xs = [random(num_rows, 3584, dtype=torch.bfloat16, seed=i) for i in range(8)]
+    a = random(48, 3584, dtype=torch.bfloat16, seed=20, scale=0.1)
+    b = random(4608, 16, dtype=torch.bfloat16, seed=21, scale=0.3)
+    parts = [[0, 3584, 0, 0], [3584, 4096, 3584, 16], [4096, 4608, 4096, 32]]
+    given = {
+        "b": b,
+        "parts": torch.tensor(parts, dtype=torch.int32, device=DEVICE),
+        "scale": 1.0,
+        "granule": 512,
+    }
+
+    def product(x):
+        xa, scratch = lora.lora_shrink_beside(x, a, capability)
+        low_rank = matmul.LowRank(xa=xa, scratch=scratch, **given)
+        return nf4_matmul.launch(x, weight, None, low_rank, capability)
+
+    want = []
+    for x in xs:
+        low_rank = matmul.LowRank(xa=lora.lora_shrink(x, a, capability), **given)
+        want.append(nf4_matmul.launch(x, weight, None, low_rank, capability))
+        product(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = [product(x) for x in xs]
+    for _ in range(5):
+        for y in got:
+            y.fill_(float("nan"))
+        graph.replay()
+        assert all(torch.equal(y, w) for y, w in zip(got, want, strict=True))
