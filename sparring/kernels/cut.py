@@ -7,11 +7,15 @@ distribution (of what is not held back), none of what another one left, so what 
 prefix of the ranking, and the likeliest token always stays. A prefix is two numbers: the lowest s
 that stays whole, and of the tokens of the next s the last index that stays.
 
-The Triton form finds them without a sort: one program a row narrows an interval of s by counts and
-masses above three values at a time. Masses are integers, 2^40 exp(s - maximum) rounded down, so a
-sum has no order and no rounding of its own; they agree with float64 probabilities to V 2^-40
-(1.4e-7 for 152,064 tokens) and the float32 exponential's 1e-6. A row without cuts costs a few
-loads.
+The Triton form finds them without a sort. One program a row first bounds the threshold from below
+(top-k: by the k-th of a few thousand maxima; top-p: by what the vocabulary could weigh under the
+bound; min-p: by itself) and lists what lies above, mostly a few hundred tokens; then it narrows an
+interval of s by counts and masses above three values at a time. A list longer than CAPACITY is not
+used: the row's logits are gone through instead.
+
+Masses are integers, 2^40 exp(s - maximum) rounded down, so a sum has no order and no rounding of
+its own; they agree with float64 probabilities to V 2^-40 (1.4e-7 for 152,064 tokens) and the
+float32 exponential's 1e-6. A row without cuts costs a few loads.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ __all__ = ["CutRules", "cut_reference", "find_cuts", "order_key"]
 
 BLOCK_V = 4096
 NUM_WARPS = 16
+CAPACITY = 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -72,9 +77,9 @@ def _value(key):
 
 
 @jit
-def _scaled(logits_ptr, columns, inverse, is_early, held_ptr, V: tl.constexpr, HELD: tl.constexpr):
+def _scaled(logits_ptr, columns, end, inverse, is_early, held_ptr, HELD: tl.constexpr):
     """s of a tile, -inf for what is held back and past the end."""
-    z = tl.load(logits_ptr + columns, mask=columns < V, other=-float("inf"))
+    z = tl.load(logits_ptr + columns, mask=columns < end, other=-float("inf"))
     s = z.to(tl.float32) * inverse
     for i in tl.static_range(HELD):
         s = tl.where(is_early & (columns == tl.load(held_ptr + i)), -float("inf"), s)
@@ -87,10 +92,43 @@ def _mass(s, base):
 
 
 @jit
+def _rank_key(keys, rank):
+    """The rank-th greatest of a block of keys, as int64; rank is from 1 to the block's size."""
+    low = tl.full((), -2147483648, tl.int64)
+    high = tl.max(keys, axis=0).to(tl.int64)
+    while low < high:
+        middle = low + (high - low + 1) // 2
+        enough = tl.sum((keys >= middle).to(tl.int32), axis=0) >= rank
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle - 1)
+    return low
+
+
+@jit
+def _list_above(
+    logits_ptr, listed_ptr, bound, inverse, is_early, held_ptr,
+    V: tl.constexpr, BLOCK_V: tl.constexpr, HELD: tl.constexpr, CAPACITY: tl.constexpr,
+):  # fmt: skip
+    """How many tokens have keys above the bound; the first CAPACITY of their s are written."""
+    lane = tl.arange(0, BLOCK_V)
+    filled = tl.full((), 0, tl.int32)
+    for start in range(0, V, BLOCK_V):
+        s = _scaled(logits_ptr, start + lane, V, inverse, is_early, held_ptr, HELD)
+        is_above = (order_key(s) > bound) & (start + lane < V)
+        count = tl.sum(is_above.to(tl.int32), axis=0)
+        if count > 0:
+            place = filled + tl.cumsum(is_above.to(tl.int32), axis=0) - 1
+            tl.store(listed_ptr + place, s, mask=is_above & (place < CAPACITY))
+            filled += count
+    tl.debug_barrier()  # the list is read by other threads than those that wrote it
+    return filled
+
+
+@jit
 def _cut_kernel(
     logits_ptr, keys_ptr, last_ptr, inverse_ptr, draws_ptr, held_ptr, min_draws_ptr, top_k_ptr,
-    top_p_ptr, min_p_ptr, stride_r,
-    V: tl.constexpr, BLOCK_V: tl.constexpr, HELD: tl.constexpr,
+    top_p_ptr, min_p_ptr, listed_ptr, stride_r,
+    V: tl.constexpr, BLOCK_V: tl.constexpr, HELD: tl.constexpr, CAPACITY: tl.constexpr,
 ):  # fmt: skip
     """One row a program: the key above which all stay, and the last index that stays at it."""
     row = tl.program_id(0).to(tl.int64)
@@ -108,26 +146,53 @@ def _cut_kernel(
         lane = tl.arange(0, BLOCK_V)
         tops = tl.full((BLOCK_V,), -float("inf"), tl.float32)
         for start in range(0, V, BLOCK_V):
-            s = _scaled(logits_ptr, start + lane, inverse, is_early, held_ptr, V, HELD)
+            s = _scaled(logits_ptr, start + lane, V, inverse, is_early, held_ptr, HELD)
             tops = tl.maximum(tops, s)
         top = tl.max(tops, axis=0)
         base = tl.where(top == -float("inf"), 0.0, top)
         most_count = tl.where(top_k > 0, top_k, V + 1)
         most_mass = tl.full((), 9223372036854775807, tl.int64)
+        total_mass = tl.full((), 0, tl.int64)
         if top_p < 1.0:
             masses = tl.zeros((BLOCK_V,), tl.int64)
             for start in range(0, V, BLOCK_V):
-                s = _scaled(logits_ptr, start + lane, inverse, is_early, held_ptr, V, HELD)
+                s = _scaled(logits_ptr, start + lane, V, inverse, is_early, held_ptr, HELD)
                 masses += _mass(s, base)
-            most_mass = tl.ceil(tl.sum(masses, axis=0).to(tl.float64) * top_p).to(tl.int64)
+            total_mass = tl.sum(masses, axis=0)
+            most_mass = tl.ceil(total_mass.to(tl.float64) * top_p).to(tl.int64)
         floor = lowest
         if min_p > 0.0:
             floor = order_key(top + tl.log(min_p)).to(tl.int64) - 1
         # The key T sought is the least with fewer than most_count tokens and less than most_mass
-        # above it. It is the key of a token or the floor, and lies in [low, high].
+        # above it. It is the key of a token or the floor. Above the bound it lies for sure.
+        bound = floor
+        if top_p < 1.0:
+            # tokens below s weigh V exp(s - top) at most: not enough to fill what top_p leaves
+            spare = (total_mass - most_mass).to(tl.float32) * (0.5 / (1099511627776.0 * V))
+            if spare > 0.0:
+                bound = tl.maximum(bound, order_key(top + tl.log(spare)).to(tl.int64))
+        if (top_k > 0) & (top_k <= BLOCK_V):
+            bound = tl.maximum(bound, _rank_key(order_key(tops), top_k) - 1)
+        list_ptr = logits_ptr
+        listed = tl.full((), V, tl.int32)
+        factor = inverse
+        is_raw = is_early
         low = floor
-        high = order_key(top).to(tl.int64)
         above_low = tl.full((), V + 1, tl.int64)  # tokens with keys >= low, once low has moved
+        if bound > lowest:
+            filled = _list_above(
+                logits_ptr, listed_ptr + row * CAPACITY, bound, inverse, is_early, held_ptr, V,
+                BLOCK_V, HELD, CAPACITY,
+            )  # fmt: skip
+            if filled <= CAPACITY:
+                list_ptr = listed_ptr + row * CAPACITY
+                listed = filled
+                factor = 1.0
+                is_raw = False
+            if bound > floor:
+                low = bound + 1
+                above_low = filled.to(tl.int64)
+        high = order_key(top).to(tl.int64)
         above_high = tl.full((), 0, tl.int64)  # tokens with keys > high
         turn = 0
         while (low < high) & (above_low - above_high > 1):
@@ -151,8 +216,8 @@ def _cut_kernel(
             m1 = tl.zeros((BLOCK_V,), tl.int64)
             m2 = tl.zeros((BLOCK_V,), tl.int64)
             m3 = tl.zeros((BLOCK_V,), tl.int64)
-            for start in range(0, V, BLOCK_V):
-                s = _scaled(logits_ptr, start + lane, inverse, is_early, held_ptr, V, HELD)
+            for start in range(0, listed, BLOCK_V):
+                s = _scaled(list_ptr, start + lane, listed, factor, is_raw, held_ptr, HELD)
                 key = order_key(s)
                 mass = _mass(s, base)
                 n1 += (key > q1).to(tl.int32)
@@ -174,23 +239,24 @@ def _cut_kernel(
             low = tl.where(fits1, low, beyond)
             turn += 1
         _store_cut(
-            logits_ptr, keys_ptr + row, last_ptr + row, inverse, is_early, held_ptr, base, floor,
-            high, most_count, most_mass, V, BLOCK_V, HELD,
+            logits_ptr, list_ptr, listed, keys_ptr + row, last_ptr + row, inverse, factor, is_early,
+            is_raw, held_ptr, base, floor, high, most_count, most_mass, V, BLOCK_V, HELD,
         )  # fmt: skip
 
 
 @jit
 def _store_cut(
-    logits_ptr, key_ptr, last_ptr, inverse, is_early, held_ptr, base, floor, high, most_count,
-    most_mass, V: tl.constexpr, BLOCK_V: tl.constexpr, HELD: tl.constexpr,
+    logits_ptr, list_ptr, listed, key_ptr, last_ptr, inverse, factor, is_early, is_raw, held_ptr,
+    base, floor, high, most_count, most_mass,
+    V: tl.constexpr, BLOCK_V: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     """The greatest key up to `high`, and how many of its tokens still fit, by index."""
     lane = tl.arange(0, BLOCK_V)
     last = tl.full((), -1, tl.int32)
     if high > floor:
         greatest = tl.full((BLOCK_V,), -2147483648, tl.int32)
-        for start in range(0, V, BLOCK_V):
-            s = _scaled(logits_ptr, start + lane, inverse, is_early, held_ptr, V, HELD)
+        for start in range(0, listed, BLOCK_V):
+            s = _scaled(list_ptr, start + lane, listed, factor, is_raw, held_ptr, HELD)
             key = order_key(s)
             greatest = tl.maximum(greatest, tl.where(key <= high, key, -2147483648))
         high = tl.max(greatest, axis=0).to(tl.int64)
@@ -198,13 +264,13 @@ def _store_cut(
         equals = tl.zeros((BLOCK_V,), tl.int32)
         masses = tl.zeros((BLOCK_V,), tl.int64)
         each = tl.zeros((BLOCK_V,), tl.int64)
-        for start in range(0, V, BLOCK_V):
-            s = _scaled(logits_ptr, start + lane, inverse, is_early, held_ptr, V, HELD)
+        for start in range(0, listed, BLOCK_V):
+            s = _scaled(list_ptr, start + lane, listed, factor, is_raw, held_ptr, HELD)
             key = order_key(s)
             mass = _mass(s, base)
             counts += (key > high).to(tl.int32)
             masses += tl.where(key > high, mass, 0)
-            is_equal = (key == high) & (start + lane < V)
+            is_equal = (key == high) & (start + lane < listed)
             equals += is_equal.to(tl.int32)
             each = tl.maximum(each, tl.where(is_equal, mass, 0))
         room = most_count - tl.sum(counts, axis=0)
@@ -216,7 +282,7 @@ def _store_cut(
         if tl.sum(equals, axis=0) > room:
             seen = tl.full((), 0, tl.int32)
             for start in range(0, V, BLOCK_V):
-                s = _scaled(logits_ptr, start + lane, inverse, is_early, held_ptr, V, HELD)
+                s = _scaled(logits_ptr, start + lane, V, inverse, is_early, held_ptr, HELD)
                 is_equal = ((order_key(s) == high) & (start + lane < V)).to(tl.int32)
                 place = tl.cumsum(is_equal, axis=0) + seen
                 is_last = (is_equal > 0) & (place == room)
@@ -237,12 +303,15 @@ def find_cuts(
     """In one launch the key [R] int32 above which every token stays, and the last index [R] int32
     that stays of those at the key.
     """
+    logits_RV = logits_RV.float()
     num_rows, vocab_size = logits_RV.shape
     keys_R = torch.empty(num_rows, dtype=torch.int32, device=logits_RV.device)
     last_R = torch.empty_like(keys_R)
+    listed = torch.empty(num_rows, CAPACITY, dtype=torch.float32, device=logits_RV.device)
     _cut_kernel[(num_rows,)](
         logits_RV, keys_R, last_R, inverse_temperatures_R, draws_R, held_ids_H, min_draws_R,
-        rules.top_k_R, rules.top_p_R, rules.min_p_R, logits_RV.stride(0), V=vocab_size,
-        BLOCK_V=BLOCK_V, HELD=len(held_ids_H), num_warps=NUM_WARPS, enable_fp_fusion=True,
+        rules.top_k_R, rules.top_p_R, rules.min_p_R, listed, logits_RV.stride(0), V=vocab_size,
+        BLOCK_V=BLOCK_V, HELD=len(held_ids_H), CAPACITY=CAPACITY, num_warps=NUM_WARPS,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return keys_R, last_R

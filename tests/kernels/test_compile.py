@@ -186,7 +186,9 @@ def test_attention_sums_and_deltas():
 
 
 DRAWING = {
-    **dict.fromkeys(("logits_ptr", "parts_ptr", "inverse_ptr", "logprobs_ptr"), "*fp32"),
+    **dict.fromkeys(
+        ("logits_ptr", "parts_ptr", "listed_ptr", "inverse_ptr", "logprobs_ptr"), "*fp32"
+    ),
     **dict.fromkeys(("seed_ptr", "ids_ptr", "draws_ptr", "held_ptr", "min_draws_ptr"), "*i64"),
     "tokens_ptr": "*i64",
     **dict.fromkeys(("best_ptr", "keys_ptr", "last_ptr"), "*i32"),
@@ -203,8 +205,8 @@ def test_sampling(arch):
     for is_cut in (False, True):
         tile = {"IS_CUT": is_cut, "num_warps": sampling.NUM_WARPS}
         check(sampling._tiles_kernel, DRAWING, constants | tile, arch)
-    rows = {"V": 151936, "BLOCK_V": cut.BLOCK_V, "HELD": 2, "num_warps": cut.NUM_WARPS}
-    check(cut._cut_kernel, DRAWING, rows, arch)
+    rows = {"V": 151936, "BLOCK_V": cut.BLOCK_V, "HELD": 2, "CAPACITY": cut.CAPACITY}
+    check(cut._cut_kernel, DRAWING, rows | {"num_warps": cut.NUM_WARPS}, arch)
     constants = {"TILES": tiles, "BLOCK_T": triton.next_power_of_2(tiles), "num_warps": 1}
     constants["HAS_TOKEN"] = False
     check(sampling._combine_kernel, DRAWING, constants, arch)

@@ -286,6 +286,16 @@ def test_cuts_keep_what_the_reference_keeps(vocabulary, scale, knobs):
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("knobs", [{"top_k": 40}, {"top_p": 0.9}, {"min_p": 0.01}])
+def test_a_list_that_does_not_fit_changes_nothing(monkeypatch, knobs):
+    monkeypatch.setattr(cut, "CAPACITY", 16)
+    logits = normal(3, 700, 1.0, seed=2)
+    r = rules(3, temperatures=[1.0, 0.5, 2.0], held=(5,), min_draws=2, **knobs)
+    got, want = kept(logits, torch.tensor([0, 1, 2], device=DEVICE), r)
+    assert int(want.sum(1).max()) > 16
+    assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("knobs", [{"top_k": 4}, {"top_p": 0.7}, {"min_p": 0.3}, {"top_k": 8}])
 def test_cuts_take_equals_by_index(knobs):
     logits = torch.zeros(3, 5000, device=DEVICE)
