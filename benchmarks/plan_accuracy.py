@@ -237,7 +237,7 @@ def table_line(name: str, row: dict[str, Any]) -> str:
 
 def main() -> None:
     torch.manual_seed(0)
-    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     output, wanted = Path(sys.argv[1]), sys.argv[2:] or list(ROWS)
     result: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"), "device": torch.cuda.get_device_name(),

@@ -184,12 +184,14 @@ def plan_recipe(
 ) -> tuple[Plan | None, Plan | None]:
     """The plan of the recipe as it stands, and the fastest that fits the budget.
 
-    The first is None where the recipe leaves a choice to the plan, the second where there is no
-    budget. Raises MemoryBudgetError where nothing fits.
+    The first is None where the recipe leaves the choice to a budget that is there, the second where
+    there is no budget ("auto" is then 8192 tokens, no checkpoints). Raises MemoryBudgetError where
+    nothing fits.
     """
     wanted = settings_of(recipe)
     asked = None
-    if recipe.train.micro_batch_tokens and recipe.train.checkpointing != "auto":
+    is_open = not recipe.train.micro_batch_tokens or recipe.train.checkpointing == "auto"
+    if budget is None or not is_open:
         try:
             asked = predict(job, wanted, budget=budget, card=card)
         except MemoryBudgetError:
@@ -212,7 +214,8 @@ def fit_memory(
     if device.type != "cuda":
         return _decided(recipe, settings_of(recipe))
     if loaded is None:
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        # the one way to set it after the process began; the public one is a variable read at import
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     budget = _budget(recipe, device, say)
     recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"memory": budget})})
     model = None if loaded is None else loaded.model

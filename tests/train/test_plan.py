@@ -210,7 +210,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     }.items():
         monkeypatch.setattr(torch.cuda, name, found)
     monkeypatch.setattr(
-        torch.cuda.memory, "_set_allocator_settings", lambda text: told.update(allocator=text)
+        torch._C, "_accelerator_setAllocatorSettings", lambda text: told.update(allocator=text)
     )
     return told
 
