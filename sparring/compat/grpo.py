@@ -205,7 +205,7 @@ class GRPOTrainer(Trainer):
                 f" {max(0, left) / 2**30:.2f} GiB for keys and values beside"
                 f" {weights / 2**30:.1f} GiB of weights; raise it, or lower max_seq_length"
             )
-        return min(useful, left)
+        return left if left < useful else "auto"
 
 
 def _batches(args: Any) -> tuple[int, int]:

@@ -185,8 +185,13 @@ class Trainer:
             },
             "data": {"train": IN_MEMORY, "template": _recorded(self._template())},
             "optimizer": _optimizer(args, self.num_steps() * self.updates_per_step),
-            "train": {"steps": self.num_steps(), "checkpointing": decoder.checkpointing.mode},
+            "train": {
+                "steps": self.num_steps(),
+                "checkpointing": decoder.checkpointing.mode,
+                **({"micro_batch_tokens": "auto"} if self.model.device.type == "cuda" else {}),
+            },
             "run": {
+                "bitwise": bool(args.full_determinism) and self.model.device.type == "cuda",
                 "dir": str(folder),
                 "seed": int(args.seed),
                 "checkpoint_every": self._every("save_strategy", "save_steps"),

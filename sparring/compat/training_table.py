@@ -133,9 +133,7 @@ TRAINING: dict[str, Argument] = {
         False, "a resumed run goes on with the rows that come next", "start a new run instead"
     ),
     "restore_callback_states_from_checkpoint": immaterial(False, "there are no callbacks"),
-    "full_determinism": refused(
-        False, "it switches torch's own kernels", "[run] bitwise is the native switch"
-    ),
+    "full_determinism": honoured(False, "[run] bitwise on a card; a CPU needs none", True, False),
     "seed": honoured(42, "[run] seed"),
     "data_seed": refused(None, "one seed keys rows and noise alike", "set seed"),
     "use_cpu": honoured(False, "where a model given by name is loaded", True, False),

@@ -26,7 +26,7 @@ from sparring.train.interrupt import Interruptions
 from sparring.train.optimizer import Optimizer
 from sparring.train.order import rows_of_step
 from sparring.train.plan_recipe import fit_memory
-from sparring.train.policy import Policy, build_policy
+from sparring.train.policy import Policy, take_policy
 from sparring.train.session import Session, open_session
 from sparring.train.step import score_values, train_step
 
@@ -64,7 +64,7 @@ def train(
     """
     with Interruptions() as interruptions, open_session(recipe, "dpo", resume=resume) as session:
         recipe = fit_memory(recipe, "dpo", session.say, policy)
-        policy = policy or build_policy(recipe)
+        policy = take_policy(recipe, policy)
         if pairs is not None:
             policy = policy.speaking(pairs.template)
             for line in [*pairs.report(), *(eval_pairs.report() if eval_pairs else [])]:

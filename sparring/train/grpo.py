@@ -50,7 +50,7 @@ from sparring.train.mismatch import check_mismatch, mismatch
 from sparring.train.optimizer import Optimizer
 from sparring.train.order import rows_of_step
 from sparring.train.plan_recipe import fit_memory
-from sparring.train.policy import Policy, build_engine, build_policy, build_reference_policy
+from sparring.train.policy import Policy, build_engine, build_reference_policy, take_policy
 from sparring.train.sampled import measure_accuracy, open_prompts
 from sparring.train.session import Session, open_session
 from sparring.train.step import StepMetrics, mean_of_updates, train_step, with_old_logprobs
@@ -100,7 +100,7 @@ def train(
         judges = list(rewards) or load_rewards(recipe, secrets)
         session.record_sandbox(sandbox_levels(judges))
         try:
-            loaded = policy or build_policy(recipe, capability=capability)
+            loaded = take_policy(recipe, policy, capability=capability)
             speaking, train_set, eval_set = open_prompts(
                 recipe, loaded, session, prompts, eval_prompts
             )

@@ -138,6 +138,16 @@ def build_policy(recipe: Recipe, *, capability: Capability | None = None) -> Pol
     )
 
 
+def take_policy(
+    recipe: Recipe, policy: Policy | None, *, capability: Capability | None = None
+) -> Policy:
+    """The policy that the caller holds, keeping in training what [train] says; None: build one."""
+    if policy is None:
+        return build_policy(recipe, capability=capability)
+    set_memory_saving(policy.model, recipe)
+    return policy
+
+
 def set_memory_saving(model: Decoder, recipe: Recipe) -> None:
     """Make a model keep in its training forward what [train] says, where it says."""
     section = recipe.train

@@ -22,7 +22,7 @@ from sparring.train.interrupt import Interruptions
 from sparring.train.optimizer import Optimizer, build_optimizer
 from sparring.train.order import rows_of_step
 from sparring.train.plan_recipe import fit_memory
-from sparring.train.policy import Policy, build_policy
+from sparring.train.policy import Policy, take_policy
 from sparring.train.session import Session, open_session
 from sparring.train.step import score_loss, train_step
 
@@ -44,7 +44,7 @@ def train(
     """
     with Interruptions() as interruptions, open_session(recipe, "sft", resume=resume) as session:
         recipe = fit_memory(recipe, "sft", session.say, policy)
-        policy = policy or build_policy(recipe)
+        policy = take_policy(recipe, policy)
         if rows is not None:
             policy = policy.speaking(rows.template)
             for line in [*rows.report(), *(held_out.report() if held_out else [])]:

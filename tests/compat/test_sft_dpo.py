@@ -373,3 +373,12 @@ def test_long_prompts_are_dropped_and_long_answers_cut(model_path: str):
     trainer = dpo(model_path, rows, max_prompt_length=20, max_completion_length=5)
     assert (len(trainer.pairs), trainer.pairs.num_too_long) == (2, 1)
     assert [len(pair.chosen_ids) for pair in trainer.pairs] == [2, 5]
+
+
+def test_what_is_kept_for_backward_is_what_the_arguments_say(model_path: str):
+    rows = [{"text": "hello"} for _ in range(4)]
+    for wanted, mode in ((True, "layers"), (False, "none")):
+        trainer = sft(model_path, rows, gradient_checkpointing=wanted, full_determinism=True)
+        trainer.train()
+        assert trainer.model.policy.model.checkpointing.mode == mode
+        assert f'checkpointing = "{mode}"' in (trainer.run_dir / "recipe.toml").read_text()
