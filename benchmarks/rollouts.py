@@ -70,6 +70,7 @@ STEP = {**NF4, "lora_rank": 16, "kind": "step"}
 RAGGED = {**NF4, "lora_rank": 16, "work": (32, 8, 1024, 4096), "max_running": 128}
 ROWS: dict[str, Row] = {
     "1.5b 1x8x256x512": Row(model=SMALL, work=(1, 8, 256, 512)),
+    "1.5b bitwise 1x8x256x512": Row(model=SMALL, work=(1, 8, 256, 512), bitwise=True),
     "1.5b 16x8x256x512": Row(model=SMALL, work=(16, 8, 256, 512)),
     "1.5b 32x8x256x1024": Row(model=SMALL, work=(32, 8, 256, 1024)),
     "7b 4x8x256x768": Row(model=LARGE, work=(4, 8, 256, 768)),
@@ -231,6 +232,8 @@ def memory() -> dict[str, float]:
 def run_all(names: list[str], output: Path) -> None:
     """Measures rows of one model in this process and writes them down as they come."""
     first = ROWS[names[0]]
+    if first.kind == "step":  # as every run on a GPU does (train/plan_recipe.py)
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     total = torch.cuda.get_device_properties(0).total_memory
     if first.cap_gib:
         torch.cuda.set_per_process_memory_fraction((first.cap_gib - 1.0) * GIB / total)
@@ -379,7 +382,7 @@ def main() -> None:
 
 def process_of(row: Row) -> tuple[object, ...]:
     """Rows of which this is equal share a process."""
-    return row.model, row.quantization, row.lora_rank, row.cap_gib
+    return row.model, row.quantization, row.lora_rank, row.cap_gib, row.kind == "step"
 
 
 def told(name: str, row: dict[str, Any]) -> str:
@@ -394,6 +397,7 @@ def told(name: str, row: dict[str, Any]) -> str:
         f"reserved {row['peak reserved GiB']:.2f} GiB, "
         f"beside {row['device used - reserved GiB']:.2f}, "
         f"mismatch {gap['mean']:.4f} kl {gap['kl']:.1e}, graphs {row['graphs']}"
+        f", first {row['first']['rollout']:.1f} s"
         + (f", prompt {row['prompt tokens/s']:,.0f} tok/s" if "prompt tokens/s" in row else "")
     )
 

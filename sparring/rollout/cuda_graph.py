@@ -105,12 +105,18 @@ class GraphSteps:
         self._stream = torch.cuda.Stream(device) if captures else None
         self._weights_at: tuple[int, ...] = ()
         self._capture_seconds = 0.0
-        self._capture_bytes = 0
 
     @property
     def stats(self) -> GraphStats:
         """What was captured so far."""
-        return GraphStats(len(self._graphs), self._capture_bytes, self._capture_seconds)
+        return GraphStats(len(self._graphs), self._pool_bytes(), self._capture_seconds)
+
+    def _pool_bytes(self) -> int:
+        """What the graphs' memory pool has reserved: activations and workspaces of every bucket."""
+        if not self._graphs:
+            return 0
+        segments = torch.cuda.memory_snapshot()
+        return sum(s["total_size"] for s in segments if s["segment_pool_id"] == self._memory)
 
     def aim(self, kv_pool: KVPool, sampling: Sampling) -> None:
         """The next bursts run on this pool, which has the address tensor of every pool before it,
@@ -163,7 +169,6 @@ class GraphSteps:
         rows, device = self.rows, self._model.device
         assert self._stream is not None, "captures"
         torch.cuda.synchronize(device)
-        before = torch.cuda.memory_reserved(device)
         rows.idle()
         with torch.cuda.stream(self._stream):
             self._compute(num_rows, context)  # compiles and loads what is not yet
@@ -173,7 +178,6 @@ class GraphSteps:
         with torch.cuda.graph(graph, pool=self._memory, stream=self._stream):
             self._compute(num_rows, context)
         torch.cuda.synchronize(device)
-        self._capture_bytes += max(0, torch.cuda.memory_reserved(device) - before)
         self._capture_seconds += time.perf_counter() - started
         return graph
 
