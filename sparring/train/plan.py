@@ -35,7 +35,13 @@ from sparring.train.plan_job import (
     take_moments,
     take_weights,
 )
-from sparring.train.plan_rollout import BLOCK_TOKENS, kv_tokens, take_graphs, take_rollout
+from sparring.train.plan_rollout import (
+    BLOCK_TOKENS,
+    kv_tokens,
+    rows_at_once,
+    take_graphs,
+    take_rollout,
+)
 from sparring.train.plan_seconds import Seconds, step_seconds, training_seconds
 from sparring.train.plan_training import (
     STREAM_BYTES,
@@ -57,6 +63,8 @@ calls make inside themselves. Measured on an H200: 39 to 60 MiB, at most 1.9 % o
 STEPS_PLAYED = 2
 """After the second step the allocator holds all that a run ever makes it reserve."""
 BATCHES_PLAYED = 3
+PROPOSALS_TRIED = 4
+"""Of the fastest training passes: the first whose rollout fits too is taken."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,12 +154,12 @@ def predict(
     """
     arch = card.arch if card is not None else 90
     batches = micro_batches(job.work, settings.micro_batch_tokens, exact=exact)
-    training = training_phase(job, settings, batches, budget=budget, arch=arch)
     rollout = None
     if job.samples:
         if not settings.kv_bytes:
             settings = replace(settings, kv_bytes=kv_room(job, settings, budget, arch=arch))
         rollout = rollout_phase(job, settings, budget=budget, arch=arch)
+    training = training_phase(job, settings, batches, budget=budget, arch=arch)
     seconds = None if card is None else step_seconds(job, settings, card, batches)
     return Plan(
         job=job, settings=settings, budget=budget, rollout=rollout, training=training,
@@ -203,6 +211,9 @@ def kv_room(job: Job, settings: Settings, budget: int | None, *, arch: int) -> i
     room = int((budget - bare.total) * KV_SHARE)
     block = BLOCK_TOKENS * each
     room = min(useful, room) // block * block
+    if room >= least:  # more rows at once have larger graphs
+        filled = rollout_phase(job, replace(settings, kv_bytes=room), budget=None, arch=arch)
+        room -= -(-max(0, filled.total - budget) // block) * block
     if room < least:
         raise MemoryBudgetError(
             f"{gib(budget)} leave {gib(max(0, room))} for keys and values, and one completion of"
@@ -234,7 +245,7 @@ def propose(
         if training.total <= budget:
             found.append((training_seconds(job, settings, card, batches), settings))
     found.sort(key=lambda pair: pair[0])
-    for _, settings in found[:1]:
+    for _, settings in found[:PROPOSALS_TRIED]:
         plans = []
         for caches in _caching(job, wanted):
             try:
@@ -324,7 +335,10 @@ def _resident(job: Job, settings: Settings, arch: int) -> Tape:
     for _ in range(2):
         tape.take(WORKSPACES, workspace_bytes(arch) // 2)
     if job.samples:
-        take_graphs(tape, job.policy, job.work, settings, workspace_bytes(arch) // 2)
+        most = min(settings.max_running, max(job.work.num_completions, job.most_completions))
+        each = job.policy.kv_bytes_per_token
+        rows = rows_at_once(job.work, settings.kv_bytes, each, most)
+        take_graphs(tape, job.policy, rows, workspace_bytes(arch) // 2)
     return tape
 
 

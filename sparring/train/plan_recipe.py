@@ -23,11 +23,9 @@ from sparring.recipe import Recipe
 from sparring.train.cards import Card, all_cards, find_card
 from sparring.train.plan import MODES, Plan, gib, predict, propose
 from sparring.train.plan_job import CONTEXT_BYTES, Job, Settings, Trained, Work
-from sparring.train.policy import MAX_RUNNING, Policy, pick_device, set_memory_saving
+from sparring.train.policy import MAX_RUNNING, Policy, pick_device, set_memory_saving, work_of
 
 Algorithm = Literal["grpo", "ppo", "sft", "dpo"]
-ASSUMED_PROMPT_TOKENS = 256
-"""Of a prompt, where neither the recipe's limits nor the user say less."""
 DEFAULT_TOKENS, DEFAULT_MODE = 8192, "none"
 """What "auto" is where nothing is planned."""
 
@@ -122,14 +120,7 @@ def _work(recipe: Recipe, algorithm: Algorithm, policy: Trained, prompt_tokens: 
         return Work(
             prompts=rows, group_size=size, prompt_tokens=1, completion_tokens=longest // size
         )
-    rollout = recipe.rollout
-    room = max(1, limit - rollout.max_completion_tokens)
-    return Work(
-        prompts=rollout.prompts_per_step,
-        group_size=rollout.group_size,
-        prompt_tokens=prompt_tokens or min(room, ASSUMED_PROMPT_TOKENS),
-        completion_tokens=rollout.max_completion_tokens,
-    )
+    return work_of(recipe.rollout, limit, prompt_tokens)
 
 
 def _reference(recipe: Recipe, algorithm: Algorithm) -> str:

@@ -24,12 +24,20 @@ BLOCK_TOKENS = 64
 """Tokens of a block of the KV pool, as the engine's own default on a GPU."""
 
 
-def take_graphs(tape: Tape, model: Trained, work: Work, settings: Settings, workspace: int) -> None:
-    """What captured decode steps keep: a step's tensors and a library workspace, twice.
+def rows_at_once(work: Work, kv_bytes: int, kv_bytes_per_token: int, most: int) -> int:
+    """Completions that the engine lets run together: all of a step's, more (in evaluations) as far
+    as they fit the KV pool at full length, at most `most`.
+    """
+    each = work.prompt_tokens / work.group_size + work.completion_tokens
+    fitting = int(kv_bytes / (kv_bytes_per_token * each))
+    return max(1, min(most, max(work.num_completions, fitting)))
+
+
+def take_graphs(tape: Tape, model: Trained, rows: int, workspace: int) -> None:
+    """What captured decode steps of so many rows keep: a step's tensors and a workspace, twice.
 
     Once for the run before a capture, on a stream of its own, once in the graphs' pool.
     """
-    rows = min(settings.max_running, max(1, work.num_completions))
     config = model.config
     step = rows * (3 * config.ffn_width + 8 * config.width) * model.item
     for _ in range(2):

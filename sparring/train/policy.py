@@ -24,16 +24,20 @@ from sparring.models.reference import Reference, build_reference
 from sparring.models.storage import Storage
 from sparring.models.transformer import Decoder, kv_bytes_per_token
 from sparring.rollout.engine import Engine, has_kernels
+from sparring.train.plan_job import Work
+from sparring.train.plan_rollout import rows_at_once
 
 if TYPE_CHECKING:
     from sparring.recipe import Recipe
-    from sparring.recipe.sections import ModelSection
+    from sparring.recipe.sections import ModelSection, RolloutSection
 
 SETTINGS_FILE = "sparring.json"
 """Beside the weights in `final/`: template, system prompt and limit that it was trained with."""
 
 KV_SHARE_OF_FREE_MEMORY = 0.5
 MAX_RUNNING = 512
+ASSUMED_PROMPT_TOKENS = 256
+"""Of a prompt, where neither the recipe's limits nor the user say less."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,6 +201,17 @@ def build_reference_policy(policy: Policy, kl_coef: float) -> Reference | None:
     return build_reference(policy.model) if kl_coef else None
 
 
+def work_of(section: RolloutSection, max_tokens: int, prompt_tokens: int = 0) -> Work:
+    """A step of [rollout] at full length; prompt_tokens 0: an assumption within max_tokens."""
+    room = max(1, max_tokens - section.max_completion_tokens)
+    return Work(
+        prompts=section.prompts_per_step,
+        group_size=section.group_size,
+        prompt_tokens=prompt_tokens or min(room, ASSUMED_PROMPT_TOKENS),
+        completion_tokens=section.max_completion_tokens,
+    )
+
+
 def build_engine(recipe: Recipe, policy: Policy, *, most_rollouts: int) -> Engine:
     """The rollout engine on the policy's own weights, inside rollout.kv_memory bytes.
 
@@ -214,13 +229,18 @@ def build_engine(recipe: Recipe, policy: Policy, *, most_rollouts: int) -> Engin
         if recipe.run.memory != "auto":
             budget = min(budget, int(recipe.run.memory))
         kv_bytes = min(useful, int(budget * KV_SHARE_OF_FREE_MEMORY))
+    running = MAX_RUNNING
+    if model.device.type == "cuda":  # more rows have larger graphs: as many as the plan counts
+        each = kv_bytes_per_token(model.config, model.dtype)
+        work = work_of(section, policy.max_tokens)
+        running = rows_at_once(work, int(kv_bytes), each, MAX_RUNNING)
     return Engine(
         model,
         kv_bytes=int(kv_bytes),
         stop_ids=policy.stop_ids,
         decode=policy.decode,
         max_tokens=policy.max_tokens,
-        max_running=MAX_RUNNING,
+        max_running=running,
         cuda_graphs=section.cuda_graphs,
         caches_weights=section.cache_weights is True and model.is_quantised,
     )
