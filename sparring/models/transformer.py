@@ -444,7 +444,8 @@ def new_kv_pool(
     address: Tensor | None = None,
 ) -> KVPool:
     """A zeroed pool of keys and values; bytes: num_blocks * block_size *
-    kv_bytes_per_token(config, dtype). address: the address tensor of the pool that it follows.
+    kv_bytes_per_token(config, dtype). dtype: the model's, or int8 or float8_e4m3fn with scales.
+    address: the address tensor of the pool that it follows, [2] with scales.
     """
     shape = (
         config.num_layers,
@@ -455,12 +456,17 @@ def new_kv_pool(
         config.head_size,
     )
     data = torch.zeros(shape, dtype=dtype, device=device)
+    scales = None
+    if dtype.itemsize == 1:
+        scales = torch.zeros(shape[:-1], dtype=torch.float32, device=device)
+    places = [data.data_ptr()] if scales is None else [data.data_ptr(), scales.data_ptr()]
     if address is None:
-        address = torch.zeros(1, dtype=torch.int64, device=device)
-    address.fill_(data.data_ptr())
-    return KVPool(data=data, address=address)
+        address = torch.zeros(len(places), dtype=torch.int64, device=device)
+    address.copy_(torch.tensor(places))
+    return KVPool(data=data, address=address, scales=scales)
 
 
 def kv_bytes_per_token(config: TransformerConfig, dtype: torch.dtype) -> int:
-    """Bytes that one token's keys and values take over all layers."""
-    return config.num_layers * 2 * config.num_kv_heads * config.head_size * dtype.itemsize
+    """Bytes that one token's keys and values take over all layers, with scales in 8 bits."""
+    each = config.head_size * dtype.itemsize + (4 if dtype.itemsize == 1 else 0)
+    return config.num_layers * 2 * config.num_kv_heads * each

@@ -134,6 +134,7 @@ class RolloutSection(BaseModel):
 
     top_p, top_k and min_p are for evaluations; grpo, ppo and advise refuse them.
     cache_weights: four-bit weights are kept decoded while sampling ("auto": where they fit).
+    kv_dtype: keys and values in the model's dtype, or in 8 bits with scales, on a GPU.
     """
 
     model_config = _FROZEN
@@ -146,6 +147,7 @@ class RolloutSection(BaseModel):
     min_p: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     stop: Names = ()
     kv_memory: Size = "auto"
+    kv_dtype: Literal["auto", "int8", "fp8"] = "auto"
     cache_weights: bool | Literal["auto"] = "auto"
     cuda_graphs: bool = True
 

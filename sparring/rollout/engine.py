@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -78,7 +79,8 @@ class Engine:
     where the project's own kernels read the blocks, else 16. On a GPU decode steps are captured
     CUDA graphs of `steps_per_sync` steps between two looks at the result; cuda_graphs False: the
     same without capture, to the same tokens. caches_weights: keep four-bit weights decoded while
-    generating (the same numbers in 16 bits), until `sleep`. Raises UserError or MemoryBudgetError.
+    generating (the same numbers in 16 bits), until `sleep`. kv_dtype: "auto" (the model's), or
+    "int8" or "fp8" with a scale a token and head. Raises UserError or MemoryBudgetError.
 
     policy_version keys the noise and is recorded in every rollout; stats are of the last call that
     ended.
@@ -99,6 +101,7 @@ class Engine:
         cuda_graphs: bool = True,
         steps_per_sync: int = 16,
         caches_weights: bool = False,
+        kv_dtype: Literal["auto", "int8", "fp8"] = "auto",
     ) -> None:
         on_kernels = has_kernels(model)
         if block_size is None:
@@ -122,7 +125,8 @@ class Engine:
         self.adapter = adapter
         self.policy_version = 0
         self.stats = EngineStats()
-        self.block_bytes = kv_bytes_per_token(model.config, model.dtype) * block_size
+        self.kv_dtype = _kv_dtype(model, kv_dtype)
+        self.block_bytes = kv_bytes_per_token(model.config, self.kv_dtype) * block_size
         most_useful = 1 + max_running * blocks_for(max_tokens, block_size)
         self.num_blocks = min(kv_bytes // self.block_bytes, most_useful)
         if self.num_blocks < 2:
@@ -137,7 +141,8 @@ class Engine:
         self._num_steps = steps_per_sync
         self._graph_steps: GraphSteps | None = None
         if on_kernels:
-            self._address = torch.zeros(1, dtype=torch.int64, device=model.device)
+            num_places = 2 if self.kv_dtype.itemsize == 1 else 1
+            self._address = torch.zeros(num_places, dtype=torch.int64, device=model.device)
         self._mean_completion_tokens = _FIRST_GUESS_TOKENS
 
     def generate(
@@ -220,7 +225,7 @@ class Engine:
                 self.model.config,
                 self.num_blocks,
                 self.block_size,
-                self.model.dtype,
+                self.kv_dtype,
                 self.model.device,
                 self._address,
             )
@@ -318,6 +323,25 @@ def has_kernels(model: Decoder) -> bool:
     is_half = model.dtype in (torch.bfloat16, torch.float16)
     is_gpu = model.device.type == "cuda"
     return is_gpu and is_half and model.capability.tensor_dots and model.config.head_size <= 256
+
+
+def _kv_dtype(model: Decoder, name: str) -> torch.dtype:
+    """The dtype of keys and values; raises UserError for 8 bits where they cannot be."""
+    names = {"auto": model.dtype, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+    if name not in names:
+        raise UserError(f"kv_dtype is {name!r}; it takes {', '.join(map(repr, names))}.")
+    if name == "auto":
+        return model.dtype
+    reason = ""
+    if not has_kernels(model):
+        reason = "a GPU with tensor cores and a model in 16 bits"
+    elif name == "fp8" and model.capability.arch < 89:
+        reason = "a card of compute capability 8.9 or later"
+    elif model.is_bitwise:
+        reason = "run.bitwise = false: the trainer's keys are in 16 bits"
+    if reason:
+        raise UserError(f"kv_dtype = {name!r} needs {reason}; leave it at 'auto'.")
+    return names[name]
 
 
 def _require_at_least(low: int, **values: int) -> None:

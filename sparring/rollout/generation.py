@@ -159,6 +159,8 @@ class Generation:
         data = self.kv_pool.data
         sources, targets = torch.tensor(copies, dtype=torch.int64, device=data.device).T
         data[:, targets] = data[:, sources]
+        if self.kv_pool.scales is not None:
+            self.kv_pool.scales[:, targets] = self.kv_pool.scales[:, sources]
 
     def _decode(self, running: Sequence[SequenceState]) -> None:
         """One burst of decode steps for every running sequence."""

@@ -243,6 +243,7 @@ def build_engine(recipe: Recipe, policy: Policy, *, most_rollouts: int) -> Engin
         max_running=running,
         cuda_graphs=section.cuda_graphs,
         caches_weights=section.cache_weights is True and model.is_quantised,
+        kv_dtype=section.kv_dtype,
     )
 
 

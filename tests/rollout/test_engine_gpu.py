@@ -161,3 +161,29 @@ def test_scarce_memory_preempts_and_finishes() -> None:
     assert all(len(r.token_ids) == 200 for r in got)
     assert scarce.stats.num_preemptions > 0
     assert scarce.stats.num_free_blocks == scarce.stats.num_blocks
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+def test_keys_and_values_in_eight_bits(kv_dtype: str) -> None:
+    model = adapted(gpu_model())
+    sampling, asked = Sampling(max_completion_tokens=60), prompts(100, 9, 70)
+    half = engine(model, stop_ids=())
+    small = engine(model, stop_ids=(), kv_dtype=kv_dtype)
+    assert small.block_bytes < 0.6 * half.block_bytes
+    got = small.generate(asked, sampling, num_samples=4)
+    plain = engine(model, stop_ids=(), kv_dtype=kv_dtype, cuda_graphs=False)
+    assert_same(got, plain.generate(asked, sampling, num_samples=4))
+    place = small._kv_pool.data.data_ptr()
+    small.sleep()
+    blocker = torch.empty(1 << 24, dtype=torch.int32, device="cuda")
+    assert_same(got, small.generate(asked, sampling, num_samples=4))
+    assert small._kv_pool.data.data_ptr() != place
+    del blocker
+    want = half.generate(asked, sampling, num_samples=4)
+    gaps = [
+        abs(float(a.logprobs[0]) - float(b.logprobs[0]))
+        for a, b in zip(flat(got), flat(want), strict=True)
+        if int(a.token_ids[0]) == int(b.token_ids[0])
+    ]
+    assert len(gaps) >= 8
+    assert 0 < sum(gaps) / len(gaps) < 0.15

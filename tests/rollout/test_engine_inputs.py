@@ -117,6 +117,7 @@ def test_memory_below_two_blocks_is_refused(model: Decoder, build_engine: BuildE
         {"max_running": 0},
         {"block_size": -4},
         {"max_prefill_tokens": True},
+        {"kv_dtype": "int4"},
     ],
 )
 def test_engine_settings_are_checked(
@@ -160,3 +161,11 @@ def test_a_diverged_model_stops_with_a_message(
         build_engine(model).generate(
             build_prompts([4], first_id=3), Sampling(max_completion_tokens=4)
         )
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+def test_keys_in_eight_bits_need_a_gpu(
+    model: Decoder, build_engine: BuildEngine, kv_dtype: str
+) -> None:
+    with pytest.raises(UserError, match=f"kv_dtype = '{kv_dtype}' needs a GPU with tensor cores"):
+        build_engine(model, kv_dtype=kv_dtype)
