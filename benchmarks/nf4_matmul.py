@@ -38,13 +38,12 @@ ROWS = (1, 4, 8, 16, 32, 64, 128, 256)
 CUDA = torch.device("cuda")
 BF16 = torch.bfloat16
 SWEEP = {
-    16: [(64, 4, 3), (64, 4, 4), (64, 4, 6), (128, 4, 3), (128, 8, 3), (128, 8, 4)],
-    32: [(64, 4, 3), (64, 4, 4), (64, 4, 6), (128, 4, 3), (128, 8, 3), (128, 8, 4)],
-    64: [(64, 4, 2), (64, 4, 3), (64, 4, 4), (128, 4, 3), (128, 8, 2), (128, 8, 3)],
-    128: [(64, 4, 2), (64, 4, 3), (128, 8, 2), (128, 8, 3)],
-    256: [(64, 8, 3), (128, 8, 2)],
+    16: [(64, 4, 3, 0), (64, 4, 3, 128), (64, 4, 2, 128), (64, 4, 4, 128), (64, 4, 2, 96)],
+    32: [(64, 4, 3, 0), (64, 4, 3, 168), (64, 4, 2, 168), (64, 4, 2, 128), (128, 8, 2, 128)],
+    64: [(64, 4, 2, 0), (64, 4, 2, 168), (64, 4, 3, 168), (128, 8, 2, 128), (128, 8, 2, 0)],
+    128: [(64, 4, 2, 0), (128, 8, 2, 0), (64, 8, 2, 128)],
 }
-SEGMENTS = {"qkv": (4, 7, 14), "o": (4, 7, 14), "gate_up": (1, 2, 4), "down": (4, 7, 14)}
+SEGMENTS = {"qkv": (4, 7), "o": (4, 7), "gate_up": (1, 2), "down": (7, 10)}
 
 
 def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -191,9 +190,9 @@ def bitsandbytes_time(bnb: object, weights: list[nf4.NF4Matrix], x: torch.Tensor
 def candidates() -> list[tuple[str, int, int, Tile]]:
     out = []
     for num_rows, tiles in SWEEP.items():
-        for (bn, warps, stages), name in product(tiles, MATRICES):
+        for (bn, *rest), name in product(tiles, MATRICES):
             for segments in SEGMENTS[name]:
-                tile = Tile(bn, num_rows, warps, stages)
+                tile = Tile(bn, num_rows, *rest)
                 out.append((name, num_rows, segments, tile))
     return out
 

@@ -52,12 +52,16 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Weight rows and rows of x a program computes, warps, and depth of the load pipeline."""
+    """Weight rows and rows of x a program computes, warps, and depth of the load pipeline.
+
+    max_registers: of a thread, so that more programs fit on a multiprocessor; 0: no limit.
+    """
 
     block_n: int
     block_t: int
     num_warps: int
     num_stages: int
+    max_registers: int = 0
 
 
 BLOCK_K = 128

@@ -54,7 +54,13 @@ from sparring.kernels.nf4 import (
 BLOCK_K = 256
 
 _SMALL = (Tile(64, 16, 4, 3), Tile(64, 32, 4, 3), Tile(64, 64, 4, 2))
-TILES = {0: _SMALL, 90: _SMALL, 100: _SMALL}
+_HOPPER = (
+    Tile(64, 16, 4, 3, 128),
+    Tile(64, 32, 4, 3, 168),
+    Tile(64, 64, 4, 2, 168),
+    Tile(128, 128, 8, 2),
+)
+TILES = {0: _SMALL, 90: _HOPPER}
 """By architecture (0: all others): the first whose block_t holds the rows, else the last, repeated.
 """
 
@@ -193,7 +199,9 @@ def launch(
     work, count = workspace(x, tile, grid[0] * grid[1], segments) if segments > 1 else (x, x)
     double = weight.absmax2 is not None
     beside = low_rank is not None and low_rank.scratch is not None
-    overlap = {"launch_pdl": True} if beside else {}
+    options = {"launch_pdl": True} if beside else {}
+    if tile.max_registers:
+        options["maxnreg"] = tile.max_registers
     _nf4_matmul_kernel[grid](
         x_ptr=x, words_ptr=words_of(weight), absmax_ptr=weight.absmax,
         absmax2_ptr=weight.absmax2 if double else x, offset_ptr=weight.offset if double else x,
@@ -204,7 +212,7 @@ def launch(
         BLOCK_K=BLOCK_K, STAGES=tile.num_stages, WARPS=tile.num_warps, SPLIT=segments > 1,
         EVEN_K=num_inputs % BLOCK_K == 0, DOUBLE=double, FAST=capability.tensor_dots,
         HAS_BIAS=bias is not None, BESIDE_SHRINK=beside, num_warps=tile.num_warps,
-        enable_fp_fusion=False, **low_rank_arguments(low_rank, x, tile), **overlap,
+        enable_fp_fusion=False, **low_rank_arguments(low_rank, x, tile), **options,
     )  # fmt: skip
     return out
 

@@ -41,7 +41,7 @@ SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120
 ARCHS = [pytest.param(a, marks=[] if a == 90 else pytest.mark.slow) for a in SHARED_LIMIT]
 T4 = 75
 SHARED_LIMIT[T4] = 65536
-OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion"}
+OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion", "maxnreg"}
 
 
 def build(kernel, pointers: dict[str, str], constants: dict[str, object], arch: int):
@@ -252,13 +252,14 @@ def test_products_of_few_rows(kind, index, arch):
     if kind == "nf4":
         constants |= {"WARPS": tile.num_warps, "DOUBLE": True, "FAST": True}
         constants |= {"BESIDE_SHRINK": arch in lora.OVERLAPPING}
+        constants |= {"maxnreg": tile.max_registers} if tile.max_registers else {}
         kernel = nf4_matmul._nf4_matmul_kernel
     else:
         constants |= {"SPLIT": index < 3, "CHAINED": index == 3}
         constants |= {"LETS_NEXT_START": arch in lora.OVERLAPPING}
         kernel = matmul._matmul_kernel
     pointers = {**POINTERS, "w_ptr": "*bf16", "parts_ptr": "*i32"}
-    found, ptx = check(kernel, pointers, constants, arch, products=True, stack_limit=80)
+    found, ptx = check(kernel, pointers, constants, arch, products=True, stack_limit=136)
     assert found == {90: {"wgmma.mma"}, 100: {"tcgen05.mma"}}.get(arch, {"mma.sync"})
     assert ("0xd9c8" in ptx) == (kind == "nf4")
 
