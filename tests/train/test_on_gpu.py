@@ -92,12 +92,12 @@ def test_grpo_as_a_t4_computes(
         },
         "run": {"dir": str(tmp_path / "run")},
         "lora": {"rank": 4},
+        "loss": {"kl_coef": 0.01},  # so that every group is trained on
     }
     grpo.train(grpo_recipe(folder, **changes), capability=capability_for(75))
     steps = [record.metrics for record in runlog.read_steps(tmp_path / "run")]
-    found = [step["mismatch_mean"] for step in steps if "mismatch_mean" in step]
-    assert found
-    assert max(value for value in found if value is not None) < 0.02
+    assert len(steps) == 4
+    assert all(step["mismatch_mean"] < 0.02 for step in steps)
 
 
 def test_sft_learns_in_bfloat16(folder: Path, tmp_path: Path) -> None:
@@ -142,4 +142,5 @@ def test_grpo_with_a_head_of_8_bits_and_the_embedding_on_the_host(
     }
     grpo.train(grpo_recipe(folder, **changes))
     steps = [record.metrics for record in runlog.read_steps(tmp_path / "run")]
-    assert all(0 < step["mismatch_mean"] < 0.05 for step in steps)
+    assert len(steps) == 4
+    assert all(step["mismatch_mean"] < 0.05 for step in steps)
