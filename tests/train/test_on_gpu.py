@@ -11,6 +11,8 @@ import torch
 import sparring
 from sparring import runlog
 from sparring.kernels import capability_for
+from sparring.models import quantised
+from sparring.models.attention_paged_kernel import PagedKernelPlan
 from sparring.models.attention_shared import KernelPlan
 from sparring.train import grpo, sft
 from tests.train.tiny_run import grpo_recipe, sft_recipe, write_checkpoint, write_data
@@ -83,6 +85,8 @@ def test_grpo_as_a_t4_computes(
         raise AssertionError("a kernel with dots is used")
 
     monkeypatch.setattr(KernelPlan, "__init__", refused)
+    monkeypatch.setattr(PagedKernelPlan, "__init__", refused)
+    monkeypatch.setattr(quantised, "nf4_matmul", refused)
     write_checkpoint(tmp_path / "model", width=64)
     changes: dict[str, Any] = {
         "model": {
