@@ -53,7 +53,11 @@ def resolve(path: str | Path, *, endpoint: str | None = None, seconds: float = H
 
 
 def config_of(
-    path: str | Path, *, seconds: float = HUB_SECONDS, fetch: bool = True
+    path: str | Path,
+    *,
+    endpoint: str | None = None,
+    seconds: float = HUB_SECONDS,
+    fetch: bool = True,
 ) -> dict[str, Any]:
     """The config.json of a model, nothing else of it read or fetched.
 
@@ -68,14 +72,14 @@ def config_of(
         found = _model_folder(folder)
         if (found / "config.json").is_file():
             return read_json(found / "config.json")
-        return config_of(adapter_base(found), seconds=seconds, fetch=fetch)
+        return config_of(adapter_base(found), endpoint=endpoint, seconds=seconds, fetch=fetch)
     if isinstance(path, Path) or folder.exists() or not _HUB_ID.fullmatch(str(path)):
         resolve(path)  # says what is wrong
-    return _hub_config(str(path), seconds, fetch=fetch)
+    return _hub_config(str(path), endpoint, seconds, fetch=fetch)
 
 
-def _hub_config(name: str, seconds: float, *, fetch: bool) -> dict[str, Any]:
-    from huggingface_hub import hf_hub_download
+def _hub_config(name: str, endpoint: str | None, seconds: float, *, fetch: bool) -> dict[str, Any]:
+    from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
@@ -86,10 +90,14 @@ def _hub_config(name: str, seconds: float, *, fetch: bool) -> dict[str, Any]:
                 f"the config.json of {name!r} is not here: there is no such folder, and the Hub's"
                 " cache has none"
             ) from None
+
+    def look() -> str:
+        api = HfApi(endpoint=endpoint)
+        api.model_info(name, timeout=seconds / 3)
+        return api.hf_hub_download(name, "config.json", etag_timeout=seconds / 3)
+
     try:
-        file = within(
-            seconds, lambda: hf_hub_download(name, "config.json", etag_timeout=seconds / 3)
-        )
+        file = within(seconds, look)
     except Exception as error:  # the client raises errors of several libraries, reported here
         if not _is_unreachable(error):
             raise CheckpointError(_refusal(repr(name), name, error)) from error

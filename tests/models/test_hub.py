@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from sparring.errors import CheckpointError
-from sparring.models.hub import resolve
+from sparring.models.hub import config_of, resolve
 
 SHA = "a" * 40
 
@@ -190,3 +190,25 @@ def test_a_download_takes_weights_and_settings_and_no_code(empty_cache: Path):
         folder = resolve("org/name", endpoint=endpoint)
     assert {entry.name for entry in folder.iterdir()} == set(wanted)
     assert resolve("org/name", endpoint="http://127.0.0.1:9", seconds=3) == folder
+
+
+def test_a_config_is_read_alone_from_a_file_a_folder_or_the_hub(tmp_path: Path, empty_cache: Path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text('{"a": 1}')
+    assert config_of(tmp_path / "base" / "config.json") == {"a": 1}
+    assert config_of(tmp_path / "base") == {"a": 1}
+    (tmp_path / "adapter").mkdir()
+    adapter = json.dumps({"base_model_name_or_path": str(tmp_path / "base")})
+    (tmp_path / "adapter" / "adapter_config.json").write_text(adapter)
+    assert config_of(tmp_path / "adapter") == {"a": 1}
+    with pytest.raises(CheckpointError, match="no model folder at"):
+        config_of(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="is not here"):
+        config_of("org/name", fetch=False)
+    answers = {
+        "/api/models/org/name": info("config.json"),
+        "/org/name/resolve/main/config.json": file(b'{"b": 2}'),
+    }
+    with hub(answers) as endpoint:
+        assert config_of("org/name", endpoint=endpoint) == {"b": 2}
+    assert config_of("org/name", fetch=False) == {"b": 2}
