@@ -38,6 +38,7 @@ def check(source: Source, recipe: Recipe, command: Command) -> None:
         _check_not_ppo(source, recipe, command)
     if command in ("grpo", "ppo", "advise"):
         _check_whole_distribution(source, recipe, command)
+    _check_enough(source, recipe, command)
     if command in ("grpo", "ppo"):
         _check_rollouts(source, recipe, command)
     if not recipe.train.learn_truncated and command not in ("grpo", "advise", "plan"):
@@ -85,6 +86,16 @@ def _check_whole_distribution(source: Source, recipe: Recipe, command: Command) 
     for key, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
         if getattr(recipe.rollout, key) != off:
             raise _refusal(source, recipe, f"rollout.{key}", reason)
+
+
+def _check_enough(source: Source, recipe: Recipe, command: Command) -> None:
+    enough = recipe.rollout.enough_groups
+    if enough and command not in ("grpo", "advise", "plan"):
+        reason = f"only grpo leaves groups out of a step; {command} does not"
+        raise _refusal(source, recipe, "rollout.enough_groups", reason)
+    if enough > recipe.rollout.prompts_per_step:
+        reason = f"a step has rollout.prompts_per_step = {recipe.rollout.prompts_per_step} groups"
+        raise _refusal(source, recipe, "rollout.enough_groups", reason)
 
 
 def _check_rollouts(source: Source, recipe: Recipe, command: Command) -> None:

@@ -135,11 +135,13 @@ class RolloutSection(BaseModel):
     top_p, top_k and min_p are for evaluations; grpo, ppo and advise refuse them.
     cache_weights: four-bit weights are kept decoded while sampling ("auto": where they fit).
     kv_dtype: keys and values in the model's dtype, or in 8 bits with scales, on a GPU.
+    enough_groups: grpo's alone; sampling ends once so many complete groups have a signal (0: off).
     """
 
     model_config = _FROZEN
     group_size: Count = 8
     prompts_per_step: Count = 16
+    enough_groups: CountOrNone = 0
     max_completion_tokens: Count = 512
     temperature: Annotated[float, Field(ge=0.0)] = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0

@@ -19,7 +19,7 @@ from sparring.models.quantised import cache_weights, uncache_weights
 from sparring.models.transformer import Decoder, kv_bytes_per_token, new_kv_pool
 from sparring.rollout.block_pool import BlockPool, blocks_for
 from sparring.rollout.cuda_graph import GraphStats, GraphSteps
-from sparring.rollout.generation import Generation, OnTokens, Progress
+from sparring.rollout.generation import Enough, Generation, OnTokens, Progress
 from sparring.rollout.sampler import Sampling
 from sparring.rollout.scheduler import Scheduler
 from sparring.rollout.steps import DecodeSteps, EagerSteps
@@ -154,12 +154,15 @@ class Engine:
         limits: Sequence[Sequence[int]] | None = None,
         on_progress: Progress | None = None,
         on_tokens: OnTokens | None = None,
+        enough: Enough | None = None,
     ) -> list[list[Rollout]]:
         """`num_samples` rollouts of each prompt, in the order of the prompts and of the samples.
 
         limits: completion limits by prompt and sample, beside those of `sampling` and max_tokens.
         on_progress: called after every step with (finished, all, tokens so far); on_tokens with
-        (prompt, sample, its new tokens) as they arrive, the end token included. What is sampled
+        (prompt, sample, its new tokens) as they arrive, the end token included. enough: called with
+        (prompt, its rollouts) once all of a prompt's are complete; once it returns True the rest is
+        left, and prompts that are not complete get an empty list. What is sampled
         depends on seed, policy version, prompt id and sample index alone; prompts of the same id in
         one call are samples of one prompt and differ. Raises UserError for a prompt that is empty,
         too long or holds unknown ids, MemoryBudgetError for one that can never fit, RunError where
@@ -193,7 +196,7 @@ class Engine:
                 policy_version=self.policy_version,
                 steps=self._steps(kv_pool, sampling),
             )
-            rollouts = generation.run(on_progress, on_tokens)
+            rollouts = generation.run(on_progress, on_tokens, enough)
         self._keep_stats(generation, pool)
         return rollouts
 

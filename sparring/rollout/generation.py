@@ -30,6 +30,10 @@ OnTokens = Callable[[int, int, Sequence[int]], None]
 """Called with (prompt, sample, its new tokens) as they arrive: a few at a time, never twice."""
 
 
+Enough = Callable[[int, list[Rollout]], bool]
+"""Called with a prompt's place and its rollouts once the last is complete; True: that is enough."""
+
+
 class Generation:
     """Samples the completions of some prompts.
 
@@ -84,6 +88,8 @@ class Generation:
         self.logprobs: list[list[float]] = [[] for _ in self.owners]
         self.finish_reasons: list[FinishReason | None] = [None] * len(self.owners)
         self._on_tokens: OnTokens | None = None
+        self._num_left = [len(limits_G) for limits_G in limits]
+        self._completed: list[int] = []
         self.num_finished = 0
         self.num_completion_tokens = 0
         self.num_prefill_tokens = 0
@@ -93,9 +99,15 @@ class Generation:
         self.decode_seconds = 0.0
 
     def run(
-        self, on_progress: Progress | None = None, on_tokens: OnTokens | None = None
+        self,
+        on_progress: Progress | None = None,
+        on_tokens: OnTokens | None = None,
+        enough: Enough | None = None,
     ) -> list[list[Rollout]]:
-        """All rollouts, by prompt and sample, in the order asked for."""
+        """The rollouts by prompt and sample, in the order asked for.
+
+        Once `enough` says so, prompts that are not complete are left out whole: an empty list.
+        """
         self._on_tokens = on_tokens
         scheduler = self.scheduler
         while scheduler.has_work:
@@ -105,7 +117,15 @@ class Generation:
             if running := scheduler.next_decode(self.steps.num_steps):
                 self._decode(running)
                 self._report(on_progress)
+            if enough is not None and self._is_enough(enough):
+                scheduler.abandon()
         return self._rollouts()
+
+    def _is_enough(self, enough: Enough) -> bool:
+        """Asks about every prompt that is complete since the last time."""
+        completed, self._completed = self._completed, []
+        answers = [enough(place, self._rollouts_of(place)) for place in completed]
+        return any(answers)
 
     def _report(self, on_progress: Progress | None) -> None:
         if on_progress is not None:
@@ -201,6 +221,10 @@ class Generation:
                 self.finish_reasons[sequence.index] = reason
                 self.scheduler.finish(sequence)
                 self.num_finished += 1
+                place = self.places[sequence.index][0]
+                self._num_left[place] -= 1
+                if self._num_left[place] == 0:
+                    self._completed.append(place)
         self.num_completion_tokens += total
         return total
 
@@ -235,14 +259,17 @@ class Generation:
         )
 
     def _rollouts(self) -> list[list[Rollout]]:
-        rollouts: list[list[Rollout]] = []
-        index = 0
-        for prompt, limits_G in zip(self.prompts, self.limits, strict=True):
-            rollouts.append([])
-            for sample_index in range(len(limits_G)):
-                rollouts[-1].append(self._rollout(prompt, sample_index, index))
-                index += 1
-        return rollouts
+        return [
+            [] if self._num_left[place] else self._rollouts_of(place)
+            for place in range(len(self.prompts))
+        ]
+
+    def _rollouts_of(self, place: int) -> list[Rollout]:
+        first = sum(len(limits_G) for limits_G in self.limits[:place])
+        return [
+            self._rollout(self.prompts[place], sample_index, first + sample_index)
+            for sample_index in range(len(self.limits[place]))
+        ]
 
     def _rollout(self, prompt: Prompt, sample_index: int, index: int) -> Rollout:
         token_ids, reason = self.token_ids[index], self.finish_reasons[index]

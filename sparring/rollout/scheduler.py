@@ -105,6 +105,7 @@ class Scheduler:
         self.num_recomputed_tokens = 0
         self._completion_tokens = expected_completion_tokens * _PRIOR_WEIGHT
         self._num_completions = _PRIOR_WEIGHT
+        self._groups: list[GroupState] = []
         self._waiting: deque[GroupState] = deque()
         self._preempted: list[SequenceState] = []
         self._prefilling: list[SequenceState] = []
@@ -132,6 +133,7 @@ class Scheduler:
             for i, limit in enumerate(max_completion_tokens)
         )
         self._num_sequences += len(group.sequences)
+        self._groups.append(group)
         self._waiting.append(group)
         return group
 
@@ -235,6 +237,17 @@ class Scheduler:
             self._leave_memory(sequence)
         else:
             self._preempted.remove(sequence)
+
+    def abandon(self) -> None:
+        """Forgets every unfinished sequence; the blocks are free for others."""
+        for group in self._groups:
+            for sequence in group.sequences:
+                if sequence.block_table:
+                    self._leave_memory(sequence)
+        self.running.clear()
+        self._prefilling.clear()
+        self._preempted.clear()
+        self._waiting.clear()
 
     def _admit(self) -> bool:
         """Moves the next sequence, or group, into memory if it fits; the order is never broken."""

@@ -54,7 +54,7 @@ from sparring.train.policy import Policy, build_engine, build_reference_policy, 
 from sparring.train.sampled import measure_accuracy, open_prompts
 from sparring.train.session import Session, open_session
 from sparring.train.step import StepMetrics, mean_of_updates, train_step, with_old_logprobs
-from sparring.types import Group
+from sparring.types import Group, Rollout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,9 +156,11 @@ def _steps(
                     parts.sampling,
                     num_samples=rollout.group_size,
                     on_progress=session.on_rollout,
+                    enough=_enough(recipe, parts.rewards, step),
                 )
             with session.phase("reward"), interruptions.interruptible():
                 state = trainer_state(recipe, step)
+                rollouts = [group for group in rollouts if group]
                 judgement = judge(
                     rollouts, parts.rewards, trainer_state=state, is_first_batch=step == start
                 )
@@ -245,6 +247,30 @@ def _learn(
         return None
     update = mean_of_updates(updates)
     return replace(update, values={**update.values, **before})
+
+
+def _enough(
+    recipe: Recipe, rewards: list[Reward], step: int
+) -> Callable[[int, list[Rollout]], bool] | None:
+    """Whether so many complete groups have rewards that differ; None where all are wanted.
+
+    Only whole groups are left out, never single completions: but those that end first are short
+    ones, so a step sees fewer long answers than the policy writes.
+    """
+    wanted = recipe.rollout.enough_groups
+    if not wanted:
+        return None
+    with_signal = []
+
+    def enough(place: int, rollouts: list[Rollout]) -> bool:
+        state = trainer_state(recipe, step)
+        (group,) = judge([rollouts], rewards, trainer_state=state).groups
+        judged = group.rewards_G[~group.rewards_G.isnan()]
+        if len(judged) and bool((judged != judged[0]).any()):
+            with_signal.append(place)
+        return len(with_signal) >= wanted
+
+    return enough
 
 
 def _build(

@@ -93,3 +93,29 @@ def test_buckets_hold_what_they_are_for() -> None:
     assert [context_bucket(n, 3000) for n in (1, 512, 513, 2048, 2500)] == [
         512, 512, 1024, 2048, 3000,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("num_steps", [1, 8])
+def test_enough_leaves_incomplete_prompts_out_whole(
+    model: Decoder, build_engine: BuildEngine, build_prompts: BuildPrompts, num_steps: int
+) -> None:
+    sampling = Sampling(max_completion_tokens=60)
+    prompts = build_prompts([3, 4, 17, 30, 8, 9])
+    limits = [[50, 60], [5, 9], [60, 60], [7, 3], [40, 2], [60, 60]]
+    plain = build_engine(model, stop_ids=())
+    want = plain.generate(prompts, sampling, num_samples=2, limits=limits)
+    asked: list[int] = []
+
+    def enough(place: int, rollouts: list[Rollout]) -> bool:
+        assert [r.sample_index for r in rollouts] == [0, 1]
+        asked.append(place)
+        return len(asked) == 2
+
+    engine = in_bursts(build_engine(model, stop_ids=(), max_running=7), num_steps)
+    got = engine.generate(prompts, sampling, num_samples=2, limits=limits, enough=enough)
+    assert sorted(asked) == [1, 3]
+    assert [len(group) for group in got] == [0, 2, 0, 2, 0, 0]
+    assert facts(got) == facts([want[1], want[3]])
+    assert engine.stats.num_free_blocks == engine.stats.num_blocks
+    whole = engine.generate(prompts, sampling, num_samples=2, limits=limits)
+    assert facts(whole) == facts(want)

@@ -367,3 +367,30 @@ def test_cut_completions_may_bear_no_loss(folder):
         ended = sum(row["num_tokens"] for row in rows if row["finish_reason"] == "stop")
         assert any(row["finish_reason"] == "length" for row in rows)
         assert record.metrics.get("num_loss_tokens", ended) == ended
+
+
+def test_a_step_may_end_with_enough_groups_that_have_a_signal(folder: Path) -> None:
+    recipe = grpo_recipe(
+        folder,
+        rollout={
+            "prompts_per_step": 6,
+            "group_size": 6,
+            "enough_groups": 2,
+            "kv_memory": "120KiB",
+        },
+        run={"dir": str(folder / "enough")},
+    )
+    grpo.train(recipe)
+    num_early = 0
+    for step in range(1, 5):
+        rows = runlog.read_rollouts(folder / "enough", step)
+        groups: dict[str, set[float]] = {}
+        for row in rows:
+            groups.setdefault(row["prompt"], set()).add(row["rewards"]["many_e"])
+        assert len(rows) == 6 * len(groups), "groups are whole"
+        if len(groups) < 6:
+            num_early += 1
+            assert sum(len(rewards) > 1 for rewards in groups.values()) >= 2
+    assert num_early
+    with pytest.raises(RecipeError, match="enough_groups"):
+        grpo_recipe(folder, rollout={"enough_groups": 4})
