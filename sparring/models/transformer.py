@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparring.errors import CheckpointError
+from sparring.errors import CheckpointError, UserError
 from sparring.kernels import Capability, capability_of
 from sparring.kernels.head import head_logits, linear_logprob
 from sparring.kernels.norm import add_rms_norm, rms_norm
@@ -290,8 +290,14 @@ class Decoder(nn.Module):
 
     def set_bitwise(self, is_bitwise: bool) -> None:
         """Choose sums in fixed orders: on a GPU the trainer's log-probabilities then have the bits
-        that the sampler recorded, whatever was in its batch (docs/how-to/exact-rollouts.md).
+        that the sampler recorded, whatever was in its batch (docs/how-to/exact-rollouts.md). Raises
+        UserError for a card whose products are the library's.
         """
+        if is_bitwise and self.capability.arch and not self.capability.tensor_dots:
+            raise UserError(
+                "run.bitwise = true needs a card of compute capability 8.0 or later; this one has"
+                f" {self.capability.arch / 10:.1f}: leave it false"
+            )
         self.is_bitwise = is_bitwise
         fix_order(self, is_bitwise)
 

@@ -22,6 +22,7 @@ from sparring.errors import (
     RewardError,
     RunDirectoryError,
     RunError,
+    UserError,
 )
 from sparring.kernels import capability_for
 from sparring.models import checkpoint
@@ -65,6 +66,8 @@ def test_a_run_with_what_a_t4_can_do(folder: Path):
     policy = build_policy(recipe, capability=capability_for(75))
     assert policy.model.capability == capability_for(75)
     assert policy.model.layers[0].qkv.base.capability == policy.model.capability
+    with pytest.raises(UserError, match=r"compute capability 8.0 or later; this one has 7.5"):
+        policy.model.set_bitwise(True)
     grpo.train(recipe, capability=capability_for(75))
     steps = [record.metrics for record in runlog.read_steps(folder / "run")]
     assert all(0.0 < step["mismatch_mean"] < 0.02 for step in steps)
