@@ -82,6 +82,15 @@ class SharedPlan:
     def _bounds(self) -> list[tuple[int, int]]:
         return [(a, b - a) for a, b in zip(self.cu_seqlens, self.cu_seqlens[1:], strict=False)]
 
+    @property
+    def context_lengths(self) -> list[int]:
+        """Of each segment its tokens and its parent's."""
+        lengths = [length for _, length in self._bounds()]
+        return [
+            length + (lengths[parent] if parent >= 0 else 0)
+            for length, parent in zip(lengths, self.parents, strict=True)
+        ]
+
     def query_tiles(self, block_m: int) -> Tensor:
         """[n, 5] int32: segment's start and length, first query, parent's start and length."""
         if block_m not in self._query_tiles:

@@ -167,6 +167,8 @@ def split_attention_packed(
 
     q, k and v may have strides, 1 in the last dimension.
     """
+    longest = max(plan.context_lengths, default=0)
+    assert longest * max(k_TKE.stride(0), v_TKE.stride(0)) < 1 << 31, "offsets in a row fit 32 bits"
     num_tokens, num_heads, size = q_THE.shape
     out_THE = torch.empty(q_THE.shape, dtype=q_THE.dtype, device=q_THE.device)
     lse_HT = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=q_THE.device)

@@ -153,18 +153,22 @@ def packed_split(
     BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
     """`paged_split` over packed tensors: position j is token parent_start + j of the parent, and
-    from parent_length on token start + j - parent_length.
+    from parent_length on token start + j - parent_length. j times a stride fits 32 bits.
     """
     columns = tl.arange(0, BLOCK_E)
     acc = tl.zeros([BLOCK_E, BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    own = start - parent_length
     for first in range(low, high, BLOCK_N):
         keys = first + tl.arange(0, BLOCK_N)
         inside = (keys < num_keys)[:, None] & (columns < E)[None, :]
-        tokens = keys + tl.where(keys < parent_length, parent_start, start - parent_length)
-        k = tl.load(k_ptr + tokens[:, None] * stride_kt + columns[None, :], mask=inside, other=0.0)
-        v = tl.load(v_ptr + tokens[:, None] * stride_vt + columns[None, :], mask=inside, other=0.0)
+        shift = tl.where(keys < parent_length, parent_start * stride_kt, own * stride_kt)
+        at_k = (shift + keys * stride_kt)[:, None] + columns[None, :]
+        k = tl.load(k_ptr + at_k, mask=inside, other=0.0)
+        shift = tl.where(keys < parent_length, parent_start * stride_vt, own * stride_vt)
+        at_v = (shift + keys * stride_vt)[:, None] + columns[None, :]
+        v = tl.load(v_ptr + at_v, mask=inside, other=0.0)
         acc, peak, total = _softmax_step(
             acc, peak, total, q, k, v, 0.0, 0.0, keys, positions, num_keys, scale, window,
             HAS_WINDOW, False,
