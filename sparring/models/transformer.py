@@ -27,6 +27,7 @@ from sparring.models.blocks import lora_mlp
 from sparring.models.checkpointing import MLP_TILE_TOKENS, Checkpointing
 from sparring.models.linear import Dense, Linear, fix_order
 from sparring.models.lora import LoraAdapter, LoraConfig
+from sparring.models.quantised import Quantised
 from sparring.models.rope import RopeConfig, inverse_frequencies, rope_tables
 from sparring.models.storage import EightBitTable, HostTable, Storage
 from sparring.types import Batch, TokenScores
@@ -275,6 +276,13 @@ class Decoder(nn.Module):
     def dtype(self) -> torch.dtype:
         """The compute dtype."""
         return self.norm.dtype
+
+    @property
+    def num_weights(self) -> int:
+        """Numbers in the model, adapters included, in whatever form they are kept."""
+        packed = (m for m in self.modules() if isinstance(m, Quantised | EightBitTable))
+        plain = sum(parameter.numel() for parameter in self.parameters())
+        return plain + sum(module.shape[0] * module.shape[1] for module in packed)
 
     def set_checkpointing(
         self,

@@ -133,10 +133,11 @@ class Session:
     def describe(self, policy: Policy) -> None:
         """Say what is trained."""
         trained = sum(p.numel() for p in policy.model.trainable_parameters().values())
-        total = sum(p.numel() for p in policy.model.parameters())
+        total = policy.model.num_weights
         dtype = str(policy.model.dtype).removeprefix("torch.")
         self.say(
-            f"{policy.source}: {policy.model.config.family}, {total:,} parameters in {dtype} on"
+            f"{policy.source}: {policy.model.config.family}, {total:,} parameters in {dtype}"
+            f"{' (linear layers in NF4)' if policy.model.is_quantised else ''} on"
             f" {policy.model.device}, {trained:,} of them trained; end tokens"
             f" {list(policy.stop_ids)}"
         )

@@ -103,6 +103,9 @@ def test_a_head_of_8_bits_is_one_for_trainer_and_sampler(tmp_path: Path, tied: b
     with torch.no_grad():
         table.copy_(dequantize_int8(quantize_int8(table.detach())))
     assert torch.equal(ours.head.dense(), table)
+    assert ours.num_weights == sum(p.numel() for p in want.parameters()) == want.num_weights
+    packed = load_model(folder, dtype=dtype, quantization="nf4", storage=Storage(head="8bit"))
+    assert packed.num_weights == want.num_weights
     grads = []
     for model in (ours, want):
         model.add_adapter(LoraConfig(rank=2))
