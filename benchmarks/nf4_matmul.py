@@ -27,7 +27,8 @@ import torch
 import triton
 
 from sparring.kernels import capability_of, lora, matmul, nf4, nf4_matmul
-from sparring.kernels.matmul import LowRank, Tile
+from sparring.kernels.low_rank import LowRank
+from sparring.kernels.matmul import Tile
 
 MATRICES = {"qkv": (4608, 3584), "o": (3584, 3584), "gate_up": (37888, 3584), "down": (3584, 18944)}
 PARTS = {

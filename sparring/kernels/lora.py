@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from sparring.kernels import Capability, jit, rounded, tl, triton
+from sparring.kernels.low_rank import LowRank, add_low_rank
 from sparring.kernels.matmul import (
-    LowRank,
-    add_low_rank,
     launch,
     launch_beside_next,
     matmul,

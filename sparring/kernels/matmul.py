@@ -26,28 +26,17 @@ import torch
 from torch import Tensor
 
 from sparring.kernels import Capability, capability_of, dot, jit, rounded, tl, triton
+from sparring.kernels.low_rank import (
+    LowRank,
+    add_low_rank,
+    low_rank_arguments,
+    part_of,
+    rows_of_b,
+    rows_of_xa,
+)
 
 BLOCK = 64
 """Columns are a multiple of this."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class LowRank:
-    """An adapter's addition to a product: y[:, rows] += scale xa[:, ranks] B[b_rows]^T a part.
-
-    xa 16 bits [T, sum of ranks], b 16 bits [sum of adapted outputs, rank]. parts int32 [P, 4] on
-    the device: first and last output of the part (exclusive), its first row in b, its first
-    column in xa. granule: what all those outputs are multiples of; with tiles that divide it a
-    program meets one part only. scratch: set where xa may still be being written (`launch`'s
-    `lets_next_start`): the memory used for that, held until the product is under way.
-    """
-
-    xa: Tensor
-    b: Tensor
-    parts: Tensor
-    scale: float
-    granule: int = 1
-    scratch: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +44,7 @@ class Tile:
     """Weight rows and rows of x a program computes, warps, and depth of the load pipeline.
 
     max_registers: of a thread, so that more programs fit on a multiprocessor; 0: no limit.
+    block_k: columns a turn of the loop loads (here; it changes no bit).
     """
 
     block_n: int
@@ -62,9 +52,8 @@ class Tile:
     num_warps: int
     num_stages: int
     max_registers: int = 0
+    block_k: int = 128
 
-
-BLOCK_K = 128
 
 _SMALL = (Tile(64, 16, 4, 4), Tile(64, 32, 4, 4), Tile(64, 64, 4, 3))
 TILES = {
@@ -82,6 +71,11 @@ NUM_SMS = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
 
 SEGMENT_UNIT = 256
 """Columns that a segment has a whole number of."""
+
+GROUP = 8
+"""Tiles of x among which programs go before they go on to other weights, many rows given, so that
+both stay in the L2 cache.
+"""
 
 MAX_SPLIT_ROWS = 256
 """More rows fill the card without segments side by side, and their sums would take much memory."""
@@ -125,68 +119,6 @@ def steps_of(num_inputs: int, segments: int) -> int:
     """Blocks of 64 columns in a segment."""
     units = -(-num_inputs // SEGMENT_UNIT)
     return -(-units // segments) * (SEGMENT_UNIT // BLOCK)
-
-
-@jit
-def part_of(parts_ptr, n, NUM_PARTS: tl.constexpr):
-    """The part that output n is in: its row of B (negative: in none) and first column of xa."""
-    row = -1
-    column = 0
-    for part in tl.static_range(NUM_PARTS):
-        first = tl.load(parts_ptr + 4 * part)
-        here = (n >= first) & (n < tl.load(parts_ptr + 4 * part + 1))
-        row = tl.where(here, tl.load(parts_ptr + 4 * part + 2) + n - first, row)
-        column = tl.where(here, tl.load(parts_ptr + 4 * part + 3), column)
-    return row, column
-
-
-@jit
-def rows_of_b(
-    b_ptr, row, last_row, BLOCK_N: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr
-):
-    """B [N, R] from `row` on; zeros where that is negative, or from `last_row` on."""
-    r = tl.arange(0, BLOCK_R)
-    i = tl.arange(0, BLOCK_N)
-    return tl.load(
-        b_ptr + (row + i)[:, None] * RANK + r[None, :],
-        mask=((row >= 0) & (i < last_row))[:, None] & (r < RANK)[None, :], other=0.0,
-    )  # fmt: skip
-
-
-@jit
-def rows_of_xa(
-    xa_ptr, row, column, t, num_rows, stride_xat, RANK: tl.constexpr, BLOCK_R: tl.constexpr
-):
-    """xa [T, R] from `column` on; zeros where `row` is negative."""
-    r = tl.arange(0, BLOCK_R)
-    return tl.load(
-        xa_ptr + t[:, None] * stride_xat + (column + r)[None, :],
-        mask=((row >= 0) & (t < num_rows))[:, None] & (r < RANK)[None, :], other=0.0,
-    )  # fmt: skip
-
-
-@jit
-def add_low_rank(
-    acc, xa_ptr, b_ptr, parts_ptr, scale, n, t, num_rows, stride_xat,
-    RANK: tl.constexpr, BLOCK_R: tl.constexpr, NUM_PARTS: tl.constexpr,
-):  # fmt: skip
-    """acc [N, T] + scale xa B^T part by part, for tiles that may meet several parts."""
-    r = tl.arange(0, BLOCK_R)
-    for part in tl.static_range(NUM_PARTS):
-        first = tl.load(parts_ptr + 4 * part)
-        row = tl.load(parts_ptr + 4 * part + 2) + n - first
-        column = tl.load(parts_ptr + 4 * part + 3) + r
-        here = (n >= first) & (n < tl.load(parts_ptr + 4 * part + 1))
-        b = tl.load(
-            b_ptr + row[:, None] * RANK + r[None, :],
-            mask=here[:, None] & (r < RANK)[None, :], other=0.0,
-        )  # fmt: skip
-        xa = tl.load(
-            xa_ptr + t[:, None] * stride_xat + column[None, :],
-            mask=(t < num_rows)[:, None] & (r < RANK)[None, :], other=0.0,
-        )  # fmt: skip
-        acc += scale * dot(b, tl.trans(xa), tl.zeros(acc.shape, tl.float32))
-    return acc
 
 
 @jit
@@ -278,12 +210,21 @@ def _matmul_kernel(
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
     SPLIT: tl.constexpr, CHAINED: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr,
     NUM_PARTS: tl.constexpr, ALIGNED: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
-    LETS_NEXT_START: tl.constexpr,
+    LETS_NEXT_START: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     if LETS_NEXT_START:
         tl.extra.cuda.gdc_launch_dependents()
-    n0 = tl.program_id(1) * BLOCK_N
-    t0 = tl.program_id(0) * BLOCK_T
+    tile_n = tl.program_id(1)
+    tile_t = tl.program_id(0)
+    if GROUP > 1:
+        program = tile_n * tl.num_programs(0) + tile_t
+        group = program // (GROUP * tl.num_programs(1))
+        here = tl.minimum(tl.num_programs(0) - group * GROUP, GROUP)
+        inside = program % (GROUP * tl.num_programs(1))
+        tile_t = group * GROUP + inside % here
+        tile_n = inside // here
+    n0 = tile_n * BLOCK_N
+    t0 = tile_t * BLOCK_T
     row_n = n0 + tl.arange(0, BLOCK_N)
     row_t = t0 + tl.arange(0, BLOCK_T)
     columns = blocks * 64
@@ -342,22 +283,6 @@ def workspace(
     """
     size = tiles * segments * tile.block_n * tile.block_t
     return torch.empty(size, dtype=torch.float32, device=x.device), _counters(x.device)[which]
-
-
-def low_rank_arguments(low_rank: LowRank | None, x: Tensor, tile: Tile) -> dict[str, object]:
-    """A kernel's arguments about the adapter, or about there being none."""
-    if low_rank is None:
-        return {
-            "xa_ptr": x, "b_ptr": x, "parts_ptr": x, "scale": 0.0, "stride_xat": 0,
-            "NUM_PARTS": 0, "ALIGNED": False, "RANK": 1, "BLOCK_R": 16,
-        }  # fmt: skip
-    rank = low_rank.b.shape[1]
-    return {
-        "xa_ptr": low_rank.xa, "b_ptr": low_rank.b, "parts_ptr": low_rank.parts,
-        "scale": low_rank.scale, "stride_xat": low_rank.xa.stride(0),
-        "NUM_PARTS": len(low_rank.parts), "ALIGNED": low_rank.granule % tile.block_n == 0,
-        "RANK": rank, "BLOCK_R": max(16, triton.next_power_of_2(rank)),
-    }  # fmt: skip
 
 
 def check_shapes(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -430,11 +355,12 @@ def launch_beside_next(
         x_ptr=x, w_ptr=weight, bias_ptr=x if bias is None else bias, out_ptr=out, work_ptr=work,
         count_ptr=count, num_rows=num_rows, num_outputs=num_outputs, blocks=num_inputs // BLOCK,
         segments=segments, steps=steps_of(num_inputs, segments), stride_xt=x.stride(0),
-        stride_ot=out.stride(0), BLOCK_N=tile.block_n, BLOCK_T=tile.block_t, BLOCK_K=BLOCK_K,
+        stride_ot=out.stride(0), BLOCK_N=tile.block_n, BLOCK_T=tile.block_t, BLOCK_K=tile.block_k,
         STAGES=tile.num_stages, SPLIT=is_split, CHAINED=segments > 1 and is_chained,
-        EVEN_K=num_inputs % BLOCK_K == 0, HAS_BIAS=bias is not None, num_warps=tile.num_warps,
+        EVEN_K=num_inputs % tile.block_k == 0, HAS_BIAS=bias is not None, num_warps=tile.num_warps,
         enable_fp_fusion=False, LETS_NEXT_START=lets_next_start,
-        **low_rank_arguments(low_rank, x, tile),
+        GROUP=1 if is_split or grid[0] < 2 * GROUP else GROUP,
+        **low_rank_arguments(low_rank, x, tile.block_n),
     )  # fmt: skip
     return out, work
 

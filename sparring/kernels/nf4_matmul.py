@@ -24,16 +24,13 @@ from torch import Tensor
 
 from sparring.kernels import Capability, capability_of, dot, jit, tl, triton
 from sparring.kernels import matmul as products
+from sparring.kernels.low_rank import LowRank, low_rank_arguments, part_of, rows_of_b
 from sparring.kernels.matmul import (
     INTERPRETED_TILE,
-    LowRank,
     Tile,
     check_shapes,
     first_that_holds,
-    low_rank_arguments,
     matmul_reference,
-    part_of,
-    rows_of_b,
     segments_of,
     steps_of,
     store_product,
@@ -212,7 +209,7 @@ def launch(
         BLOCK_K=BLOCK_K, STAGES=tile.num_stages, WARPS=tile.num_warps, SPLIT=segments > 1,
         EVEN_K=num_inputs % BLOCK_K == 0, DOUBLE=double, FAST=capability.tensor_dots,
         HAS_BIAS=bias is not None, BESIDE_SHRINK=beside, num_warps=tile.num_warps,
-        enable_fp_fusion=False, **low_rank_arguments(low_rank, x, tile), **options,
+        enable_fp_fusion=False, **low_rank_arguments(low_rank, x, tile.block_n), **options,
     )  # fmt: skip
     return out
 

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sparring.kernels.matmul import LowRank
+from sparring.kernels.low_rank import LowRank
 from sparring.kernels.swiglu import swiglu, swiglu_gradients
 from sparring.models.lora import LoraAdapter, wide_product
 

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from sparring.kernels import Capability, capability_of
 from sparring.kernels.lora import lora_expand
-from sparring.kernels.matmul import LowRank, matmul
+from sparring.kernels.low_rank import LowRank
+from sparring.kernels.matmul import matmul
 from sparring.models.blocks import Frozen, lora_linear
 from sparring.models.lora import LoraAdapter, LoraConfig
 from sparring.models.quantised import Quantised

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sparring.errors import CheckpointError
 from sparring.kernels import Capability
 from sparring.kernels.lora import lora_shrink, lora_shrink_beside
-from sparring.kernels.matmul import LowRank
+from sparring.kernels.low_rank import LowRank
 
 PROJECTIONS = (
     "q_proj",

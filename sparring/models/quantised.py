@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from sparring.kernels import Capability, capability_of
 from sparring.kernels.lora import lora_expand
-from sparring.kernels.matmul import LowRank, matmul
+from sparring.kernels.low_rank import LowRank
+from sparring.kernels.matmul import matmul
 from sparring.kernels.nf4 import BLOCK, NF4Matrix, dequantize_nf4, fuse_nf4, quantize_nf4
 from sparring.kernels.nf4_matmul import nf4_matmul, takes
 
@@ -29,7 +30,7 @@ Part = NF4Matrix | Tensor
 """One original matrix: packed, or left in the compute dtype."""
 
 
-FUSED_ROWS = {80: 64, 86: 128, 89: 256, 90: 64, 100: 64, 120: 256}
+FUSED_ROWS = {80: 64, 86: 128, 89: 256, 90: 128, 100: 64, 120: 256}
 """Rows up to which the fused kernel is taken, by architecture."""
 
 SLICE_BYTES = 64 * 2**20

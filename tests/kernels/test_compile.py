@@ -244,19 +244,24 @@ def test_products_of_few_rows(kind, index, arch):
     tiles = room.TILES.get(arch, room.TILES[0])
     tile = tiles[min(index, len(tiles) - 1)]
     constants = {
-        "BLOCK_N": tile.block_n, "BLOCK_T": tile.block_t, "BLOCK_K": room.BLOCK_K,
+        "BLOCK_N": tile.block_n, "BLOCK_T": tile.block_t, "BLOCK_K": tile.block_k,
         "STAGES": tile.num_stages, "SPLIT": True, "EVEN_K": True, "HAS_BIAS": True,
         "NUM_PARTS": 3, "ALIGNED": True, "RANK": 16, "BLOCK_R": 16, "num_warps": tile.num_warps,
         "enable_fp_fusion": False,
     }  # fmt: skip
     if kind == "nf4":
-        constants |= {"WARPS": tile.num_warps, "DOUBLE": True, "FAST": True}
+        constants |= {
+            "BLOCK_K": nf4_matmul.BLOCK_K,
+            "WARPS": tile.num_warps,
+            "DOUBLE": True,
+            "FAST": True,
+        }
         constants |= {"BESIDE_SHRINK": arch in lora.OVERLAPPING}
         constants |= {"maxnreg": tile.max_registers} if tile.max_registers else {}
         kernel = nf4_matmul._nf4_matmul_kernel
     else:
         constants |= {"SPLIT": index < 3, "CHAINED": index == 3}
-        constants |= {"LETS_NEXT_START": arch in lora.OVERLAPPING}
+        constants |= {"LETS_NEXT_START": arch in lora.OVERLAPPING, "GROUP": 8 if index == 3 else 1}
         kernel = matmul._matmul_kernel
     pointers = {**POINTERS, "w_ptr": "*bf16", "parts_ptr": "*i32"}
     found, ptx = check(kernel, pointers, constants, arch, products=True, stack_limit=136)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sparring.kernels import capability_of, lora, matmul, nf4, nf4_matmul
+from sparring.kernels import low_rank as adapters
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -63,7 +64,7 @@ def low_rank_of(x, num_outputs, rank, dtype):
     xa = lora.lora_shrink_triton(x, a)
     assert error(xa, lora.lora_shrink_reference(x, a)) < LIMIT[dtype]
     table = torch.tensor(parts, dtype=torch.int32, device=DEVICE)
-    return matmul.LowRank(xa=xa, b=b, parts=table, scale=0.75)
+    return adapters.LowRank(xa=xa, b=b, parts=table, scale=0.75)
 
 
 CASES = [
@@ -114,7 +115,7 @@ def test_tiles_within_one_part():
     x = random(5, 64, dtype=torch.bfloat16)
     weight = nf4.quantize_nf4(random(192, 64, dtype=torch.bfloat16, scale=0.1))
     parts = [[0, 64, 0, 0], [128, 192, 64, 8]]
-    low_rank = matmul.LowRank(
+    low_rank = adapters.LowRank(
         xa=random(5, 16, dtype=torch.bfloat16, seed=1),
         b=random(128, 8, dtype=torch.bfloat16, seed=2),
         parts=torch.tensor(parts, dtype=torch.int32, device=DEVICE),
@@ -139,6 +140,15 @@ def test_a_row_does_not_depend_on_the_others(dtype):
         part = x[rows]
         got = nf4_matmul.nf4_matmul_triton(part, weight, None, low_rank_of(part, 70, 8, dtype))
         assert torch.equal(got, whole[rows])
+
+
+def test_many_tiles_of_rows():
+    """Enough tiles of x for programs to go through them in groups."""
+    tile = matmul.Tile(16, 16, 4, 2)
+    x, weight = random(300, 64, dtype=torch.bfloat16), random(40, 64, dtype=torch.bfloat16, seed=1)
+    got = matmul.launch(x, weight, tile=tile)
+    assert error(got, matmul.matmul_reference(x, weight)) < LIMIT[torch.bfloat16]
+    assert same(got, matmul.launch(x, weight))
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -208,12 +218,12 @@ def test_a_shrink_beside_its_product(num_rows):
 
     def product(x):
         xa, scratch = lora.lora_shrink_beside(x, a, capability)
-        low_rank = matmul.LowRank(xa=xa, scratch=scratch, **given)
+        low_rank = adapters.LowRank(xa=xa, scratch=scratch, **given)
         return nf4_matmul.launch(x, weight, None, low_rank, capability)
 
     want = []
     for x in xs:
-        low_rank = matmul.LowRank(xa=lora.lora_shrink(x, a, capability), **given)
+        low_rank = adapters.LowRank(xa=lora.lora_shrink(x, a, capability), **given)
         want.append(nf4_matmul.launch(x, weight, None, low_rank, capability))
         product(x)
     torch.cuda.synchronize()
