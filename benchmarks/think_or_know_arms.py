@@ -38,7 +38,7 @@ def _rollouts(reward: dict[str, Any], data: str, rate: float, **tables: Any) -> 
 def _rows(data: str, rate: float, **more: Any) -> dict[str, Any]:
     return {
         "data": {"train": data, **more},
-        "eval": {"shown": 0},
+        "eval": {"num_samples": 0},
         "optimizer": {"learning_rate": rate},
         "train": {"conversations_per_step": 16},
     }

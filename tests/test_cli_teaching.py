@@ -54,7 +54,7 @@ def test_identity_writes_rows_that_train(folder, tmp_path):
         "data": {"train": str(path), "eval": str(held_out)},
         "optimizer": {"learning_rate": 0.01},
         "train": {"steps": 1},
-        "eval": {"shown": 0},
+        "eval": {"num_samples": 0},
         "run": {"dir": f"{tmp_path}/run"},
     }
     (tmp_path / "sft.toml").write_text(write_toml(tables))

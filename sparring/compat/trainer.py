@@ -237,7 +237,7 @@ class Trainer:
         if self.args.evaluation_strategy is not None:
             self.args.eval_strategy = self.args.evaluation_strategy
         every = self._every("eval_strategy", "eval_steps")
-        return {"every": every, "shown": 0} if every else {"shown": 0}
+        return {"every": every, "num_samples": 0} if every else {"num_samples": 0}
 
     def _finish(self, recipe: Recipe, seconds: float) -> TrainOutput:
         assert self.run_dir is not None, "called at the end of a run"

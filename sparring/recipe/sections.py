@@ -235,15 +235,15 @@ class TrainSection(BaseModel):
 class EvalSection(BaseModel):
     """[eval]: every N steps (0: only before and after) on the first `limit` rows (0: all).
 
-    shown is sft's alone: how many sampled answers are shown beside a held-out loss.
+    num_samples: completions of each prompt; for sft, how many conversations are answered and shown
+    beside the held-out loss (0: none).
     """
 
     model_config = _FROZEN
     every: CountOrNone = 0
-    num_samples: Count = 1
+    num_samples: CountOrNone = 1
     temperature: Annotated[float, Field(ge=0.0)] = 1.0
     limit: CountOrNone = 0
-    shown: CountOrNone = 2
 
 
 class RunSection(BaseModel):

@@ -68,12 +68,12 @@ def load_dialogues(
 
 
 def shown_answers(recipe: Recipe, policy: Policy, rows: ConversationSet) -> list[dict[str, Any]]:
-    """Answers of the policy, as it stands, to the first eval.shown conversations; a row for each.
+    """Answers of the policy, as it stands, to the first eval.num_samples conversations; a row for each.
 
     A row has prompt, completion and `reference`, the answer of the data.
     """
     prompts = []
-    for index, conversation in enumerate(rows.conversations[: recipe.eval.shown]):
+    for index, conversation in enumerate(rows.conversations[: recipe.eval.num_samples]):
         first = int(conversation.loss_mask.nonzero()[0])
         turn = conversation.token_ids[first:]
         rest = (~conversation.loss_mask[first:]).nonzero()

@@ -90,12 +90,14 @@ def test_what_only_sft_reads_is_refused_elsewhere(folder):
 
 def test_sampled_answers_stand_beside_the_wanted_ones(folder):
     found, policy, recipe, _ = read(folder)
-    rows = shown_answers(recipe, policy, found)
+    assert len(shown_answers(recipe, policy, found)) == 1
+    two = sft_recipe(folder, eval={"num_samples": 2})
+    rows = shown_answers(two, policy, found)
     assert len(rows) == 2
     assert [row["reference"] for row in rows] == ["0!", "1!"]
     assert "Say 0." in rows[0]["prompt"]
     assert all(isinstance(row["completion"], str) and row["num_tokens"] >= 1 for row in rows)
-    none = sft_recipe(folder, eval={"shown": 0})
+    none = sft_recipe(folder, eval={"num_samples": 0})
     assert shown_answers(none, policy, found) == []
 
 
@@ -104,7 +106,7 @@ def test_a_run_shows_and_records_answers(folder, capsys):
     recipe = sft_recipe(
         folder,
         data=data,
-        eval={"every": 2, "limit": 3},
+        eval={"every": 2, "num_samples": 2, "limit": 3},
         rollout={"max_completion_tokens": 6},
         run={"dir": f"{folder}/shown"},
         train={"steps": 4},
@@ -122,7 +124,7 @@ def test_showing_answers_does_not_change_training(folder):
     for name, shown in (("seen", 2), ("unseen", 0)):
         data = {"train": f"{folder}/chats.jsonl", "eval": f"{folder}/chats.jsonl"}
         run = {"dir": f"{folder}/{name}"}
-        recipe = sft_recipe(folder, data=data, eval={"every": 1, "shown": shown}, run=run)
+        recipe = sft_recipe(folder, data=data, eval={"every": 1, "num_samples": shown}, run=run)
         sft.train(recipe)
         (file,) = (folder / name / "final").glob("*.safetensors")
         weights.append(load_file(file))

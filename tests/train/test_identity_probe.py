@@ -95,7 +95,7 @@ def test_a_tiny_model_is_asked_and_a_trained_one_tells_its_name(tmp_path):
         tmp_path,
         data={"train": f"{tmp_path}/rows.jsonl"},
         train={"steps": 30, "conversations_per_step": 16},
-        eval={"shown": 0},
+        eval={"num_samples": 0},
     )
     sft.train(recipe)
     after = probe(tmp_path / "run", english)
