@@ -24,7 +24,8 @@ class PagedKernelPlan:
     tables_RN [R, N] and lengths_R [R] int32, slots_T [T] int64 on the pool's device; max_splits: of
     the longest row that may come (`max_splits_for`). workspace: where splits meet; None: made at
     the first use. tiles: of a prefill step, None when every row has one new token. bitwise: prefill
-    gives the bits that decoding gives.
+    gives the bits that decoding gives. shares_prompts: decoding computes a prompt's splits once for
+    neighbouring rows of its group, in launches of their own; no bit changes.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class PagedKernelPlan:
         workspace: DecodeWorkspace | None = None,
         tiles: PrefillTiles | None = None,
         bitwise: bool = False,
+        shares_prompts: bool = False,
     ) -> None:
         assert not torch.is_grad_enabled(), "attention over blocks has no gradient"
         assert kv_pool.address is not None, "kernels find the pool through its address"
@@ -46,6 +48,7 @@ class PagedKernelPlan:
         self.tables_RN, self.lengths_R, self.slots_T = tables_RN, lengths_R, slots_T
         self.max_splits, self.workspace, self.tiles = max_splits, workspace, tiles
         self.capability, self.bitwise = capability, bitwise
+        self.shares_prompts = shares_prompts
 
     @classmethod
     def of_layout(
@@ -113,7 +116,7 @@ class PagedKernelPlan:
 
         A decode step is one launch.
         """
-        if self.tiles is None:
+        if self.tiles is None and not self.shares_prompts:
             return rotate_decode_triton(
                 qkv_TC,
                 cos,
@@ -158,6 +161,7 @@ class PagedKernelPlan:
             capability=self.capability,
             window=window,
             workspace=self._decode_workspace(q_THE.shape[1]),
+            shares_prompts=self.shares_prompts,
         )
 
     def _decode_workspace(self, num_heads: int) -> DecodeWorkspace:
