@@ -206,7 +206,10 @@ def card(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "get_device_name": lambda _: "NVIDIA GeForce RTX 4090",
         "get_device_capability": lambda _: (8, 9),
         "memory_reserved": lambda _: 0,
-        "set_per_process_memory_fraction": lambda share, _: told.update(share=share),
+        "current_device": lambda: 0,
+        "set_per_process_memory_fraction": lambda share, device: told.update(
+            share=share, index=device.index
+        ),
     }.items():
         monkeypatch.setattr(torch.cuda, name, found)
     monkeypatch.setattr(
@@ -226,6 +229,7 @@ def test_on_a_card_everything_open_is_decided_before_anything_is_loaded(
     decided = fit_memory(recipe, "grpo", said.append)
     assert card["allocator"] == "expandable_segments:True"
     assert card["share"] == pytest.approx((4 - 1) / 24)
+    assert card["index"] == 0  # torch takes no device without its number here
     assert decided.train.micro_batch_tokens > 0
     assert decided.train.checkpointing in MODES
     assert decided.run.memory == 4 * GIB
