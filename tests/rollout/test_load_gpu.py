@@ -76,7 +76,7 @@ def test_ten_thousand_prompts_in_memory_for_twenty() -> None:
     assert stats.num_free_blocks == stats.num_blocks == 84
     assert stats.num_preemptions >= 50
     assert [len(r[0].token_ids) for r in got] == [limit for (limit,) in limits]
-    assert reserved[0] == reserved[-1]
+    assert reserved[-1] <= reserved[0], "capturing gives cached memory back, nothing grows"
     some = slice(0, 1000)
     roomy = engine(model, 64 * 576, max_running=64)
     free = roomy.generate(prompts[some], sampling, limits=limits[some])
