@@ -68,7 +68,7 @@ def load_dialogues(
 
 
 def shown_answers(recipe: Recipe, policy: Policy, rows: ConversationSet) -> list[dict[str, Any]]:
-    """Answers of the policy, as it stands, to the first eval.num_samples conversations; a row for each.
+    """Answers of the policy, as it stands, to the first eval.num_samples conversations, a row each.
 
     A row has prompt, completion and `reference`, the answer of the data.
     """

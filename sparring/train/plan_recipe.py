@@ -204,7 +204,7 @@ def fit_memory(
     device = pick_device() if loaded is None else loaded.model.device
     if device.type != "cuda":
         return _decided(recipe, settings_of(recipe))
-    if device.index is None:  # the allocator's limits are set by a card's number
+    if str(device) == "cuda":  # without a number; the allocator's limits are set by a card's number
         device = torch.device("cuda", torch.cuda.current_device())
     if loaded is None:
         # the one way to set it after the process began; the public one is a variable read at import
