@@ -71,7 +71,7 @@ class DecodeLayout:
     max_kv_length: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class KVPool:
     """Keys and values of all layers in one tensor.
 

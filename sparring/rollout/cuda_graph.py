@@ -15,6 +15,7 @@ moved. With cuda_graphs = false the same steps run without capture, to the same 
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
@@ -99,7 +100,8 @@ class GraphSteps:
         )
         self._rules: dict[bool, DrawRules] = {}
         self._is_cut = False
-        self._kv_pool: KVPool | None = None
+        # the engine alone holds the pool: what it gives away when it sleeps must be free then
+        self._kv_pool: weakref.ref[KVPool] | None = None
         self._graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph] = {}
         self._memory = torch.cuda.graph_pool_handle() if captures else None
         self._stream = torch.cuda.Stream(device) if captures else None
@@ -122,7 +124,7 @@ class GraphSteps:
         """The next bursts run on this pool, which has the address tensor of every pool before it,
         and draw as `sampling` says.
         """
-        self._kv_pool = kv_pool
+        self._kv_pool = weakref.ref(kv_pool)
         weights_at = cached_addresses(self._model)
         if weights_at != self._weights_at:
             self._graphs.clear()
@@ -183,7 +185,7 @@ class GraphSteps:
 
     def _compute(self, num_rows: int, context: int) -> None:
         """One step of the first `num_rows` rows, each with at most `context` tokens."""
-        rows, pool = self.rows, self._kv_pool
+        rows, pool = self.rows, None if self._kv_pool is None else self._kv_pool()
         assert pool is not None, "aim comes first"
         r, state = slice(0, num_rows), rows.of_rows(num_rows)
         layout = DecodeLayout(

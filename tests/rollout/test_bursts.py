@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -119,3 +121,15 @@ def test_enough_leaves_incomplete_prompts_out_whole(
     assert engine.stats.num_free_blocks == engine.stats.num_blocks
     whole = engine.generate(prompts, sampling, num_samples=2, limits=limits)
     assert facts(whole) == facts(want)
+
+
+def test_a_pool_that_the_engine_lets_go_is_held_by_nobody(
+    model: Decoder, build_engine: BuildEngine, build_prompts: BuildPrompts
+) -> None:
+    engine = in_bursts(build_engine(model), 4)
+    engine.generate(build_prompts([3, 4]), Sampling(max_completion_tokens=6))
+    assert engine._kv_pool is not None
+    pool = weakref.ref(engine._kv_pool)
+    engine.sleep()
+    gc.collect()
+    assert pool() is None

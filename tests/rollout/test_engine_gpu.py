@@ -187,3 +187,13 @@ def test_keys_and_values_in_eight_bits(kv_dtype: str) -> None:
     ]
     assert len(gaps) >= 8
     assert 0 < sum(gaps) / len(gaps) < 0.15
+
+
+def test_sleep_frees_the_pool_though_graphs_were_captured() -> None:
+    writer = engine(gpu_model(), kv_bytes=1 << 28)
+    sampling = Sampling(max_completion_tokens=8)
+    writer.generate(prompts(20, 30), sampling, num_samples=2)
+    awake = torch.cuda.memory_allocated()
+    writer.sleep()
+    freed = awake - torch.cuda.memory_allocated()
+    assert freed >= writer.num_blocks * writer.block_bytes
