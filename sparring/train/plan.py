@@ -57,9 +57,13 @@ MICRO_BATCH_TOKENS = (32768, 16384, 8192, 4096, 2048, 1024)
 """What a proposal chooses from."""
 KV_SHARE = 0.98
 """Of what is left in the rollout phase: the rest is for requests of odd sizes."""
-UNSEEN_BYTES, UNSEEN_SHARE = 60 * MIB, 0.01
-"""Reserved beyond what is played: pages that loading left half filled, and requests that library
-calls make inside themselves. Measured on an H200: 39 to 60 MiB, at most 1.9 % of a small run."""
+UNSEEN: Mapping[str, tuple[int, float]] = {
+    "rollout": (96 * MIB, 0.01),
+    "training": (128 * MIB, 0.02),
+}
+"""Reserved beyond what is played, in bytes and as a share, by phase: half-filled pages of the pools
+that streams and graphs have of their own, of loading, and requests that library calls make inside
+themselves. Measured on an H200: up to 0.1 GiB and 0.22 GiB."""
 STEPS_PLAYED = 2
 """After the second step the allocator holds all that a run ever makes it reserve."""
 BATCHES_PLAYED = 3
@@ -361,7 +365,8 @@ def _played(tape: Tape, start: int, budget: int | None, phase: str, settings: Se
             f"the {phase} phase needs {gib(free.allocated + CONTEXT_BYTES)} at once, of"
             f" {gib(budget or 0)}"
         ) from refusal
-    reserved = peak.reserved + UNSEEN_BYTES + int(UNSEEN_SHARE * peak.reserved)
+    unseen, share = UNSEEN[phase]
+    reserved = peak.reserved + unseen + int(share * peak.reserved)
     if limit is not None and peak.reserved <= limit < reserved:
         reserved = limit  # at its limit the allocator gives free pages back and goes on
     parts = dict(peak.parts)

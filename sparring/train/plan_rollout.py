@@ -34,16 +34,11 @@ def rows_at_once(work: Work, kv_bytes: int, kv_bytes_per_token: int, most: int) 
 
 
 def take_graphs(tape: Tape, model: Trained, rows: int, workspace: int) -> None:
-    """What captured decode steps of so many rows keep: a step's tensors and a workspace, twice.
-
-    Once for the run before a capture, on a stream of its own, once in the graphs' pool.
-    """
+    """What captured decode steps of so many rows keep: a step's tensors and a library workspace."""
     config = model.config
-    step = rows * (3 * config.ffn_width + 8 * config.width) * model.item
-    for _ in range(2):
-        tape.take(GRAPHS, workspace)
-        tape.take(GRAPHS, rows * config.vocab_size * 4)
-        tape.take(GRAPHS, step)
+    tape.take(GRAPHS, workspace)
+    tape.take(GRAPHS, rows * config.vocab_size * 4)
+    tape.take(GRAPHS, rows * (3 * config.ffn_width + 8 * config.width) * model.item)
 
 
 def take_rollout(tape: Tape, model: Trained, work: Work, settings: Settings) -> None:

@@ -20,7 +20,7 @@ ATTENTION_FORWARD_SHARE, ATTENTION_BACKWARD_SHARE = 0.42, 0.30
 SKINNY_SHARE = 0.6
 """Of the bandwidth, that products with an adapter's narrow matrices reach."""
 BANDWIDTH_SHARE = 0.88
-KERNEL_SECONDS, OPERATION_SECONDS = 130e-6, 51e-6
+KERNEL_SECONDS, OPERATION_SECONDS = 100e-6, 48e-6
 """What the host takes to launch a Triton kernel, and a library call with its views: a layer costs
 so many of each, and below that the card waits (2 rows on the H200's host; others may be faster)."""
 STEP_SECONDS = 0.02
@@ -30,8 +30,8 @@ DECODE_LAYER_SECONDS, DECODE_ROW_SECONDS = 37e-6, 3e-6
 DECODE_SHARE = 0.94
 """Of a copy's bandwidth, that products of a few rows reach."""
 NF4_BYTES = 0.5159
-NF4_WEIGHTS_PER_LANE = 0.125
-"""Weights that a fused product decodes in a cycle of an integer lane: 2e12 a second on an H200."""
+NF4_OPERATIONS, NF4_ROW_OPERATIONS = 3.2, 0.14
+"""Cycles of an integer lane that a fused product takes to decode a weight, and more for each row."""
 ADAPTED_SECONDS = 7e-6
 """What an adapter adds to a decode step, a linear layer."""
 PREFILL_SHARE = 0.75
@@ -224,8 +224,11 @@ def _decode_step(model: Trained, work: Work, rows: int, settings: Settings, card
     if not model.is_quantised or settings.caches_weights:
         products = max(linear * model.item / bandwidth, flops)
     else:
-        by_instructions = linear / (NF4_WEIGHTS_PER_LANE * card.lanes)
-        products = max(linear * NF4_BYTES / bandwidth, flops, by_instructions)
+        cycles = NF4_OPERATIONS + NF4_ROW_OPERATIONS * rows
+        by_instructions = linear * cycles / card.lanes
+        fused = max(linear * NF4_BYTES / bandwidth, flops, by_instructions)
+        decoded = linear * (NF4_BYTES + 2 + model.item) / bandwidth + flops
+        products = min(fused, decoded)
     head = config.vocab_size * config.width
     products += max(head * model.item / bandwidth, 2.0 * head * rows / (card.flops * MATMUL_SHARE))
     context = work.prompt_tokens + work.completion_tokens / 2
