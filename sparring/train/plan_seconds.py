@@ -31,7 +31,7 @@ DECODE_SHARE = 0.94
 """Of a copy's bandwidth, that products of a few rows reach."""
 NF4_BYTES = 0.5159
 NF4_OPERATIONS, NF4_ROW_OPERATIONS = 3.2, 0.14
-"""Cycles of an integer lane that a fused product takes to decode a weight, and more for each row."""
+"""Cycles of an integer lane that a fused product takes to decode a weight, and more by row."""
 ADAPTED_SECONDS = 7e-6
 """What an adapter adds to a decode step, a linear layer."""
 PREFILL_SHARE = 0.75
