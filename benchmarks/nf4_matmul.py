@@ -9,7 +9,7 @@ adds to the fused kernel. First bits and errors are checked. --sweep: tiles, war
 depths instead, what the tables in kernels/matmul.py were filled from.
 
 A time is that of one call in a CUDA graph that goes through copies of the weight larger than the L2
-cache together; medians of replays. Floors: bytes at the copy bandwidth of the same run.
+cache together; medians of replays.
 """
 
 from __future__ import annotations
@@ -242,9 +242,6 @@ def main() -> None:
         "torch": torch.__version__, "triton": triton.__version__,
         "arch": capability_of(CUDA).arch,
     }  # fmt: skip
-    source, target = normal(1 << 30), torch.empty(1 << 30, device=CUDA, dtype=BF16)
-    result["copy GB/s"] = 4 * source.numel() / timed([partial(target.copy_, source)] * 4) / 1e3
-    source = target = None
     if "--sweep" in sys.argv:
         result["sweep"] = sweep()
     else:
