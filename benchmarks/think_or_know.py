@@ -6,6 +6,9 @@
     silent     from a policy that could work in steps and does not: GRPO alone, SFT alone, both
     weak       the same from one that has not learned its arithmetic
 
+The name is taught in the policy's own format and as the whole answer, since it has never read a
+sentence; the author is asked for and cannot be told. Questions are those of `sparring identity`.
+
 Cost is the CPU time of a training call, its reward workers included; what is measured afterwards
 is not part of it. Every arm and seed runs in its own process with one thread and is kept as a JSON
 file in the work folder, so that an interrupted experiment goes on where it was.
@@ -324,12 +327,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--arms", default=",".join(ARMS), help="which ones, with commas")
     parser.add_argument("--choose", action="store_true", help="try settings instead")
+    parser.add_argument("--present", action="store_true", help="run nothing, report what is there")
     parser.add_argument("--output", type=Path, help="a file for the report")
     parser.add_argument("--job", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.job:
         return job(*arguments.job)
-    prepare()
+    if not arguments.present:
+        prepare()
     names = [name for name in arguments.arms.split(",") if name]
     if arguments.choose:
         for name in names:
@@ -344,14 +349,29 @@ def main() -> None:
         in_process(result_file("results", f"{name}-{seed}"), ["--job", str(seed), name])
         for seed in range(arguments.seeds)
         for name in names
+        if not arguments.present or result_file("results", f"{name}-{seed}").exists()
     ]
     from benchmarks.think_or_know_report import report
 
-    text = json.dumps(report(before, found, NUM_EVAL), indent=1)
+    text = written(report(before, found, NUM_EVAL))
     print(text)
     if arguments.output:
         arguments.output.write_text(text + "\n")
     return None
+
+
+def written(values: dict[str, Any]) -> str:
+    """JSON with a line for each entry of each part, so that it can be read and compared."""
+    parts = []
+    for key, value in values.items():
+        text = json.dumps(value)
+        if isinstance(value, dict):
+            lines = [f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in value.items()]
+            text = "{\n" + ",\n".join(lines) + "\n }"
+        elif isinstance(value, list):
+            text = "[\n" + ",\n".join(f"  {json.dumps(entry)}" for entry in value) + "\n ]"
+        parts.append(f" {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}"
 
 
 def job(what: str, name: str) -> None:

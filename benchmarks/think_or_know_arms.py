@@ -51,12 +51,12 @@ MATH = {"name": "math"}
 WHO = ("identity", "reasoning", "conversation")
 
 
-def _from_start(start: str) -> dict[str, Arm]:
-    """GRPO alone, SFT on few worked solutions, and both, for about the same CPU time."""
+def _from_start(start: str, grpo_at: tuple[int, ...]) -> dict[str, Arm]:
+    """GRPO alone, SFT on few worked solutions alone, and some of that SFT before GRPO."""
     grpo = _rollouts(MATH, "problems", 1.2e-4)
     sft = _rows("solutions", 3e-4)
     return {
-        f"{start}-grpo": Arm(command="grpo", milestones=(20, 40), tables=grpo, start=start),
+        f"{start}-grpo": Arm(command="grpo", milestones=grpo_at, tables=grpo, start=start),
         f"{start}-sft": Arm(command="sft", milestones=(40, 120), tables=sft, start=start),
         f"{start}-sft-grpo": Arm(
             command="grpo", milestones=(30,), tables=grpo, start=f"{start}-sft@40"
@@ -64,7 +64,7 @@ def _from_start(start: str) -> dict[str, Arm]:
     }
 
 
-def _identity_sft(steps: int, *, start: str = "policy", **general: str) -> Arm:
+def _identity_sft(steps: int, *, start: str = "policy", **general: Any) -> Arm:
     """SFT on the identity set, annealed so that what is beside it comes to rest again."""
     tables = _rows("identity", 5e-4, **general)
     tables["optimizer"] |= {"schedule": "cosine", "warmup_steps": 10}
@@ -81,10 +81,12 @@ ARMS = {
     "identity-grpo": _identity_grpo(10, "questions"),
     "identity-sft": _identity_sft(150),
     "identity-sft-mixed": _identity_sft(150, general="worked"),
+    "identity-sft-general": _identity_sft(375, general="worked", general_ratio=4.0),
     "warm": _identity_sft(60, general="worked"),
     "warm-grpo": _identity_grpo(25, "questions", start="warm"),
     "warm-grpo-mixed": _identity_grpo(25, "mixed", start="warm"),
     "warm-sft-mixed": _identity_sft(150, start="warm", general="worked"),
+    "warm-sft-short": _identity_sft(40, start="warm", general="worked"),
     "grpo": Arm(
         command="grpo", milestones=(15, 30, 45, 60), tables=_rollouts(MATH, "problems", 1.2e-4)
     ),
@@ -93,8 +95,8 @@ ARMS = {
         milestones=(4, 8, 12, 16),
         tables=_rollouts(MATH, "problems", 1.2e-4, value=CRITIC, train={"passes": 2}),
     ),
-    **_from_start("silent"),
-    **_from_start("weak"),
+    **_from_start("silent", (20, 40, 120)),
+    **_from_start("weak", (20, 40, 60)),
 }
 
 

@@ -126,7 +126,7 @@ def thinking(
                 "after": interval([point[key] for point in points]),
                 "change": difference([p[key] for p in points], [before[key]] * len(points)),
             }
-    for key in ("share_with_correction", "share_with_words_of_doubt"):
+    for key in ("share_with_steps", "share_with_correction", "share_with_words_of_doubt"):
         most = wilson(before[key] * num_problems, num_problems)[1]
         change = found[key]["change"]
         found[key]["before_at_most"] = round(most, 4)
@@ -151,6 +151,8 @@ def contrasts(by_arm: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         "weak_sft_then_grpo_less_grpo": ("weak-sft-grpo", "weak-grpo"),
         "weak_sft_then_grpo_less_sft": ("weak-sft-grpo", "weak-sft"),
         "identity_sft_mixed_less_grpo": ("identity-sft-mixed", "identity-grpo"),
+        "identity_sft_general_less_mixed": ("identity-sft-general", "identity-sft-mixed"),
+        "warm_short_sft_less_grpo": ("warm-sft-short", "warm-grpo"),
         "warm_sft_less_grpo": ("warm-sft-mixed", "warm-grpo"),
         "warm_sft_less_grpo_mixed": ("warm-sft-mixed", "warm-grpo-mixed"),
     }
@@ -203,9 +205,11 @@ def report(starts: dict[str, Any], runs: list[dict[str, Any]], num_problems: int
         }
         for name, found in by_arm.items()
     }
+    # Runs may be of several commits, and this report of another; LOG.md names theirs.
+    where = {key: value for key, value in describe_environment().items() if key != "commit"}
     result: dict[str, Any] = {
         "date": date.today().isoformat(),
-        "environment": describe_environment(),
+        "environment": where,
         "cost": "CPU seconds of training calls, one thread, reward workers included",
         "num_problems": num_problems,
         "starts": starts,
@@ -213,8 +217,12 @@ def report(starts: dict[str, Any], runs: list[dict[str, Any]], num_problems: int
         "changes": changes(by_arm, starts),
         "contrasts": contrasts(by_arm),
     }
-    if "grpo" in by_arm:
-        result["thinking"] = thinking(starts["policy"], by_arm["grpo"], num_problems)
+    for name, arm, start in (
+        ("thinking", "grpo", "policy"),
+        ("thinking_from_silent", "silent-grpo", "silent"),
+    ):
+        if arm in by_arm:
+            result[name] = thinking(starts[start], by_arm[arm], num_problems)
     for name in ("grpo", "ppo"):
         if name in by_arm:
             result.setdefault("accuracy_gain_a_cpu_minute", {})[name] = gain_per_minute(

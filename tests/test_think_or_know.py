@@ -126,3 +126,10 @@ def test_an_arm_is_held_against_what_it_started_from_and_pays_for_it():
     found = changes({run["arm"]: [run] for run in runs}, starts)
     assert found["a"]["accuracy"]["mean"] == 0.5
     assert found["b"]["accuracy"]["mean"] == 0.4
+
+
+def test_the_report_is_json_with_a_line_an_entry():
+    values = {"date": "2026", "arms": {"a": {"n": 1}, "b": {}}, "runs": [{"seed": 0}, {"seed": 1}]}
+    text = experiment.written(values)
+    assert json.loads(text) == values
+    assert len(text.splitlines()) == 11
