@@ -120,7 +120,7 @@ def _backward_kernel(
 ):  # fmt: skip
     columns = tl.arange(0, BLOCK_D)
     weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
-    d_weight = tl.zeros([BLOCK_D], tl.float32)
+    d_weight = tl.zeros([ROWS, BLOCK_D], tl.float32)
     dtype = dx_ptr.dtype.element_ty
     for tile in range(TILES):
         rows = (tl.program_id(0).to(tl.int64) * TILES + tile) * ROWS + tl.arange(0, ROWS)
@@ -133,7 +133,7 @@ def _backward_kernel(
         scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / D + eps)
         normed = x * scale[:, None]
         if NEEDS_WEIGHT:
-            d_weight += tl.sum(dy * rounded(normed, dtype).to(tl.float32), axis=0)
+            d_weight += dy * rounded(normed, dtype).to(tl.float32)
         inner_grad = dy * weight[None, :]
         along = tl.sum(inner_grad * normed, axis=1) / D
         dx = (inner_grad - normed * along[:, None]) * scale[:, None]
@@ -141,7 +141,8 @@ def _backward_kernel(
             dx += tl.load(ds_ptr + flat, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx_ptr + flat, rounded(dx, dtype), mask=inside)
     if NEEDS_WEIGHT:
-        tl.store(partial_ptr + tl.program_id(0) * D + columns, d_weight, mask=columns < D)
+        to = partial_ptr + tl.program_id(0) * D + columns
+        tl.store(to, tl.sum(d_weight, axis=0), mask=columns < D)
 
 
 def tile_of(width: int) -> dict[str, int]:

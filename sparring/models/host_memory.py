@@ -28,13 +28,15 @@ class HostMemory:
         return Trip(self, num_layers)
 
     def borrow(self, num_bytes: int) -> Tensor:
-        """A pinned buffer of at least num_bytes: the smallest that fits, or a new one."""
+        """A pinned buffer of at least num_bytes: the smallest that fits, or a new one in place of
+        one that is too small.
+        """
         fitting = [buffer for buffer in self._free if len(buffer) >= num_bytes]
-        if not fitting:
+        chosen = min(fitting, key=len) if fitting else max(self._free, key=len, default=None)
+        self._free = [buffer for buffer in self._free if buffer is not chosen]
+        if chosen is None or not fitting:
             return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-        best = min(fitting, key=len)
-        self._free = [buffer for buffer in self._free if buffer is not best]
-        return best
+        return chosen
 
     def give_back(self, buffer: Tensor) -> None:
         """For later use; copies from it that were begun before are on the same stream."""
