@@ -293,8 +293,10 @@ def test_a_recipe_that_does_not_fit_is_shown_beside_one_that_does(tmp_path: Path
         ("Qwen3-8B", "nf4", 5.5, 6.3),
     ],
 )
-def test_real_configs(name: str, quantization: str, least: float, most: float) -> None:
-    path = Path(__file__).resolve().parents[3] / "shared" / "configs" / f"{name}.json"
+def test_real_configs(
+    shared_dir: Path, name: str, quantization: str, least: float, most: float
+) -> None:
+    path = shared_dir / "configs" / f"{name}.json"
     recipe = build_recipe(
         {
             "model": {"path": str(path), "quantization": quantization, "max_tokens": 1024},
