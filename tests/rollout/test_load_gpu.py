@@ -60,6 +60,8 @@ def test_ten_thousand_prompts_in_memory_for_twenty() -> None:
     prompts, limits = asked(10_000)
     sampling = Sampling(max_completion_tokens=512, temperature=0.0)
     scarce = engine(model, 20 * 272)
+    # capturing a graph gives cached memory back, so every bucket is captured before the count
+    scarce.generate(prompts[:500], sampling, limits=limits[:500])
     reserved: list[int] = []
 
     def watch(finished: int, total: int, _tokens: int) -> None:
@@ -76,7 +78,7 @@ def test_ten_thousand_prompts_in_memory_for_twenty() -> None:
     assert stats.num_free_blocks == stats.num_blocks == 84
     assert stats.num_preemptions >= 50
     assert [len(r[0].token_ids) for r in got] == [limit for (limit,) in limits]
-    assert reserved[-1] <= reserved[0], "capturing gives cached memory back, nothing grows"
+    assert reserved[0] == reserved[-1]
     some = slice(0, 1000)
     roomy = engine(model, 64 * 576, max_running=64)
     free = roomy.generate(prompts[some], sampling, limits=limits[some])

@@ -20,7 +20,11 @@ pytestmark = [pytest.mark.gpu, pytest.mark.shared]
 BEGINNINGS = ("Once upon a time", "Lily and Tom went to", "The little dog was", "One day, a girl")
 
 
-MISSED = pytest.mark.xfail(reason="default mode misses this target in bfloat16; see LOG.md")
+MISSED = pytest.mark.xfail(
+    raises=AssertionError,
+    strict=True,
+    reason="failed in bfloat16 on an H200, its figures lost: see LOG.md; a pass must end this mark",
+)
 
 
 @pytest.mark.parametrize(
