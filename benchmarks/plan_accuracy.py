@@ -6,7 +6,9 @@ Random weights of real shapes, distinct prompts, advantages drawn non-zero, fixe
 a rollout by the engine, whose KV pool is what the plan says, and a training phase: groups on the
 host to weights updated. Peak is the allocator's largest reserved memory in a phase since the
 weights are in place; between phases free pages are given back, as a run does. A cap of N GiB limits
-the allocator to N - 1.0 GiB. Two steps after one to warm up; all are reported.
+the allocator to N - 1.0 GiB. Two steps after one to warm up; all are reported. Allocated and device
+memory stand beside it, each part of the prediction, and what every pool of the allocator held at a
+phase's end. Rows share a process; what one leaves (library workspaces) is freed before the next.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import gc
 import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +33,9 @@ from sparring.models.transformer import Decoder
 from sparring.rollout.engine import Engine
 from sparring.rollout.sampler import Sampling
 from sparring.train.cards import find_card
+from sparring.train.memory import take_workspaces
 from sparring.train.optimizer import Optimizer, build_optimizer
-from sparring.train.plan import predict
+from sparring.train.plan import Phase, predict
 from sparring.train.plan_job import CONTEXT_BYTES, Job, Settings, Trained, Work
 from sparring.train.step import train_step
 from sparring.types import Group, Prompt, Rollout
@@ -111,11 +115,24 @@ def counters(**names: float) -> dict[str, float]:
 
 
 def peaks() -> dict[str, int]:
-    """The allocator's peaks since the last reset."""
+    """The allocator's peaks since the last reset, and what the device holds while pages stay."""
+    free, total = torch.cuda.mem_get_info()
     return {
         "peak allocated": torch.cuda.max_memory_allocated(),
         "peak reserved": torch.cuda.max_memory_reserved(),
+        "device used": total - free,
     }
+
+
+def pools() -> dict[str, list[int]]:
+    """[reserved, allocated] now of ordinary memory and of graphs, small and large requests."""
+    found: dict[str, list[int]] = {}
+    for segment in torch.cuda.memory_snapshot():
+        owner = "ordinary" if tuple(segment["segment_pool_id"]) == (0, 0) else "graphs"
+        sizes = found.setdefault(f"{owner} {segment['segment_type']}", [0, 0])
+        sizes[0] += segment["total_size"]
+        sizes[1] += segment["allocated_size"]
+    return found
 
 
 def job_of(row: dict[str, Any]) -> tuple[Job, Settings]:
@@ -165,6 +182,7 @@ def rollout(engine: Engine, row: dict[str, Any], made: list[Group], step: int) -
 def measured(row: dict[str, Any]) -> dict[str, Any]:
     """Everything measured of one recipe, beside what is predicted."""
     gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
     cap = row["cap_gib"]
     budget = None if cap is None else cap * GIB
@@ -188,10 +206,13 @@ def measured(row: dict[str, Any]) -> dict[str, Any]:
     )  # fmt: skip
     seconds: dict[str, list[float]] = {"rollout": [], "training": [], "handing over": []}
     found: dict[str, dict[str, int]] = {}
+    held: dict[str, dict[str, list[int]]] = {}
+    take_workspaces(model.device, model.dtype)
     for step in range(3):
         torch.cuda.reset_peak_memory_stats()
         seconds["rollout"].append(rollout(engine, row, made, step))
         _keep_peaks(found, "rollout")
+        held["rollout"] = pools()
         start = time.perf_counter()
         engine.make_room()
         torch.cuda.empty_cache()
@@ -200,21 +221,28 @@ def measured(row: dict[str, Any]) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
         seconds["training"].append(training(model, optimizer, row, made))
         _keep_peaks(found, "training")
+        held["training"] = pools()
         torch.cuda.empty_cache()
         stages.append(counters(stage=f"after training {step}"))
     assert plan.rollout is not None, "the rows sample"
     assert plan.seconds is not None, "a card is named"
     return {
-        **row, "stages": stages, "peaks": found, "seconds": seconds,
+        **row, "stages": stages, "peaks": found, "pools": held, "seconds": seconds,
+        "graphs": asdict(engine.graph_stats),
         "predicted": {
-            "rollout": {"reserved": plan.rollout.reserved, "parts": dict(plan.rollout.parts)},
-            "training": {"reserved": plan.training.reserved, "parts": dict(plan.training.parts)},
+            "rollout": told(plan.rollout),
+            "training": told(plan.training),
             "seconds": {
                 "rollout": plan.seconds.prefill + plan.seconds.decode,
                 "training": plan.seconds.training,
             },
         },
     }  # fmt: skip
+
+
+def told(phase: Phase) -> dict[str, Any]:
+    """A phase's prediction: with and without what is allowed for beyond the played requests."""
+    return {"reserved": phase.reserved, "played": phase.played, "parts": dict(phase.parts)}
 
 
 def _keep_peaks(found: dict[str, dict[str, int]], phase: str) -> None:
@@ -235,6 +263,28 @@ def table_line(name: str, row: dict[str, Any]) -> str:
     return f"{name:10} " + " | ".join(cells)
 
 
+def detail_lines(row: dict[str, Any]) -> list[str]:
+    """By phase, in GiB: what was measured, what every pool held at its end, predicted parts."""
+    lines = []
+    for phase in ("rollout", "training"):
+        took = ", ".join(f"{name} {size / GIB:.3f}" for name, size in row["peaks"][phase].items())
+        held = ", ".join(
+            f"{name} {reserved / GIB:.3f} ({allocated / GIB:.3f})"
+            for name, (reserved, allocated) in row["pools"][phase].items()
+        )
+        said = row["predicted"][phase]
+        parts = ", ".join(
+            f"{part} {size / GIB:.3f}" for part, size in said["parts"].items() if size > 2**19
+        )
+        lines += [
+            f"  {phase}: {took}",
+            f"    pools at the end, allocated in brackets: {held}",
+            f"    predicted: reserved {said['reserved'] / GIB:.3f}, played"
+            f" {said['played'] / GIB:.3f}; {parts}",
+        ]
+    return lines
+
+
 def main() -> None:
     torch.manual_seed(0)
     torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
@@ -247,6 +297,7 @@ def main() -> None:
         try:
             result["rows"][name] = measured(ROWS[name])
             print(table_line(name, result["rows"][name]), flush=True)
+            print("\n".join(detail_lines(result["rows"][name])), flush=True)
         except Exception as problem:  # noqa: BLE001 - one row must not lose the others
             result["rows"][name] = {**ROWS[name], "failed": repr(problem)[:400]}
             print(name, "failed", repr(problem)[:400], flush=True)

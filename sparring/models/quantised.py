@@ -159,6 +159,13 @@ class Quantised(nn.Module):
             y_TO = self._decode_and_multiply(x_TI, bias_O)
         return y_TO if low_rank is None else lora_expand(y_TO, low_rank)
 
+    def scratch_bytes(self, num_rows: int) -> int:
+        """Most bytes that `product` decodes at once for so many rows, where there is no copy."""
+        if self._plain is not None or num_rows <= self._fused_rows():
+            return 0
+        num_outputs, num_inputs = self.shape
+        return self._step(num_inputs, num_outputs, SLICE_BYTES) * num_inputs * self.dtype.itemsize
+
     def _copy(self) -> Tensor | None:
         """All rows as an ordinary tensor, where there is one."""
         return self._plain if self._plain is not None else self._cached
@@ -339,6 +346,13 @@ def cached_addresses(model: nn.Module) -> tuple[int, ...]:
         module.cached_address
         for module in model.modules()
         if isinstance(module, Quantised) and module.cached_address
+    )
+
+
+def scratch_bytes(model: nn.Module, num_rows: int) -> int:
+    """Most bytes that a product of so many rows decodes at once, without gradient or copies."""
+    return max(
+        (m.scratch_bytes(num_rows) for m in model.modules() if isinstance(m, Quantised)), default=0
     )
 
 

@@ -3,8 +3,9 @@
 A step embeds the rows' tokens, runs the layers, draws the next tokens with their log-probabilities,
 tests for the end and moves the rows on, all on the device. One graph is captured for each bucket of
 row counts and context lengths when it is first needed, after a run of the same step without
-capture; all share one memory pool. Several steps are replayed between two looks at the result.
-Rows that have ended go on in place, writing to the spare block, until the host takes them out.
+capture; all share one memory pool, reserved beforehand (graph_memory.py). Several steps are
+replayed between two looks at the result. Rows that have ended go on in place, writing to the spare
+block, until the host takes them out.
 
 Graphs read weights, adapter shadows, rules and rows where they lie, and the pool of keys and values
 through its address in device memory: they stay valid over optimizer steps, and when that pool is
@@ -25,10 +26,11 @@ from torch import Tensor
 from sparring.kernels.decode_state import advance, place
 from sparring.kernels.sampling import DrawRules, draw_tokens
 from sparring.layout import DecodeLayout, KVPool
-from sparring.models.quantised import cached_addresses
+from sparring.models.quantised import cached_addresses, scratch_bytes
 from sparring.models.transformer import Decoder
 from sparring.rollout.block_pool import blocks_for
 from sparring.rollout.device_rows import DeviceRows
+from sparring.rollout.graph_memory import GraphMemory, step_bytes
 from sparring.rollout.sampler import Sampling, draw_rules, end_id_tensor
 from sparring.rollout.scheduler import SequenceState
 from sparring.rollout.steps import Burst
@@ -68,6 +70,7 @@ class GraphSteps:
     """Captured steps of one model and adapter, for every generate call of an engine.
 
     num_steps: steps between two looks at the result. captures False: the same steps without graphs.
+    caches_weights: four-bit weights are there decoded whenever a step runs.
     """
 
     def __init__(
@@ -81,8 +84,9 @@ class GraphSteps:
         block_size: int,
         num_steps: int,
         captures: bool,
+        caches_weights: bool = False,
     ) -> None:
-        self.num_steps = num_steps
+        self.num_steps, self._caches_weights = num_steps, caches_weights
         self._model, self._adapter = model, adapter
         self._max_rows, self._max_tokens = max_rows, max_tokens
         self._block_size, self._captures = block_size, captures
@@ -103,22 +107,34 @@ class GraphSteps:
         # the engine alone holds the pool: what it gives away when it sleeps must be free then
         self._kv_pool: weakref.ref[KVPool] | None = None
         self._graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph] = {}
-        self._memory = torch.cuda.graph_pool_handle() if captures else None
-        self._stream = torch.cuda.Stream(device) if captures else None
+        self._memory = GraphMemory(device) if captures else None
         self._weights_at: tuple[int, ...] = ()
         self._capture_seconds = 0.0
 
     @property
     def stats(self) -> GraphStats:
         """What was captured so far."""
-        return GraphStats(len(self._graphs), self._pool_bytes(), self._capture_seconds)
+        num_bytes = 0 if self._memory is None else self._memory.num_bytes
+        return GraphStats(len(self._graphs), num_bytes, self._capture_seconds)
 
-    def _pool_bytes(self) -> int:
-        """What the graphs' memory pool has reserved: activations and workspaces of every bucket."""
-        if not self._graphs:
-            return 0
-        segments = torch.cuda.memory_snapshot()
-        return sum(s["total_size"] for s in segments if s["segment_pool_id"] == self._memory)
+    def has_room(self, num_rows: int, num_tokens: int) -> bool:
+        """Whether graphs of so many rows of up to so many tokens need no more memory."""
+        return self._memory is None or self._memory.has_room(self._bytes(num_rows, num_tokens))
+
+    def reserve(self, num_rows: int, num_tokens: int) -> None:
+        """Take the memory of these graphs, before keys and values take what is left."""
+        if self._memory is not None:
+            self._memory.reserve(self._bytes(num_rows, num_tokens))
+
+    def _bytes(self, num_rows: int, num_tokens: int) -> int:
+        model, rows = self._model, row_bucket(num_rows, self._max_rows)
+        return step_bytes(
+            model.config,
+            rows,
+            context_bucket(num_tokens, self._max_tokens),
+            item=model.dtype.itemsize,
+            scratch=0 if self._caches_weights else scratch_bytes(model, rows),
+        )
 
     def aim(self, kv_pool: KVPool, sampling: Sampling) -> None:
         """The next bursts run on this pool, which has the address tensor of every pool before it,
@@ -168,18 +184,13 @@ class GraphSteps:
     def _capture(self, num_rows: int, context: int) -> torch.cuda.CUDAGraph:
         """The graph of a step, captured while every row is done, so that nothing is disturbed."""
         started = time.perf_counter()
-        rows, device = self.rows, self._model.device
-        assert self._stream is not None, "captures"
-        torch.cuda.synchronize(device)
-        rows.idle()
-        with torch.cuda.stream(self._stream):
+        memory = self._memory
+        assert memory is not None, "captures"
+        self.rows.idle()
+        with memory.allocating():
             self._compute(num_rows, context)  # compiles and loads what is not yet
-            rows.idle()
-        torch.cuda.synchronize(device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory, stream=self._stream):
-            self._compute(num_rows, context)
-        torch.cuda.synchronize(device)
+        self.rows.idle()
+        graph = memory.capture(lambda: self._compute(num_rows, context))
         self._capture_seconds += time.perf_counter() - started
         return graph
 

@@ -125,7 +125,7 @@ class Engine:
         self.adapter = adapter
         self.policy_version = 0
         self.stats = EngineStats()
-        self.kv_dtype = _kv_dtype(model, kv_dtype)
+        self.kv_dtype = find_kv_dtype(model, kv_dtype)
         self.block_bytes = kv_bytes_per_token(model.config, self.kv_dtype) * block_size
         most_useful = 1 + max_running * blocks_for(max_tokens, block_size)
         self.num_blocks = min(kv_bytes // self.block_bytes, most_useful)
@@ -180,6 +180,7 @@ class Engine:
             ),
         )
         with torch.no_grad():
+            self._reserve(prompts, limits_PG)
             self.wake()
             kv_pool = self._kv_pool
             assert kv_pool is not None, "the engine is awake"
@@ -238,11 +239,13 @@ class Engine:
         """The graphs captured so far; none on a CPU."""
         return self._graph_steps.stats if self._graph_steps else GraphStats(0, 0, 0.0)
 
-    def _steps(self, kv_pool: KVPool, sampling: Sampling) -> DecodeSteps:
-        if self._address is None:
-            return EagerSteps(
-                self.model, kv_pool, adapter=self.adapter, sampling=sampling, stop_ids=self.stop_ids
-            )
+    def _reserve(self, prompts: Sequence[Prompt], limits_PG: Sequence[Sequence[int]]) -> None:
+        """Has memory for the graphs of a call, taken before the one of keys and values.
+
+        Where it must grow, keys and values make way and are taken again behind it.
+        """
+        if self._address is None or not prompts:
+            return
         if self._graph_steps is None:
             self._graph_steps = GraphSteps(
                 self.model,
@@ -253,6 +256,21 @@ class Engine:
                 block_size=self.block_size,
                 num_steps=self._num_steps,
                 captures=self._captures,
+                caches_weights=self._caches_weights,
+            )
+        rows = min(self.max_running, sum(map(len, limits_PG)))
+        longest = max(
+            len(prompt.token_ids) + max(limits_G, default=0)
+            for prompt, limits_G in zip(prompts, limits_PG, strict=True)
+        )
+        if not self._graph_steps.has_room(rows, longest):
+            self.sleep()
+            self._graph_steps.reserve(rows, longest)
+
+    def _steps(self, kv_pool: KVPool, sampling: Sampling) -> DecodeSteps:
+        if self._graph_steps is None:
+            return EagerSteps(
+                self.model, kv_pool, adapter=self.adapter, sampling=sampling, stop_ids=self.stop_ids
             )
         self._graph_steps.aim(kv_pool, sampling)
         return self._graph_steps
@@ -328,7 +346,7 @@ def has_kernels(model: Decoder) -> bool:
     return is_gpu and is_half and model.capability.tensor_dots and model.config.head_size <= 256
 
 
-def _kv_dtype(model: Decoder, name: str) -> torch.dtype:
+def find_kv_dtype(model: Decoder, name: str) -> torch.dtype:
     """The dtype of keys and values; raises UserError for 8 bits where they cannot be."""
     names = {"auto": model.dtype, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
     if name not in names:

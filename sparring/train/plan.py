@@ -58,12 +58,11 @@ MICRO_BATCH_TOKENS = (32768, 16384, 8192, 4096, 2048, 1024)
 KV_SHARE = 0.98
 """Of what is left in the rollout phase: the rest is for requests of odd sizes."""
 UNSEEN: Mapping[str, tuple[int, float]] = {
-    "rollout": (96 * MIB, 0.01),
-    "training": (128 * MIB, 0.02),
+    "rollout": (32 * MIB, 0.005),
+    "training": (48 * MIB, 0.01),
 }
-"""Reserved beyond what is played, in bytes and as a share, by phase: half-filled pages of the pools
-that streams and graphs have of their own, of loading, and requests that library calls make inside
-themselves. Measured on an H200: up to 0.1 GiB and 0.22 GiB."""
+"""Reserved beyond what is played, in bytes and as a share, by phase: half-filled pages of loading,
+rows and rules of decode steps, and requests that library calls make inside themselves."""
 STEPS_PLAYED = 2
 """After the second step the allocator holds all that a run ever makes it reserve."""
 BATCHES_PLAYED = 3
@@ -73,10 +72,14 @@ PROPOSALS_TRIED = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """Bytes by part when most is there; total: what the card must have, context included."""
+    """Bytes by part when most is there; total: what the card must have, context included.
+
+    played: what the model of the allocator reserves; reserved: with what it does not see.
+    """
 
     parts: Mapping[str, int]
     allocated: int
+    played: int
     reserved: int
 
     @property
@@ -342,7 +345,10 @@ def _resident(job: Job, settings: Settings, arch: int) -> Tape:
         most = min(settings.max_running, max(job.work.num_completions, job.most_completions))
         each = job.policy.kv_bytes_per_token
         rows = rows_at_once(job.work, settings.kv_bytes, each, most)
-        take_graphs(tape, job.policy, rows, workspace_bytes(arch) // 2)
+        take_graphs(
+            tape, job.policy, job.work, settings, rows, arch=arch,
+            workspace=workspace_bytes(arch) // 2,
+        )  # fmt: skip
     return tape
 
 
@@ -372,7 +378,7 @@ def _played(tape: Tape, start: int, budget: int | None, phase: str, settings: Se
     parts = dict(peak.parts)
     parts[SLACK] = reserved - peak.allocated
     parts[CONTEXT] = CONTEXT_BYTES
-    return Phase(parts=parts, allocated=peak.allocated, reserved=reserved)
+    return Phase(parts=parts, allocated=peak.allocated, played=peak.reserved, reserved=reserved)
 
 
 def gib(num_bytes: float) -> str:

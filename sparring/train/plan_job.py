@@ -58,7 +58,7 @@ class Trained:
 
     item: bytes of a number in the compute dtype. rank 0: every weight is trained. targets: names
     out of PROJECTIONS. has_head: False for a critic's trunk. optimizer, keeps_16bit (kinds alone),
-    head and embedding: as in the recipe.
+    head, embedding and kv_dtype: as in the recipe.
     """
 
     config: TransformerConfig
@@ -71,6 +71,7 @@ class Trained:
     keeps_16bit: frozenset[str] = frozenset()
     head: str = "16bit"
     embedding: str = "device"
+    kv_dtype: str = "auto"
 
     @property
     def is_full(self) -> bool:
@@ -122,9 +123,11 @@ class Trained:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of one token's keys and values."""
+        """Bytes of one token's keys and values, in 8 bits with a scale a head."""
         config = self.config
-        return config.num_layers * 2 * config.num_kv_heads * config.head_size * self.item
+        is_small = self.kv_dtype != "auto"
+        each = config.head_size + 4 if is_small else config.head_size * self.item
+        return config.num_layers * 2 * config.num_kv_heads * each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -57,6 +57,7 @@ def trained_of(recipe: Recipe, path: str = "") -> Trained:
         keeps_16bit=frozenset(section.keep_16bit),
         head=section.head,
         embedding=section.embedding,
+        kv_dtype=recipe.rollout.kv_dtype,
     )
 
 
@@ -73,6 +74,7 @@ def _trained_as(recipe: Recipe, model: Decoder) -> Trained:
         keeps_16bit=frozenset(recipe.model.keep_16bit),
         head=recipe.model.head,
         embedding=recipe.model.embedding,
+        kv_dtype=recipe.rollout.kv_dtype,
     )
 
 

@@ -6,6 +6,10 @@ told; everything else depends on the model and on how many rows run.
 
 from __future__ import annotations
 
+from sparring.models.quantised import FUSED_ROWS
+from sparring.rollout.cuda_graph import context_bucket, row_bucket
+from sparring.rollout.graph_memory import SMALL_BYTES, SMALL_PIECES, step_bytes
+from sparring.train.allocator import MIDDLE_SEGMENT
 from sparring.train.plan_job import (
     DECODED,
     GRAPHS,
@@ -33,12 +37,24 @@ def rows_at_once(work: Work, kv_bytes: int, kv_bytes_per_token: int, most: int) 
     return max(1, min(most, max(work.num_completions, fitting)))
 
 
-def take_graphs(tape: Tape, model: Trained, rows: int, workspace: int) -> None:
-    """What captured decode steps of so many rows keep: a step's tensors and a library workspace."""
-    config = model.config
-    tape.take(GRAPHS, workspace)
-    tape.take(GRAPHS, rows * config.vocab_size * 4)
-    tape.take(GRAPHS, rows * (3 * config.ffn_width + 8 * config.width) * model.item)
+def take_graphs(
+    tape: Tape, model: Trained, work: Work, settings: Settings, rows: int, *, arch: int,
+    workspace: int,
+) -> None:  # fmt: skip
+    """What captured decode steps of so many rows keep: a step's tensors and a library workspace.
+
+    They have a memory pool of their own, in pages of its own.
+    """
+    rows = row_bucket(rows, rows)
+    scratch = 0
+    if not settings.caches_weights and rows > FUSED_ROWS.get(arch, 64):
+        scratch = max(size.decoded_slice(model.item) for size in model.linears().values())
+    longest = work.prompt_tokens + work.completion_tokens
+    step = step_bytes(
+        model.config, rows, context_bucket(longest, longest), item=model.item, scratch=scratch
+    )
+    tape.take(GRAPHS, -(-(workspace + step) // MIDDLE_SEGMENT) * MIDDLE_SEGMENT)
+    tape.take(GRAPHS, SMALL_BYTES * SMALL_PIECES)
 
 
 def take_rollout(tape: Tape, model: Trained, work: Work, settings: Settings) -> None:
@@ -55,22 +71,22 @@ def take_rollout(tape: Tape, model: Trained, work: Work, settings: Settings) -> 
             ]
     tokens = max(1, min(PREFILL_TOKENS, work.prompts * work.prompt_tokens))
     prompts = min(work.prompts, max(1, tokens // work.prompt_tokens))
-    _prefill(tape, model, tokens, prompts, settings)
+    _prefill(tape, model, tokens, prompts, work.group_size, settings)
     tape.give(pool, *cached)
 
 
-def _prefill(tape: Tape, model: Trained, tokens: int, prompts: int, settings: Settings) -> None:
-    """A prefill step without gradient; the last row of each prompt is drawn from."""
+def _prefill(
+    tape: Tape, model: Trained, tokens: int, prompts: int, samples: int, settings: Settings
+) -> None:
+    """A prefill step without gradient; every sample draws from the last row of its prompt."""
     config, item = model.config, model.item
     width = tokens * config.width * item
 
     def product(name: str) -> int:
         size = model.linears()[name]
         y = tape.take(WORKING, tokens * size.outputs * item)
-        if not settings.caches_weights:
-            whole = size.decoded(item) if size.adapted else size.decoded_slice(item)
-            if whole:
-                tape.brief(DECODED, whole)
+        if not settings.caches_weights and size.is_quantised:
+            tape.brief(DECODED, size.decoded_slice(item))
         return y
 
     heads = tokens * config.num_heads * config.head_size * item
@@ -90,8 +106,8 @@ def _prefill(tape: Tape, model: Trained, tokens: int, prompts: int, settings: Se
     tape.give(hidden, normed)
     with tape.during(WORKING, width):
         tape.give(down, summed)
-        for _ in range(2):
-            tape.brief(LOGITS, prompts * config.vocab_size * 4)
+        with tape.during(LOGITS, prompts * config.vocab_size * 4):
+            tape.brief(LOGITS, prompts * samples * config.vocab_size * 4)
 
 
 def kv_tokens(work: Work, running: int) -> int:

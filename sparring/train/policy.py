@@ -23,7 +23,8 @@ from sparring.models.memory import free_bytes
 from sparring.models.reference import Reference, build_reference
 from sparring.models.storage import Storage
 from sparring.models.transformer import Decoder, kv_bytes_per_token
-from sparring.rollout.engine import Engine, has_kernels
+from sparring.rollout.engine import Engine, find_kv_dtype, has_kernels
+from sparring.train.memory import take_workspaces
 from sparring.train.plan_job import Work
 from sparring.train.plan_rollout import rows_at_once
 
@@ -223,7 +224,7 @@ def build_engine(recipe: Recipe, policy: Policy, *, most_rollouts: int) -> Engin
     if kv_bytes == "auto":
         running = min(most_rollouts, MAX_RUNNING)
         useful = (running * policy.max_tokens + 4096) * kv_bytes_per_token(
-            model.config, model.dtype
+            model.config, find_kv_dtype(model, section.kv_dtype)
         )
         budget = free_bytes(model.device)
         if recipe.run.memory != "auto":
@@ -231,7 +232,8 @@ def build_engine(recipe: Recipe, policy: Policy, *, most_rollouts: int) -> Engin
         kv_bytes = min(useful, int(budget * KV_SHARE_OF_FREE_MEMORY))
     running = MAX_RUNNING
     if model.device.type == "cuda":  # more rows have larger graphs: as many as the plan counts
-        each = kv_bytes_per_token(model.config, model.dtype)
+        take_workspaces(model.device, model.dtype)
+        each = kv_bytes_per_token(model.config, find_kv_dtype(model, section.kv_dtype))
         work = work_of(section, policy.max_tokens)
         running = rows_at_once(work, int(kv_bytes), each, MAX_RUNNING)
     return Engine(

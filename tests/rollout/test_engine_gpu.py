@@ -62,6 +62,18 @@ def engine(model: Decoder, **changes: object) -> Engine:
     return Engine(model, **{**arguments, **changes})  # type: ignore[arg-type]
 
 
+def taken_from(sleeper: Engine) -> torch.Tensor:
+    """Something else that lies where a sleeping engine's pool lay."""
+    data = sleeper._kv_pool.data
+    place, size = data.data_ptr(), data.nbytes
+    del data
+    torch.cuda.empty_cache()  # so that no other free block is as good
+    sleeper.sleep()
+    blocker = torch.empty(size, dtype=torch.uint8, device="cuda")
+    assert blocker.data_ptr() == place
+    return blocker
+
+
 def flat(rollouts: list[list[Rollout]]) -> list[Rollout]:
     return [r for group in rollouts for r in group]
 
@@ -118,8 +130,7 @@ def test_graphs_survive_a_pool_that_moves() -> None:
     want = sleeper.generate(prompts(100, 9), sampling, num_samples=4)
     graphs = sleeper.graph_stats.num_graphs
     place = sleeper._kv_pool.data.data_ptr()
-    sleeper.sleep()
-    blocker = torch.empty(1 << 24, dtype=torch.int32, device="cuda")  # where the pool lay
+    blocker = taken_from(sleeper)
     got = sleeper.generate(prompts(100, 9), sampling, num_samples=4)
     assert sleeper._kv_pool.data.data_ptr() != place
     assert sleeper.graph_stats.num_graphs == graphs
@@ -174,8 +185,7 @@ def test_keys_and_values_in_eight_bits(kv_dtype: str) -> None:
     plain = engine(model, stop_ids=(), kv_dtype=kv_dtype, cuda_graphs=False)
     assert_same(got, plain.generate(asked, sampling, num_samples=4))
     place = small._kv_pool.data.data_ptr()
-    small.sleep()
-    blocker = torch.empty(1 << 24, dtype=torch.int32, device="cuda")
+    blocker = taken_from(small)
     assert_same(got, small.generate(asked, sampling, num_samples=4))
     assert small._kv_pool.data.data_ptr() != place
     del blocker
@@ -187,6 +197,39 @@ def test_keys_and_values_in_eight_bits(kv_dtype: str) -> None:
     ]
     assert len(gaps) >= 8
     assert 0 < sum(gaps) / len(gaps) < 0.15
+
+
+@pytest.mark.parametrize("samples", [1, 16])
+def test_memory_of_graphs_is_reserved_before_keys_and_values(samples: int) -> None:
+    model = adapted(gpu_model())
+    writer = engine(model, stop_ids=())
+    sizes = []
+    taken = writer.wake
+
+    def wake() -> None:
+        sizes.append(writer.graph_stats.num_bytes)
+        taken()
+
+    writer.wake = wake
+    for knobs in ({}, {"top_p": 0.9}):
+        sampling = Sampling(max_completion_tokens=600, **knobs)  # two buckets of contexts
+        writer.generate(prompts(20, 30, 40), sampling, num_samples=samples)
+    assert writer.graph_stats.num_graphs >= 4
+    assert sizes[0] > 0
+    assert {*sizes, writer.graph_stats.num_bytes} == {sizes[0]}
+
+
+def test_more_rows_reserve_more_and_keys_and_values_lie_behind() -> None:
+    model = gpu_model()
+    writer = engine(model)
+    sampling = Sampling(max_completion_tokens=20)
+    few = writer.generate(prompts(20), sampling)
+    small = writer.graph_stats.num_bytes
+    many = writer.generate(prompts(*[20] * 40), sampling, num_samples=2)
+    assert writer.graph_stats.num_bytes >= small
+    assert_same([few[0]], engine(model).generate(prompts(20), sampling))
+    assert len(flat(many)) == 80
+    assert_same(many, engine(model).generate(prompts(*[20] * 40), sampling, num_samples=2))
 
 
 def test_sleep_frees_the_pool_though_graphs_were_captured() -> None:
