@@ -117,8 +117,11 @@ def _decode_kernel(
     K: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr, B: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, HAS_WINDOW: tl.constexpr,
     KV_DTYPE: tl.constexpr, LIMIT: tl.constexpr, SHARED: tl.constexpr, ROTATES: tl.constexpr,
-    HAS_NORM: tl.constexpr,
+    HAS_NORM: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAPS:  # in a chain of launches, see few_rows.py
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -250,7 +253,7 @@ def paged_decode_triton(
             q_RHE, kv_pool.address, tables_RN, lengths_R, out, workspace.partial,
             workspace.states, workspace.tickets, *[workspace.states] * 4, tables_RN, 0,
             tables_RN.stride(0), layer, kv_pool.num_blocks, scale, window, 0.0, SHARED=chunk,
-            HAS_WINDOW=window > 0, ROTATES=False, HAS_NORM=False, **constants,
+            HAS_WINDOW=window > 0, ROTATES=False, HAS_NORM=False, OVERLAPS=False, **constants,
         )  # fmt: skip
     return out
 
@@ -273,11 +276,13 @@ def rotate_decode_triton(
     window: int = 0,
     out: Tensor | None = None,
     workspace: DecodeWorkspace | None = None,
+    overlaps: bool = False,
 ) -> Tensor:
     """`rotate_write` and `paged_decode_triton` of its queries in one launch, the same bits.
 
     The program of a row's last split writes the row's new key and value before it reads them; a row
-    of length 0 writes nothing.
+    of length 0 writes nothing. overlaps: it may be launched while the launch before it runs, and
+    waits for that one (few_rows.py).
     """
     rows, size = len(qkv_RC), kv_pool.data.shape[5]
     num_kv_heads = kv_pool.data.shape[3]
@@ -288,13 +293,16 @@ def rotate_decode_triton(
     has_norm = q_norm is not None and k_norm is not None
     constants = constants_of(kv_pool.data, num_heads) | split_of(capability, size) | OPTIONS
     constants["BLOCK_M"] = max(16, triton.next_power_of_2(num_heads // num_kv_heads + 2))
+    if overlaps:
+        constants["launch_pdl"] = True
     if rows:
         _decode_kernel[(rows, num_kv_heads, max_splits)](
             qkv_RC, kv_pool.address, tables_RN, lengths_R, out, workspace.partial,
             workspace.states, workspace.tickets, cos.contiguous(), sin.contiguous(),
             q_norm if has_norm else cos, k_norm if has_norm else cos, slots_R, qkv_RC.stride(0),
             tables_RN.stride(0), layer, kv_pool.num_blocks, LOG2_E / math.sqrt(size), window, eps,
-            SHARED=0, HAS_WINDOW=window > 0, ROTATES=True, HAS_NORM=has_norm, **constants,
+            SHARED=0, HAS_WINDOW=window > 0, ROTATES=True, HAS_NORM=has_norm, OVERLAPS=overlaps,
+            **constants,
         )  # fmt: skip
     return out
 

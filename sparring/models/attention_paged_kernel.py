@@ -111,10 +111,12 @@ class PagedKernelPlan:
         eps: float,
         layer: int,
         window: int,
+        *,
+        overlaps: bool = False,
     ) -> Tensor:
         """Norm and rotate the projection qkv [T, (H + 2K) E], write and attend: [T, H, E].
 
-        A decode step is one launch.
+        A decode step is one launch. overlaps: see kernels/few_rows.py; of a decode step only.
         """
         if self.tiles is None and not self.shares_prompts:
             return rotate_decode_triton(
@@ -133,6 +135,7 @@ class PagedKernelPlan:
                 capability=self.capability,
                 window=window,
                 workspace=self._decode_workspace(num_heads_of(qkv_TC, self.pool)),
+                overlaps=overlaps,
             )
         q_THE = rotate_write_triton(
             qkv_TC, cos, sin, q_norm, k_norm, eps, self.slots_T, self.pool, layer

@@ -149,7 +149,7 @@ class Quantised(nn.Module):
     def product(self, x_TI: Tensor, bias_O: Tensor | None, low_rank: LowRank | None) -> Tensor:
         """x W^T + bias + an adapter's part, without gradient."""
         whole = self._whole
-        if self._copy() is not None or not x_TI.is_cuda:
+        if self.decoded_copy() is not None or not x_TI.is_cuda:
             y_TO = F.linear(x_TI, self.dense(), bias_O)
         elif whole is None:
             y_TO = self._part_by_part(x_TI, bias_O)
@@ -166,7 +166,7 @@ class Quantised(nn.Module):
         num_outputs, num_inputs = self.shape
         return self._step(num_inputs, num_outputs, SLICE_BYTES) * num_inputs * self.dtype.itemsize
 
-    def _copy(self) -> Tensor | None:
+    def decoded_copy(self) -> Tensor | None:
         """All rows as an ordinary tensor, where there is one."""
         return self._plain if self._plain is not None else self._cached
 
@@ -209,7 +209,7 @@ class Quantised(nn.Module):
     def _row_slices(self) -> Iterator[tuple[slice, Tensor]]:
         """(rows, those rows decoded) over the weight, each overwriting the one before."""
         num_outputs, num_inputs = self.shape
-        if self._copy() is not None:
+        if self.decoded_copy() is not None:
             yield slice(0, num_outputs), self.dense()
             return
         step = self._step(num_inputs, num_outputs, SLICE_BYTES)
@@ -228,7 +228,7 @@ class Quantised(nn.Module):
     def _column_slices(self) -> Iterator[tuple[slice, Tensor]]:
         """The same over columns."""
         num_outputs, num_inputs = self.shape
-        if self._copy() is not None or num_inputs % BLOCK:
+        if self.decoded_copy() is not None or num_inputs % BLOCK:
             yield slice(0, num_inputs), self.dense()
             return
         step = self._step(num_outputs, num_inputs, COLUMN_SLICE_BYTES)

@@ -25,6 +25,7 @@ from sparring.models.attention import AttentionPlan, plan_attention
 from sparring.models.attention_paged_kernel import PagedKernelPlan
 from sparring.models.blocks import lora_mlp
 from sparring.models.checkpointing import MLP_TILE_TOKENS, Checkpointing
+from sparring.models.few_rows import run_layers, serves
 from sparring.models.linear import Dense, Linear, fix_order
 from sparring.models.lora import LoraAdapter, LoraConfig
 from sparring.models.quantised import Quantised
@@ -132,6 +133,11 @@ class DecoderLayer(nn.Module):
         return out
 
     @property
+    def linears(self) -> tuple[Linear, Linear, Linear, Linear]:
+        """The products in the order of their use: qkv, output, gate and up, down."""
+        return self.qkv, self.output, self.gate_up, self.down
+
+    @property
     def window(self) -> int:
         """The layer's sliding window in tokens; 0 = unlimited."""
         return self.config.windows[self.index]
@@ -237,6 +243,7 @@ class Decoder(nn.Module):
         self.config, self.is_quantised = config, is_quantised
         self.head_chunk_rows = HEAD_CHUNK_ROWS
         self.is_bitwise = False
+        self.fuses_few_rows = False
         self.lora: dict[str, LoraConfig] = {}
         self.checkpointing = Checkpointing("none", device=device)
         self.embed = self._table(device, dtype, is_embedding=True)
@@ -347,9 +354,12 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """`forward` without gradient: every addition goes into the norm that follows it."""
         eps = self.config.norm_eps
+        layers = [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
+        if self.fuses_few_rows and serves(x_TD, layers, plan, adapter):
+            assert isinstance(plan, PagedKernelPlan), "`serves` says so"
+            return rms_norm(run_layers(x_TD, layers, cos, sin, plan), self.norm, eps)
         added: Tensor | None = None
-        for layer in self.layers:
-            assert isinstance(layer, DecoderLayer), "layers are DecoderLayers"
+        for layer in layers:
             if added is None:
                 normed = rms_norm(x_TD, layer.attention_norm, eps)
             else:

@@ -20,6 +20,7 @@ from sparring.kernels import (
     cut,
     decode_state,
     embedding,
+    few_rows,
     head,
     int8,
     lora,
@@ -267,6 +268,45 @@ def test_products_of_few_rows(kind, index, arch):
     found, ptx = check(kernel, pointers, constants, arch, products=True, stack_limit=136)
     assert found == {90: {"wgmma.mma"}, 100: {"tcgen05.mma"}}.get(arch, {"mma.sync"})
     assert ("0xd9c8" in ptx) == (kind == "nf4")
+
+
+FOLDED = {
+    "qkv": {"HAS_NORM": True, "HAS_BIAS": True},
+    "o": {"HAS_RESIDUAL": True, "SPLIT": True, "AHEAD": 256},
+    "gate_up": {"HAS_NORM": True, "GATED": True},
+}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("index", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2))])
+@pytest.mark.parametrize("which", FOLDED)
+def test_few_rows(which, index, arch):
+    overlaps = few_rows.overlaps(Capability(arch=arch, tensor_dots=True))
+    tile = few_rows.TILES.get(arch, few_rows.TILES[0])[index]
+    constants = {
+        "BLOCK_N": tile.block_n, "BLOCK_T": tile.block_t, "BLOCK_K": tile.block_k,
+        "STAGES": tile.num_stages, "BLOCK_S": 64, "EVEN_K": True, "num_warps": tile.num_warps,
+        "PDL": overlaps,
+    }  # fmt: skip
+    flags = ["SPLIT", "HAS_BIAS", "HAS_NORM", "HAS_RESIDUAL", "GATED", "AHEAD"]
+    constants |= dict.fromkeys(flags, False) | {"AHEAD": 0} | FOLDED[which]
+    halves = dict.fromkeys(("w_ptr", "norm_ptr", "ahead_ptr"), "*bf16")
+    pointers = {**POINTERS, **halves, "squares_ptr": "*fp32"}
+    _, ptx = check(
+        few_rows._few_rows_kernel, pointers, constants, arch, products=True, stack_limit=64
+    )
+    assert "cp.async.cg.shared.global" in ptx, "weights are under way while others are used"
+    assert ("griddepcontrol.wait" in ptx) == overlaps
+    if overlaps:  # nothing but hints before the wait
+        before = ptx[: ptx.index("griddepcontrol.wait")]
+        assert "prefetch.global.L2" in before
+        assert not re.search(r"(ld|st|atom|red|cp\.async)\S*\.global|ld\.volatile", before)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_squares(arch):
+    constants = {"D": 3584, "BLOCK_D": 4096, "num_warps": 8}
+    check(few_rows._squares_kernel, POINTERS, constants, arch)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

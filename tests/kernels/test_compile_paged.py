@@ -38,7 +38,7 @@ def paged_constants(size: int, block_size: int) -> dict[str, object]:
 @pytest.mark.parametrize("block_size", [64, pytest.param(16, marks=pytest.mark.slow)])
 def test_paged_decode(block_size, size, arch):
     constants = paged_constants(size, block_size) | {"BLOCK_M": 16, "SHARED": 8} | SPLIT_OPTIONS
-    constants |= {"ROTATES": block_size == 64, "HAS_NORM": True}
+    constants |= {"ROTATES": block_size == 64, "HAS_NORM": True, "OVERLAPS": arch >= 90}
     constants |= split_of(Capability(arch=arch, tensor_dots=True), size)
     found, ptx = check(paged_attention._decode_kernel, POINTERS, constants, arch, products=True)
     assert found == {90: {"wgmma.mma"}, 100: {"tcgen05.mma"}}.get(arch, {"mma.sync"})
@@ -112,7 +112,7 @@ def test_paged_attention_in_eight_bits(dtype, arch, limit):
     constants = paged_constants(128, 64) | {"BLOCK_M": 16, "SHARED": 0} | SPLIT_OPTIONS
     constants |= {"KV_DTYPE": getattr(triton.language, dtype), "LIMIT": limit}
     constants |= split_of(Capability(arch=arch, tensor_dots=True), 128)
-    constants |= {"ROTATES": True, "HAS_NORM": False}
+    constants |= {"ROTATES": True, "HAS_NORM": False, "OVERLAPS": False}
     check(paged_attention._decode_kernel, POINTERS, constants, arch, products=True, stack_limit=64)
     constants = paged_constants(128, 64)
     constants |= {"KV_DTYPE": getattr(triton.language, dtype), "LIMIT": limit}

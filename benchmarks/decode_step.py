@@ -1,0 +1,358 @@
+"""A decode step of few rows on a GPU: launches, microseconds a launch, and which form is fastest.
+
+    python -m benchmarks.decode_step OUTPUT.json [--models qwen2.5-1.5b ...] [--rows 8 16 32]
+    python -m benchmarks.decode_step OUTPUT.json --products     tiles and segments, each product
+
+Random weights of real shapes. A step runs from the rows' tokens to the next ones in a captured
+graph, at a context of 512 tokens in keys and values that are random; forms of it: "library" (the
+layers' own forward), "fused" (kernels/few_rows.py), "overlapped" (the same, launches beginning
+while the one before runs). Before anything is timed, fused logits are held against the library's
+and a float32 model's, and 1,000 replays with other tokens must give the same bits overlapped and
+not. Nodes and edges are counted in the captured graph. A step reads all weights, so nothing of it
+is in the L2 cache from the step before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.rollouts import environment
+from benchmarks.shapes import SHAPES, build
+from sparring.kernels import capability_of, few_rows
+from sparring.kernels.few_rows import few_rows_triton, squares_of
+from sparring.kernels.matmul import Tile
+from sparring.kernels.sampling import draw_tokens
+from sparring.layout import DecodeLayout
+from sparring.models.transformer import Decoder, new_kv_pool
+from sparring.rollout.sampler import Sampling, draw_rules
+
+CONTEXT = 512
+BLOCK_SIZE = 64
+REPLAYS = 1000
+FORMS = ("library", "fused", "overlapped")
+
+
+class EdgeData(ctypes.Structure):
+    """CUgraphEdgeData: `kind` 1 is a programmatic edge."""
+
+    _fields_ = (
+        ("from_port", ctypes.c_ubyte),
+        ("to_port", ctypes.c_ubyte),
+        ("kind", ctypes.c_ubyte),
+        ("reserved", ctypes.c_ubyte * 5),
+    )
+
+
+def counted(graph: torch.cuda.CUDAGraph) -> dict[str, int]:
+    """Nodes of a graph that was kept, and edges along which a launch may begin early."""
+    cuda = ctypes.CDLL("libcuda.so.1")
+    handle, number = ctypes.c_void_p(graph.raw_cuda_graph()), ctypes.c_size_t()
+    assert cuda.cuGraphGetNodes(handle, None, ctypes.byref(number)) == 0
+    nodes = number.value
+    edges = cuda.cuGraphGetEdges_v2
+    assert edges(handle, None, None, None, ctypes.byref(number)) == 0
+    first, second = (ctypes.c_void_p * number.value)(), (ctypes.c_void_p * number.value)()
+    data = (EdgeData * number.value)()
+    assert edges(handle, first, second, data, ctypes.byref(number)) == 0
+    return {"nodes": nodes, "edges": number.value, "early edges": sum(e.kind == 1 for e in data)}
+
+
+@contextmanager
+def form(model: Decoder, name: str) -> Iterator[None]:
+    """The model computes few rows in that form."""
+    kept = few_rows.PDL_ARCH
+    model.fuses_few_rows = name != "library"
+    few_rows.PDL_ARCH = kept if name == "overlapped" else 1000
+    try:
+        yield
+    finally:
+        few_rows.PDL_ARCH = kept
+
+
+class Step:
+    """One decode step of R rows over random keys and values, from tokens_R to drawn tokens."""
+
+    def __init__(self, model: Decoder, num_rows: int, context: int = CONTEXT) -> None:
+        config, device = model.config, model.device
+        each = context // BLOCK_SIZE
+        self.model = model
+        self.pool = new_kv_pool(config, num_rows * each + 1, BLOCK_SIZE, model.dtype, device)
+        self.pool.data.normal_(0.0, 0.5)
+        tables = torch.arange(num_rows * each, device=device, dtype=torch.int32) + 1
+        self.layout = DecodeLayout(
+            kv_lengths_R=torch.full((num_rows,), context, dtype=torch.int32, device=device),
+            block_tables_RN=tables.view(num_rows, each),
+            slots_R=(tables.view(num_rows, each)[:, -1].long() + 1) * BLOCK_SIZE - 1,
+            block_size=BLOCK_SIZE,
+            max_kv_length=context,
+        )
+        self.tokens_R = torch.randint(config.vocab_size, (num_rows,), device=device)
+        self.positions_R = torch.full((num_rows,), context - 1, device=device)
+        self.ids_R2 = torch.arange(2 * num_rows, device=device).view(num_rows, 2)
+        none = torch.empty(0, dtype=torch.int64, device=device)
+        self.rules = draw_rules(Sampling(max_completion_tokens=1), num_rows, none, device)
+
+    def hidden(self) -> torch.Tensor:
+        """Hidden states [R, D]."""
+        with torch.no_grad():
+            return self.model(self.tokens_R, self.positions_R, self.layout, self.pool)
+
+    def __call__(self) -> torch.Tensor:
+        logits_RV = self.model.logits(self.hidden())
+        self.drawn = draw_tokens(logits_RV, self.ids_R2, self.positions_R, self.rules)
+        return logits_RV
+
+
+def captured(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A graph of the call, which has run before, and what it gives."""
+    for _ in range(2):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    with torch.no_grad(), torch.cuda.graph(graph):
+        out = call()
+    graph.instantiate()
+    return graph, out
+
+
+def microseconds(graph: torch.cuda.CUDAGraph, replays: int = 40) -> float:
+    """The median of five runs of so many replays, a replay."""
+    times = []
+    for _ in range(6):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(replays):
+            graph.replay()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop) * 1e3 / replays)
+    return sorted(times[1:])[2]
+
+
+def errors(model: Decoder, step: Step) -> dict[str, float]:
+    """Relative distance of the forms' hidden states from a float32 model's, and of each other."""
+    found = {}
+    for name in FORMS:
+        with form(model, name):
+            found[name] = step.hidden().double()
+    wide = Decoder(model.config, device=model.device, dtype=torch.float32)
+    wide.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
+    wide.requires_grad_(False)
+    twin = Step.__new__(Step)
+    twin.__dict__ |= step.__dict__
+    twin.model = wide
+    twin.pool = new_kv_pool(
+        model.config, step.pool.data.shape[1], BLOCK_SIZE, torch.float32, model.device
+    )
+    twin.pool.data.copy_(step.pool.data)
+    want = twin.hidden().double()
+    out = {name: ((got - want).norm() / want.norm()).item() for name, got in found.items()}
+    assert out["fused"] < 1.3 * out["library"], out
+    return out
+
+
+def same_bits(model: Decoder, step: Step) -> int:
+    """Of REPLAYS replays with other tokens, how many differ overlapped and not."""
+    made = []
+    for name in ("fused", "overlapped"):
+        with form(model, name):
+            made.append(captured(step.hidden))
+    (plain, want), (early, got) = made
+    wrong = torch.zeros((), dtype=torch.int64, device=model.device)
+    for _ in range(REPLAYS):
+        step.tokens_R.random_(0, model.config.vocab_size)
+        for graph, out in ((plain, want), (early, got)):
+            out.fill_(float("nan"))
+            graph.replay()
+        wrong += (want != got).any()
+    return int(wrong)
+
+
+def profiled(graph: torch.cuda.CUDAGraph) -> list[tuple[str, int, float]]:
+    """(kernel, launches, microseconds in all) of one replay, the longest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        graph.replay()
+        torch.cuda.synchronize()
+    rows = [(e.key[:70], e.count, e.self_device_time_total) for e in profile.key_averages()]
+    return sorted((row for row in rows if row[2]), key=lambda row: -row[2])[:14]
+
+
+def steps(name: str, rows: list[int]) -> dict[str, Any]:
+    """Every form of a model's step at some numbers of rows."""
+    model = build(name, lora_rank=0)
+    model.requires_grad_(False)
+    result: dict[str, Any] = {}
+    for num_rows in rows:
+        step, out = Step(model, num_rows), {}
+        if num_rows == rows[0]:
+            out["relative error"] = errors(model, step)
+            torch.cuda.empty_cache()
+        wrong = same_bits(model, step)
+        out["replays that differ"] = wrong
+        print(f"{name} {num_rows} rows: {wrong} of {REPLAYS} replays differ", flush=True)
+        for each in FORMS:
+            with form(model, each):
+                graph, _ = captured(step)
+            counts, time = counted(graph), microseconds(graph)
+            out[each] = {"us": time, "us a launch": time / counts["nodes"], **counts}
+            print(f"  {each}: {out[each]}", flush=True)
+            if each != "overlapped":
+                out[each]["kernels"] = profiled(graph)
+                for row in out[each]["kernels"]:
+                    print("     ", *row)
+            del graph
+        result[str(num_rows)] = out
+    return result
+
+
+TILES = {
+    16: [
+        Tile(64, 16, 4, 4), Tile(64, 16, 4, 3), Tile(64, 16, 4, 5, block_k=64),
+        Tile(32, 16, 4, 4), Tile(32, 16, 2, 4), Tile(128, 16, 4, 3),
+    ],
+    32: [Tile(64, 32, 4, 4), Tile(64, 32, 4, 3), Tile(64, 32, 4, 5, block_k=64),
+         Tile(32, 32, 4, 4), Tile(128, 32, 4, 3)],
+}  # fmt: skip
+PIECES = (None, 1, 2, 4)
+
+
+def product_calls(
+    model: Decoder, num_rows: int, tile: Tile, which: str, pieces: int | None, overlap: bool
+) -> Callable[[], None]:
+    """All layers' products of one kind, one after the other."""
+    config, capability = model.config, capability_of(model.device)
+    weights = weights_of(model, which)
+    width = weights[0][0].shape[1]
+    x = torch.randn(num_rows, width, device=model.device).bfloat16()
+    residual = torch.randn(num_rows, config.width, device=model.device).bfloat16()
+    norm = few_rows.Norm(
+        weight=torch.ones(width, device=model.device).bfloat16(), eps=1e-6, squares=squares_of(x)
+    )
+    folded: dict[str, Any] = {"norm": norm, "gated": which == "gate_up"}
+    if which in ("output", "down"):
+        folded = {"residual": residual}
+    if which == "head":
+        folded["out_dtype"] = torch.float32
+
+    def call() -> None:
+        for weight, bias in weights:
+            few_rows_triton(
+                x, weight, bias, **folded, capability=capability, tile=tile, segments=pieces,
+                overlap=overlap,
+            )  # fmt: skip
+
+    return call
+
+
+def weights_of(model: Decoder, which: str) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Weight and bias of every product of one kind."""
+    if which == "head":
+        assert isinstance(model.head.table, torch.Tensor)
+        return [(model.head.table, None)]
+    linears = [getattr(layer, which) for layer in model.layers]
+    return [(linear.base.weight, linear.bias) for linear in linears]
+
+
+def library_microseconds(model: Decoder, num_rows: int, which: str) -> float:
+    """The library's products alone, a product."""
+    weights = weights_of(model, which)
+    x = torch.randn(num_rows, weights[0][0].shape[1], device=model.device).bfloat16()
+
+    def call() -> None:
+        for weight, bias in weights:
+            if which == "head":
+                model.logits(x)
+            else:
+                torch.nn.functional.linear(x, weight, bias)
+
+    with torch.no_grad():
+        return microseconds(captured(call)[0], 10) / len(weights)
+
+
+def products(name: str, part: int, parts: int, rows: list[int]) -> dict[str, Any]:
+    """Microseconds of each product by tile and segments; with parts: only compiles every nth."""
+    if parts:
+        SHAPES[name] = SHAPES[name] | {"num_hidden_layers": 1}
+    model = build(name, lora_rank=0)
+    model.requires_grad_(False)
+    result: dict[str, Any] = {}
+    number = 0
+    for which in ("qkv", "output", "gate_up", "down", "head"):
+        weights = weights_of(model, which)
+        weight = weights[0][0]
+        for num_rows in rows:
+            tiles = TILES[16 if num_rows <= 16 else 32]
+            found = []
+            for tile in tiles:
+                for pieces in PIECES:
+                    number += 1
+                    if parts and number % parts != part:
+                        continue
+                    times = []
+                    for overlap in (False, True):
+                        call = product_calls(model, num_rows, tile, which, pieces, overlap)
+                        with torch.no_grad():
+                            if parts:
+                                call()
+                                continue
+                            graph, _ = captured(call)
+                        times.append(microseconds(graph, 10) / len(weights))
+                    if times:
+                        rate = weight.nbytes / times[1] / 1e3
+                        found.append((times[1], times[0], rate, str(tile), pieces))
+            if found:
+                found.sort()
+                library = library_microseconds(model, num_rows, which)
+                result[f"{which} {num_rows}"] = {"library": library, "found": found}
+                shape = tuple(weight.shape)
+                print(f"{name} {which} {num_rows} rows {shape}: library {library:.2f} us")
+                for early, plain, rate, tile, pieces in found[:5]:
+                    print(
+                        f"   {early:.2f} us overlapped, {plain:.2f}, {rate:.0f} GB/s,"
+                        f" {tile[5:-1]} segments {pieces}",
+                        flush=True,
+                    )
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--models", nargs="*", default=["qwen2.5-1.5b", "qwen2.5-7b"])
+    parser.add_argument("--rows", nargs="*", type=int, default=[8, 16, 32])
+    parser.add_argument("--products", action="store_true")
+    parser.add_argument("--compile", nargs=2, type=int, metavar=("PART", "PARTS"))
+    parser.add_argument("--processes", type=int, default=8, help="that compile before timing")
+    arguments = parser.parse_args()
+    if arguments.compile:
+        for name in arguments.models:
+            products(name, *arguments.compile, arguments.rows)
+        return
+    result: dict[str, Any] = {"environment": environment()}
+    for name in arguments.models:
+        if arguments.products:
+            command = [sys.executable, "-m", "benchmarks.decode_step", "-", "--models", name]
+            command += ["--rows", *map(str, arguments.rows), "--compile"]
+            compilers = [
+                subprocess.Popen([*command, str(i), str(arguments.processes)])
+                for i in range(arguments.processes)
+            ]
+            assert all(process.wait() == 0 for process in compilers), "a variant does not compile"
+            result[name] = products(name, 0, 0, arguments.rows)
+        else:
+            result[name] = steps(name, arguments.rows)
+        arguments.output.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

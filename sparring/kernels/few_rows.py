@@ -1,0 +1,373 @@
+"""Products of a decode step of few rows, with what stands around them folded in.
+
+    y = f(x) W^T + bias          f: nothing, or RMSNorm with a weight
+    out = y                      or y + residual (rounded twice), or silu(y_gate) y_up
+
+x [T, K], W [N, K], 16 bits, float32 sums, out [T, N] ([T, N / 2] of a gated product). Rounding
+points are those of kernels/norm.py, a linear layer, the residual's addition and kernels/swiglu.py,
+one after the other. A layer of a decoder is five launches with these: qkv, attention, o, gate and
+up, down.
+
+The norm's mean square comes from the launch that wrote x: each of its programs leaves the sum of
+squares of its columns, and every program here adds these parts in one order. Where a weight has too
+few rows to fill a card, k is cut into segments that are added in order by the program that finishes
+last (kernels/matmul.py). So the bits of a result depend on the shapes and the tile alone.
+
+A launch may begin while the one before it still runs (programmatic dependent launch, sm_90 and
+later): it asks for its first weights to come to the L2 cache, which no launch of a step changes,
+and waits for the other one before it reads or writes anything else. Every program of a launch that
+takes part waits, so whatever comes after it in the stream comes after all that is before it; only
+then it lets the next one begin. `ahead` are weights of a later launch to be asked for as well,
+where the launch before is slow for other reasons than bytes.
+
+Bytes: W once; FLOP 2 T N K. Not here: adapters, gradients, which layer takes this form (models/).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sparring.kernels import INTERPRETED, Capability, dot, jit, rounded, tl, triton, uses_triton
+from sparring.kernels.matmul import (
+    BLOCK,
+    INTERPRETED_TILE,
+    Tile,
+    first_that_holds,
+    segments_of,
+    steps_of,
+    sum_of_segments,
+    workspace,
+)
+from sparring.kernels.norm import rms_norm_reference
+from sparring.kernels.swiglu import swiglu_reference
+
+__all__ = ["Squares", "few_rows", "few_rows_reference", "few_rows_triton"]
+
+MAX_ROWS = 64
+"""Most rows that one launch takes."""
+
+TILES = {0: (Tile(64, 16, 4, 4), Tile(64, 32, 4, 4), Tile(64, 64, 4, 3))}
+"""By architecture (0: all others): the first whose block_t holds the rows."""
+
+PREFETCHED_BYTES = 16 << 20
+"""Of a matrix, asked for before its launch may begin: what the L2 cache keeps until then."""
+
+PDL_ARCH = 90
+"""From this compute capability on a launch may begin while the one before it runs."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Squares:
+    """Sums of squares of x [T, K] over parts of its columns: [S, T] float32."""
+
+    parts: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Norm:
+    """The RMSNorm that x goes through: weight [K], eps and the squares of x."""
+
+    weight: Tensor
+    eps: float
+    squares: Squares
+
+
+@jit
+def prefetch(at):
+    """Asks for the cache lines at these places to come to the L2 cache."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@jit
+def prefetch_rows(
+    w_ptr, row_n, first, last, stride_k, ahead_ptr, ahead_rows, stride_ahead, program, programs,
+    AHEAD: tl.constexpr, LINES: tl.constexpr,
+):  # fmt: skip
+    """Columns `first` to `last` of rows of W, and this program's share of the first AHEAD columns
+    of all rows of another matrix; a line is 64 columns.
+    """
+    line = tl.arange(0, LINES) * 64
+    at = w_ptr + row_n.to(tl.int64)[:, None] * stride_k
+    for column in tl.range(first, last, LINES * 64):
+        prefetch(at + tl.minimum(column + line, stride_k - 64)[None, :])
+    if AHEAD > 0:
+        each: tl.constexpr = AHEAD // 64
+        lanes = tl.arange(0, 256)
+        total = ahead_rows * each
+        share = (total + programs - 1) // programs
+        end = tl.minimum(total, (program + 1) * share)
+        for i in tl.range(program * share, end, 256):
+            index = tl.minimum(i + lanes, end - 1)
+            prefetch(ahead_ptr + (index // each).to(tl.int64) * stride_ahead + index % each * 64)
+
+
+@jit
+def _store(
+    acc, t, row_n, tile_n, bias_ptr, residual_ptr, out_ptr, squares_ptr, num_rows, num_outputs,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """What happens to the sums acc [N, T] of a tile, and the store as [T, N]."""
+    dtype = out_ptr.dtype.element_ty
+    inside = row_n < num_outputs
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + row_n, mask=inside, other=0.0).to(tl.float32)[:, None]
+    y = rounded(acc, dtype)
+    if GATED:
+        HALF: tl.constexpr = BLOCK_N // 2
+        pair = y.to(tl.float32).reshape(2, HALF, BLOCK_T).permute(1, 2, 0)
+        gate, up = tl.split(pair)
+        y = rounded(gate / (1.0 + tl.exp(-gate)) * up, dtype)
+        n = tile_n * HALF + tl.arange(0, HALF)
+        width = num_outputs // 2
+    else:
+        n = row_n
+        width = num_outputs
+    mask = (n < width)[:, None] & (t < num_rows)[None, :]
+    at = t.to(tl.int64)[None, :] * width + n[:, None]
+    if HAS_RESIDUAL:
+        before = tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        y = rounded(y.to(tl.float32) + before, dtype)
+        wide = tl.where(mask, y.to(tl.float32), 0.0)
+        to = squares_ptr + tile_n * num_rows + t
+        tl.store(to, tl.sum(wide * wide, axis=0), mask=t < num_rows)
+    tl.store(out_ptr + at, y, mask=mask)
+
+
+@jit(do_not_specialize=["num_rows", "segments", "steps", "num_parts", "prefetched", "ahead_rows"])
+def _few_rows_kernel(
+    x_ptr, w_ptr, bias_ptr, norm_ptr, parts_ptr, residual_ptr, out_ptr, squares_ptr, ahead_ptr,
+    work_ptr, count_ptr, eps, num_rows, num_outputs, stride_k, segments, steps, num_parts,
+    prefetched, ahead_rows, stride_ahead,
+    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_S: tl.constexpr, SPLIT: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
+    AHEAD: tl.constexpr,
+):  # fmt: skip
+    tile_n = tl.program_id(1)
+    segment = tl.program_id(2)
+    t = tl.arange(0, BLOCK_T)
+    n = tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    row_n = tile_n * BLOCK_N + n
+    if GATED:  # half of the rows are gates, the others what they let through
+        HALF: tl.constexpr = BLOCK_N // 2
+        row_n = tile_n * HALF + n % HALF
+        row_n = tl.where(row_n < num_outputs // 2, row_n, num_outputs // 2 - 1)
+        row_n += tl.where(n < HALF, 0, num_outputs // 2)
+    source = tl.minimum(row_n, num_outputs - 1)
+    first = tl.minimum(segment * steps * 64, stride_k)
+    last = tl.minimum(first + steps * 64, stride_k)
+    if PDL:
+        program = segment * tl.num_programs(1) + tile_n
+        prefetch_rows(
+            w_ptr, source, first, tl.minimum(last, first + prefetched), stride_k, ahead_ptr,
+            ahead_rows, stride_ahead, program, tl.num_programs(1) * tl.num_programs(2), AHEAD, 2,
+        )  # fmt: skip
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    row_t = tl.minimum(t, num_rows - 1)
+    scale = tl.zeros([BLOCK_T], tl.float32)
+    if HAS_NORM:
+        part = tl.arange(0, BLOCK_S)
+        squares = tl.load(
+            parts_ptr + part[:, None] * num_rows + row_t[None, :],
+            mask=(part < num_parts)[:, None], other=0.0,
+        )  # fmt: skip
+        scale = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / stride_k + eps)
+    x_at = x_ptr + row_t[:, None] * stride_k + k[None, :]
+    w_at = w_ptr + source.to(tl.int64)[:, None] * stride_k + k[None, :]
+    dtype = x_ptr.dtype.element_ty
+    acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+    coming = tl.zeros([BLOCK_K], dtype)
+    if HAS_NORM:  # a turn ahead: the pipeline leaves so small a load alone
+        coming = tl.load(norm_ptr + first + k, mask=first + k < stride_k, other=0.0)
+    for at in tl.range(first, last, BLOCK_K, num_stages=STAGES):
+        if EVEN_K:
+            x = tl.load(x_at + at)
+            w = tl.load(w_at + at)
+        else:
+            inside = (at + k < stride_k)[None, :]
+            x = tl.load(x_at + at, mask=inside, other=0.0)
+            w = tl.load(w_at + at, mask=inside, other=0.0)
+        if HAS_NORM:
+            factor = coming.to(tl.float32)
+            after = at + BLOCK_K + k
+            coming = tl.load(norm_ptr + after, mask=after < stride_k, other=0.0)
+            wide = rounded(x.to(tl.float32) * scale[:, None], dtype).to(tl.float32)
+            x = rounded(wide * factor[None, :], dtype)
+        acc = dot(w, tl.trans(x), acc)
+    finishes = True
+    if SPLIT:
+        acc, finishes = sum_of_segments(
+            acc, work_ptr, count_ptr, segment, segments, BLOCK_N, BLOCK_T
+        )
+    if finishes:
+        _store(
+            acc, t, row_n, tile_n, bias_ptr, residual_ptr, out_ptr, squares_ptr, num_rows,
+            num_outputs, HAS_BIAS, HAS_RESIDUAL, GATED, BLOCK_N, BLOCK_T,
+        )  # fmt: skip
+
+
+def tile_of(capability: Capability, num_rows: int) -> Tile:
+    """The tile for a number of rows."""
+    if not capability.tensor_dots:
+        return INTERPRETED_TILE
+    return first_that_holds(TILES.get(capability.arch, TILES[0]), num_rows)
+
+
+def overlaps(capability: Capability) -> bool:
+    """Whether launches of a chain may begin before the one before them has ended."""
+    return capability.arch >= PDL_ARCH
+
+
+def few_rows_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+    gated: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Squares | None]:
+    """See `few_rows`; the product in float64, the norm from x itself."""
+    if norm is not None:
+        x = rms_norm_reference(x, norm.weight, norm.eps)
+    y = x.double() @ weight.double().T
+    if bias is not None:
+        y += bias.double()
+    y = y.to(out_dtype or x.dtype)
+    if gated:
+        y = swiglu_reference(y)
+    if residual is None:
+        return y, None
+    y = y + residual
+    return y, Squares(y.float().square().sum(1)[None])
+
+
+def few_rows_triton(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+    gated: bool = False,
+    out_dtype: torch.dtype | None = None,
+    capability: Capability,
+    overlap: bool | None = None,
+    ahead: Tensor | None = None,
+    tile: Tile | None = None,
+    segments: int | None = None,
+    prefetched_bytes: int = PREFETCHED_BYTES,
+) -> tuple[Tensor, Squares | None]:
+    """`few_rows_reference` in one launch, summed in float32 in a fixed order.
+
+    overlap: begin before the launch before has ended, which the card decides where it is left out.
+    ahead [N', K']: weights of a later launch. tile, segments, prefetched_bytes: for tests and
+    measurements.
+    """
+    (num_rows, columns), num_outputs = x.shape, weight.shape[0]
+    _check(x, weight, residual, gated)
+    width = num_outputs // 2 if gated else num_outputs
+    out = torch.empty(num_rows, width, dtype=out_dtype or x.dtype, device=x.device)
+    tile = replace(tile or tile_of(capability, num_rows))
+    overlap = overlaps(capability) if overlap is None else overlap
+    tiles = triton.cdiv(width, tile.block_n // 2 if gated else tile.block_n)
+    segments = segments or segments_of(capability, num_outputs, columns, tile.block_n)
+    work, count = x, x
+    if segments > 1:
+        work, count = workspace(x, tile, tiles, segments)
+    squares = None
+    if residual is not None:
+        squares = Squares(torch.empty(tiles, num_rows, dtype=torch.float32, device=x.device))
+    parts = x if norm is None else norm.squares.parts
+    num_parts = 1 if norm is None else len(parts)
+    ahead_columns = 0
+    if overlap and ahead is not None:
+        ahead_columns = _prefetched_columns(ahead, prefetched_bytes)
+    options = {"launch_pdl": True} if overlap else {}
+    _few_rows_kernel[(1, tiles, segments)](
+        x, weight, x if bias is None else bias, x if norm is None else norm.weight, parts,
+        x if residual is None else residual, out, out if squares is None else squares.parts,
+        weight if ahead is None else ahead, work, count, 0.0 if norm is None else norm.eps,
+        num_rows, num_outputs, columns, segments, steps_of(columns, segments), num_parts,
+        _prefetched_columns(weight, prefetched_bytes) // segments,
+        0 if ahead is None else ahead.shape[0], 0 if ahead is None else ahead.shape[1],
+        BLOCK_N=tile.block_n, BLOCK_T=tile.block_t, BLOCK_K=tile.block_k, STAGES=tile.num_stages,
+        BLOCK_S=triton.next_power_of_2(num_parts), SPLIT=segments > 1,
+        EVEN_K=columns % tile.block_k == 0, HAS_BIAS=bias is not None, HAS_NORM=norm is not None,
+        HAS_RESIDUAL=residual is not None, GATED=gated, PDL=overlap, AHEAD=ahead_columns,
+        num_warps=tile.num_warps, enable_fp_fusion=True, **options,
+    )  # fmt: skip
+    return out, squares
+
+
+def _prefetched_columns(weight: Tensor, num_bytes: int) -> int:
+    """Columns of every row that are that many bytes: whole lines of 64."""
+    each = num_bytes // (weight.shape[0] * 128)
+    return min(each * 64, weight.shape[1])
+
+
+def _check(x: Tensor, weight: Tensor, residual: Tensor | None, gated: bool) -> None:
+    rows, columns = x.shape
+    if rows > MAX_ROWS or columns % BLOCK or weight.shape[1] != columns:
+        raise ValueError(
+            f"x is {tuple(x.shape)} and the weight {tuple(weight.shape)}: columns must be equal and"
+            f" a multiple of {BLOCK}, rows at most {MAX_ROWS}"
+        )
+    if not (x.is_contiguous() and weight.is_contiguous()) or x.dtype != weight.dtype:
+        raise ValueError(f"x ({x.dtype}) and the weight ({weight.dtype}) lie row by row, one dtype")
+    assert residual is None or (residual.is_contiguous() and not gated), "one epilogue, row by row"
+
+
+def few_rows(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+    gated: bool = False,
+    out_dtype: torch.dtype | None = None,
+    capability: Capability,
+    ahead: Tensor | None = None,
+) -> tuple[Tensor, Squares | None]:
+    """(out, the squares of out where a residual is given), no gradient.
+
+    x [T, K], weight [N, K], bias [N]. norm: x goes through it first. residual [T, N]: is added to
+    the product, rounded. gated: the first half of the outputs are gates of the second, out [T, N /
+    2]. out_dtype: of the product, x's where it is left out. ahead: weights of a launch to come.
+    Raises ValueError on shapes, dtypes and strides that it does not take.
+    """
+    given = {"norm": norm, "residual": residual, "gated": gated, "out_dtype": out_dtype}
+    if uses_triton(x) and capability.tensor_dots:
+        return few_rows_triton(x, weight, bias, **given, capability=capability, ahead=ahead)
+    return few_rows_reference(x, weight, bias, **given)
+
+
+@jit
+def _squares_kernel(x_ptr, parts_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK_D)
+    x = tl.load(x_ptr + row * D + columns, mask=columns < D, other=0.0).to(tl.float32)
+    tl.store(parts_ptr + row, tl.sum(x * x, axis=0))
+
+
+def squares_of(x: Tensor) -> Squares:
+    """The squares of x [T, K], in one part."""
+    parts = torch.empty(1, len(x), dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(x.shape[1])
+    if not uses_triton(x) and not INTERPRETED:
+        return Squares(x.float().square().sum(1)[None])
+    _squares_kernel[(len(x),)](
+        x, parts, D=x.shape[1], BLOCK_D=block, num_warps=4 if block <= 2048 else 8
+    )
+    return Squares(parts)

@@ -1,0 +1,104 @@
+"""A decode step of few rows over 16-bit weights: five launches a layer, one chain.
+
+The same numbers as the layers' own forward, to the rounding of sums: kernels/few_rows.py has the
+norm in the products that read it, SwiGLU and the residual's addition in those that write, and lets
+a launch begin while the one before it runs. Not here: what a layer is (transformer.py), adapters,
+NF4 without a decoded copy, bitwise mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sparring.kernels.few_rows import MAX_ROWS, Norm, few_rows, overlaps, squares_of
+from sparring.kernels.matmul import BLOCK
+from sparring.models.attention import AttentionPlan
+from sparring.models.attention_paged_kernel import PagedKernelPlan
+from sparring.models.linear import Dense, Linear
+from sparring.models.quantised import Quantised
+
+if TYPE_CHECKING:
+    from sparring.models.transformer import DecoderLayer
+
+
+def serves(
+    x_TD: Tensor, layers: Sequence[DecoderLayer], plan: AttentionPlan, adapter: str | None
+) -> bool:
+    """Whether a step's rows x [T, D] can be computed here, attended to by `plan`."""
+    return (
+        x_TD.is_cuda
+        and x_TD.element_size() == 2
+        and 0 < len(x_TD) <= MAX_ROWS
+        and isinstance(plan, PagedKernelPlan)
+        and plan.tiles is None
+        and not plan.shares_prompts
+        and all(_is_plain(linear, adapter) for layer in layers for linear in layer.linears)
+    )
+
+
+def _is_plain(linear: Linear, adapter: str | None) -> bool:
+    return (
+        not linear.is_fixed
+        and linear.adapter(adapter) is None
+        and linear.capability.tensor_dots
+        and linear.base.shape[1] % BLOCK == 0
+        and _weight_of(linear) is not None
+    )
+
+
+def _weight_of(linear: Linear) -> Tensor | None:
+    """The weight [O, I] in 16 bits, where there is one in memory."""
+    base = linear.base
+    if isinstance(base, Dense):
+        return base.weight
+    return base.decoded_copy() if isinstance(base, Quantised) else None
+
+
+def run_layers(
+    x_TD: Tensor, layers: Sequence[DecoderLayer], cos: Tensor, sin: Tensor, plan: PagedKernelPlan
+) -> Tensor:
+    """The residual stream [T, D] after all layers."""
+    assert not torch.is_grad_enabled(), "a decode step has no gradient"
+    capability = layers[0].qkv.capability
+    x_TD, squares = x_TD.contiguous(), squares_of(x_TD)
+    for layer in layers:
+        qkv, output, gate_up, down = (_weight_of(linear) for linear in layer.linears)
+        assert qkv is not None, "`serves` says so"
+        assert output is not None, "`serves` says so"
+        assert gate_up is not None, "`serves` says so"
+        assert down is not None, "`serves` says so"
+        eps = layer.config.norm_eps
+        norm = Norm(weight=layer.attention_norm, eps=eps, squares=squares)
+        heads, _ = few_rows(x_TD, qkv, layer.qkv.bias, norm=norm, capability=capability)
+        attended = plan.attend_rotated(
+            heads,
+            cos,
+            sin,
+            layer.q_norm,
+            layer.k_norm,
+            eps,
+            layer.index,
+            layer.window,
+            overlaps=overlaps(capability),
+        )
+        x_TD, found = few_rows(
+            attended.view(len(x_TD), -1),
+            output,
+            layer.output.bias,
+            residual=x_TD,
+            capability=capability,
+            ahead=gate_up,
+        )
+        assert found is not None, "a residual was given"
+        norm = Norm(weight=layer.mlp_norm, eps=eps, squares=found)
+        hidden, _ = few_rows(
+            x_TD, gate_up, layer.gate_up.bias, norm=norm, gated=True, capability=capability
+        )
+        x_TD, found = few_rows(hidden, down, layer.down.bias, residual=x_TD, capability=capability)
+        assert found is not None, "a residual was given"
+        squares = found
+    return x_TD

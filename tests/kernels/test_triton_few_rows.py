@@ -1,0 +1,208 @@
+"""Products of a decode step with norm, residual and gate folded in: on a GPU or interpreted.
+
+The interpreter's process is started by tests/kernels/test_processes.py.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from sparring.kernels import capability_of, few_rows
+from sparring.kernels.few_rows import Norm, few_rows_reference, few_rows_triton, squares_of
+from sparring.kernels.norm import rms_norm
+from sparring.layout import DecodeLayout
+from sparring.models.attention_paged_kernel import PagedKernelPlan
+from sparring.models.few_rows import run_layers
+from sparring.models.rope import RopeConfig, rope_tables
+from sparring.models.transformer import Decoder, TransformerConfig, new_kv_pool
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+pytestmark = [] if INTERPRETED else GPU
+LIMIT = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 1e-5}
+CAPABILITY = capability_of(DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch):
+    """What kernels allocate starts as NaN, so that an element nobody wrote shows."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        out = empty(*args, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+def random(*shape, dtype, seed=0, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator) * scale).to(dtype).to(DEVICE)
+
+
+def error(got, want):
+    got, want = got.double(), want.double()
+    return ((got - want).norm() / want.norm()).item()
+
+
+CASES = [
+    (1, 64, 64, torch.bfloat16),
+    (3, 72, 192, torch.float16),
+    (8, 200, 704, torch.bfloat16),
+    (30, 136, 320, torch.float16),
+]
+
+
+@pytest.mark.parametrize("segments", [1, 3])
+@pytest.mark.parametrize(("rows", "outputs", "columns", "dtype"), CASES)
+def test_every_form(rows, outputs, columns, dtype, segments):
+    x = random(rows, columns, dtype=dtype, seed=1)
+    weight = random(outputs, columns, dtype=dtype, seed=2, scale=0.1)
+    bias = random(outputs, dtype=dtype, seed=3)
+    residual = random(rows, outputs, dtype=dtype, seed=4)
+    norm = Norm(weight=random(columns, dtype=dtype, seed=5) + 1, eps=1e-6, squares=squares_of(x))
+    for given in (
+        {"bias": bias},
+        {"norm": norm, "bias": bias},
+        {"norm": norm, "out_dtype": torch.float32},
+        {"residual": residual},
+        {"bias": bias, "norm": norm, "residual": residual},
+        {"norm": norm, "bias": bias, "gated": True},
+    ):
+        want, want_squares = few_rows_reference(x, weight, **given)
+        got, squares = few_rows_triton(x, weight, **given, capability=CAPABILITY, segments=segments)
+        assert got.shape == want.shape
+        # a norm's rounded elements differ where the sums of squares do: not below the inputs' unit
+        assert error(got, want) < LIMIT[dtype]
+        assert (squares is None) == (want_squares is None)
+        if squares is not None:
+            kept = got.float().square().sum(1)
+            assert error(squares.parts.sum(0), kept) < 1e-6, "of what was stored"
+
+
+def test_a_chain_of_layers_finds_its_own_squares():
+    """Two products with residuals, each normed by what the one before left."""
+    dtype = torch.bfloat16
+    x = random(5, 128, dtype=dtype, seed=1)
+    weights = [random(128, 128, dtype=dtype, seed=i, scale=0.1) for i in (2, 3)]
+    gain = random(128, dtype=dtype, seed=4) + 1
+    y, squares, want = x, squares_of(x), x
+    for weight in weights:
+        norm = Norm(weight=gain, eps=1e-6, squares=squares)
+        y, squares = few_rows_triton(
+            y, weight, norm=norm, residual=y, capability=CAPABILITY, segments=2
+        )
+        want, _ = few_rows_reference(want, weight, norm=norm, residual=want)
+    assert error(y, want) < 2 * LIMIT[dtype]
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_decoder_in_five_launches_a_layer(qk_norm):
+    """The layers' own forward and the folded one, over the same keys and values."""
+    config = TransformerConfig(
+        family="qwen2", vocab_size=50, width=64, num_layers=2, num_heads=4, num_kv_heads=2,
+        head_size=16, ffn_width=128, norm_eps=1e-6, rope=RopeConfig(), windows=(0, 5),
+        max_tokens=64, tied_head=True, qkv_bias=True, qk_norm=qk_norm, initializer_range=0.1,
+    )  # fmt: skip
+    model = Decoder(config, device=DEVICE, dtype=torch.bfloat16, capability=CAPABILITY)
+    model.init_weights(0)
+    rows, context = 3, 13
+    found = []
+    for fuses in (False, True):
+        pool = new_kv_pool(config, 4, 16, torch.bfloat16, DEVICE)
+        pool.data.copy_(random(*pool.data.shape, dtype=torch.bfloat16, seed=1))
+        layout = DecodeLayout(
+            kv_lengths_R=torch.full((rows,), context, dtype=torch.int32, device=DEVICE),
+            block_tables_RN=torch.arange(1, 4, dtype=torch.int32, device=DEVICE)[:, None],
+            slots_R=torch.arange(1, 4, device=DEVICE) * 16 + context - 1,
+            block_size=16,
+            max_kv_length=16,
+        )
+        positions = torch.full((rows,), context - 1, device=DEVICE)
+        cos, sin = rope_tables(model._frequencies.to(DEVICE), positions)
+        with torch.no_grad():
+            x = model.embed.rows(torch.arange(rows, device=DEVICE))
+            plan = PagedKernelPlan.of_layout(layout, pool, CAPABILITY)
+            if fuses:
+                x = run_layers(x, list(model.layers), cos, sin, plan)
+                out = rms_norm(x, model.norm, config.norm_eps)
+            else:
+                out = model._infer(x, cos, sin, plan, None)
+        found.append((out, pool.data))
+    (want, kept), (got, written) = found
+    assert error(got, want) < 1e-2
+    assert error(written, kept) < 1e-2, "keys and values of the new tokens"
+
+
+def test_what_the_kernel_does_not_take():
+    x = random(2, 64, dtype=torch.bfloat16)
+    given = {"capability": CAPABILITY}
+    with pytest.raises(ValueError, match="columns must be equal"):
+        few_rows_triton(x, random(4, 128, dtype=torch.bfloat16), **given)
+    many = random(few_rows.MAX_ROWS + 1, 64, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="rows at most"):
+        few_rows_triton(many, random(4, 64, dtype=torch.bfloat16), **given)
+    with pytest.raises(ValueError, match="one dtype"):
+        few_rows_triton(x, random(4, 64, dtype=torch.float16), **given)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="launches that overlap")
+@pytest.mark.parametrize("rows", [1, 8, 32])
+def test_overlapping_launches_change_no_bit(rows):
+    """A chain of the 1.5B's products in a graph, 1,000 replays, each with other inputs."""
+    dtype, width, inner = torch.bfloat16, 1536, 8960
+    if not few_rows.overlaps(CAPABILITY):
+        pytest.skip("needs compute capability 9.0")
+
+    def filled(*shape, scale):
+        return (torch.randn(shape, device=DEVICE) * scale).to(dtype)
+
+    torch.manual_seed(0)
+    layers = [
+        (
+            filled(2048, width, scale=0.03),
+            filled(width, 2048, scale=0.03),
+            filled(2 * inner, width, scale=0.03),
+            filled(width, inner, scale=0.02),
+            filled(width, scale=0.1) + 1,
+        )
+        for _ in range(4)
+    ]
+    first = filled(rows, width, scale=1.0)
+
+    def chain(x, *, overlap):
+        given = {"capability": CAPABILITY, "overlap": overlap}
+        squares = squares_of(x)
+        for up, back, gate_up, down, gain in layers:
+            norm = Norm(weight=gain, eps=1e-6, squares=squares)
+            y, _ = few_rows_triton(x, up, norm=norm, **given)
+            x, squares = few_rows_triton(y, back, residual=x, ahead=gate_up, **given)
+            norm = Norm(weight=gain, eps=1e-6, squares=squares)
+            y, _ = few_rows_triton(x, gate_up, norm=norm, gated=True, **given)
+            x, squares = few_rows_triton(y, down, residual=x, **given)
+        return x
+
+    for overlap in (False, True):
+        chain(first, overlap=overlap)
+    torch.cuda.synchronize()
+    graphs, outs = [], []
+    for overlap in (False, True):
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            outs.append(chain(first, overlap=overlap))
+    wrong = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    for _ in range(1000):
+        first.normal_()
+        for graph, out in zip(graphs, outs, strict=True):
+            out.fill_(float("nan"))
+            graph.replay()
+        wrong += (outs[0] != outs[1]).any()
+    assert int(wrong) == 0
