@@ -1,13 +1,20 @@
 """Rollouts and whole GRPO steps on a GPU: tokens a second, seconds, memory, share of the limit.
 
-    python benchmarks/rollouts.py OUTPUT.json [ROW ...]       without rows: all of them
-    python benchmarks/rollouts.py OUTPUT.json --list
+    python -m benchmarks.rollouts OUTPUT.json [ROW ...]       without rows: all of them
+    python -m benchmarks.rollouts OUTPUT.json --list          their names
+    python -m benchmarks.rollouts OUTPUT.json [ROW ...] --tiny      that they run, on a CPU
 
-Rows of one model run one after another in a process of their own; a row's peak is the largest
-reserved memory since its engine was made. Random weights of real shapes, distinct random prompts,
-fixed output lengths unless the row says otherwise, temperature 1 with the log-probability of every
-token. Tokens a second are output tokens over wall time, prefill included; the best of three runs
-after one that compiles and captures (of 20 tokens a completion), all reported.
+The rows are those of rollout_rows.py. Rows of one model run one after another in a process of their
+own; a row's peak is the largest reserved memory since its engine was made. Random weights of real
+shapes, distinct random prompts, fixed output lengths unless the row says otherwise, temperature 1
+with the log-probability of every token. Tokens a second are output tokens over wall time, prefill
+included; the best of three runs after one that compiles and captures (of 20 tokens a completion),
+all reported.
+
+Ragged rows run with many buckets of rows, and the seconds in which a graph was captured are left
+out of their rates (`capture`, in each run). Their rate is compared with that of fixed lengths at
+the same mean rows in flight, all at once, with the same mean prompt and completion. The quarter's
+row has a quarter of the blocks that the same work takes at most where memory is no limit.
 
 The limit is the formula of docs/benchmarks/README.md: weights read once a step, keys and values of
 the mean context, or arithmetic, whichever is more, at the bandwidth and matrix rate measured in the
@@ -23,79 +30,36 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+import traceback
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.rollout_rows import (
+    ROWS,
+    Row,
+    limits_of,
+    mean_context,
+    prompts_of,
+    same_rows,
+    seconds_a_step,
+    tiny,
+)
 from benchmarks.shapes import build
 from sparring.algorithms.losses import dapo
 from sparring.data.packing import pack_groups
 from sparring.models.transformer import Decoder, kv_bytes_per_token
-from sparring.rollout.engine import Engine
+from sparring.rollout.block_pool import blocks_for
+from sparring.rollout.engine import KERNEL_BLOCK_SIZE, Engine
 from sparring.rollout.sampler import Sampling
 from sparring.train.optimizer import build_optimizer
 from sparring.train.step import train_step
 from sparring.types import Group, Prompt, Rollout
 
 GIB = 2**30
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One line of the table; work = prompts, samples, prompt tokens, output tokens."""
-
-    model: str
-    work: tuple[int, int, int, int]
-    quantization: str = "none"
-    lora_rank: int = 0
-    caches_weights: bool = False
-    kind: str = "rollout"
-    cap_gib: float = 0.0
-    max_running: int = 512
-    kv_share: float = 1.0
-    checkpointing: str = "layers"
-    micro_batch_tokens: int = 8192
-    bitwise: bool = False
-    cuda_graphs: bool = True
-    steps_per_sync: int = 16
-    extra: tuple[tuple[str, Any], ...] = ()
-
-
-SMALL, LARGE = "qwen2.5-1.5b", "qwen2.5-7b"
-NF4 = {"model": LARGE, "quantization": "nf4"}
-STEP = {**NF4, "lora_rank": 16, "kind": "step"}
-RAGGED = {**NF4, "lora_rank": 16, "work": (32, 8, 1024, 4096), "max_running": 128}
-ROWS: dict[str, Row] = {
-    "1.5b 1x8x256x512": Row(model=SMALL, work=(1, 8, 256, 512)),
-    "1.5b bitwise 1x8x256x512": Row(model=SMALL, work=(1, 8, 256, 512), bitwise=True),
-    "1.5b 16x8x256x512": Row(model=SMALL, work=(16, 8, 256, 512)),
-    "1.5b 32x8x256x1024": Row(model=SMALL, work=(32, 8, 256, 1024)),
-    "7b 4x8x256x768": Row(model=LARGE, work=(4, 8, 256, 768)),
-    "7b 16x8x256x512": Row(model=LARGE, work=(16, 8, 256, 512)),
-    "7b 32x8x256x1024": Row(model=LARGE, work=(32, 8, 256, 1024)),
-    "7b nf4 fused 4x8x256x768": Row(**NF4, work=(4, 8, 256, 768)),
-    "7b nf4 cached 4x8x256x768": Row(**NF4, work=(4, 8, 256, 768), caches_weights=True),
-    "7b nf4 fused 16x8x256x512": Row(**NF4, work=(16, 8, 256, 512)),
-    "7b nf4 cached 16x8x256x512": Row(**NF4, work=(16, 8, 256, 512), caches_weights=True),
-    "7b nf4 lora fused 4x8x256x768": Row(**NF4, work=(4, 8, 256, 768), lora_rank=16),
-    "7b nf4 lora cached 4x8x256x768": Row(
-        **NF4, work=(4, 8, 256, 768), lora_rank=16, caches_weights=True
-    ),
-    "step 4x8x256x768": Row(**STEP, work=(4, 8, 256, 768)),
-    "step cached 4x8x256x768": Row(**STEP, work=(4, 8, 256, 768), caches_weights=True),
-    "step 4x8x256x768 in 24 GiB": Row(**STEP, work=(4, 8, 256, 768), cap_gib=24),
-    "step 4x8x256x256": Row(**STEP, work=(4, 8, 256, 256), micro_batch_tokens=2400),
-    "step bitwise 4x8x256x768": Row(**STEP, work=(4, 8, 256, 768), bitwise=True),
-    "prefill 32x2048": Row(model=LARGE, work=(32, 1, 2048, 1), kind="prefill"),
-    "prefill nf4 32x2048": Row(**NF4, work=(32, 1, 2048, 1), kind="prefill"),
-    "ragged": Row(**RAGGED, kind="ragged"),
-    "ragged quarter": Row(**RAGGED, kind="ragged", kv_share=0.25),
-    "0.5b 32x8x256x1024": Row(model="qwen2.5-0.5b", work=(32, 8, 256, 1024)),
-    "qwen3-0.6b 32x8x256x1024": Row(model="qwen3-0.6b", work=(32, 8, 256, 1024)),
-}
 
 
 def copy_bandwidth() -> float:
@@ -123,51 +87,11 @@ def _median_seconds(call: Any, repeats: int = 12) -> float:
     return sorted(times)[repeats // 2]
 
 
-def seconds_a_step(
-    model: Decoder, rows: float, context: float, bandwidth: float, rate: float
-) -> float:
-    """The limit of one decode step of `rows` rows that each attend to `context` tokens."""
-    config = model.config
-    parameters = sum(
-        linear.base.shape[0] * linear.base.shape[1] for linear in model.linears().values()
-    )
-    a_weight = 0.516 if model.is_quantised else 2.0
-    head = config.vocab_size * config.width
-    return (
-        max(parameters * a_weight / bandwidth, 2 * parameters * rows / rate)
-        + max(2 * head / bandwidth, 2 * head * rows / rate)
-        + rows * context * kv_bytes_per_token(config, model.dtype) / bandwidth
-    )
-
-
-def prompts_of(model: Decoder, count: int, tokens: int, *, ragged: bool) -> list[Prompt]:
-    generator = torch.Generator().manual_seed(1)
-    lengths = [tokens] * count
-    if ragged:
-        lengths = torch.randint(64, tokens + 1, (count,), generator=generator).tolist()
-    high = model.config.vocab_size - 100
-    return [
-        Prompt(
-            id=i, text="", token_ids=tuple(torch.randint(high, (n,), generator=generator).tolist())
-        )
-        for i, n in enumerate(lengths)
-    ]
-
-
-def limits_of(row: Row) -> list[list[int]] | None:
-    """Log-normal completion lengths (median 400) cut at the row's output tokens."""
-    if row.kind != "ragged":
-        return None
-    prompts, samples, _, most = row.work
-    normal = torch.randn(prompts, samples, generator=torch.Generator().manual_seed(2))
-    lengths = (400 * normal.mul(0.8).exp()).clamp(1, most).long()
-    return [[int(n) for n in line] for line in lengths]
-
-
 def engine_for(row: Row, model: Decoder, prompts: list[Prompt]) -> Engine:
-    _, samples, _, output = row.work
-    limits = limits_of(row) or [[output] * samples] * len(prompts)
-    block = 64
+    """An engine with memory for every sequence at once, each at its full length."""
+    _, samples, _, _ = row.work
+    limits = limits_of(row)
+    block = KERNEL_BLOCK_SIZE
     tokens = sum(
         len(p.token_ids) + sum(n + block for n in line)
         for p, line in zip(prompts, limits, strict=True)
@@ -175,7 +99,7 @@ def engine_for(row: Row, model: Decoder, prompts: list[Prompt]) -> Engine:
     longest = max(len(p.token_ids) for p in prompts) + max(map(max, limits))
     return Engine(
         model,
-        kv_bytes=int(tokens * kv_bytes_per_token(model.config, model.dtype) * row.kv_share),
+        kv_bytes=tokens * kv_bytes_per_token(model.config, model.dtype),
         stop_ids=(),
         decode=lambda _: "",
         max_tokens=longest,
@@ -195,7 +119,7 @@ def mismatch(model: Decoder, groups: list[Group]) -> dict[str, float]:
     with torch.no_grad():
         for batch in batches:
             moved = {
-                name: value.cuda() if isinstance(value, Tensor) else value
+                name: value.to(model.device) if isinstance(value, Tensor) else value
                 for name in batch.__dataclass_fields__
                 if (value := getattr(batch, name)) is not None
             }
@@ -219,6 +143,8 @@ def grouped(prompts: list[Prompt], rollouts: list[list[Rollout]]) -> list[Group]
 
 
 def memory() -> dict[str, float]:
+    if not torch.cuda.is_available():
+        return {}
     free, total = torch.cuda.mem_get_info()
     reserved = torch.cuda.memory_reserved()
     return {
@@ -229,120 +155,210 @@ def memory() -> dict[str, float]:
     }
 
 
-def run_all(names: list[str], output: Path) -> None:
-    """Measures rows of one model in this process and writes them down as they come."""
-    first = ROWS[names[0]]
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def prepare(first: Row) -> dict[str, float]:
+    """Sets the allocator up for the rows of a process; the card's measured ceilings."""
+    if not torch.cuda.is_available():
+        return {"bandwidth": 1e11, "matmul": 1e12}
     if first.kind == "step":  # as every run on a GPU does (train/plan_recipe.py)
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
-    total = torch.cuda.get_device_properties(0).total_memory
     if first.cap_gib:
+        total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction((first.cap_gib - 1.0) * GIB / total)
-    ceilings = {"bandwidth": 4.26e12, "matmul": 801e12}
-    if not first.cap_gib:
-        ceilings = {"bandwidth": copy_bandwidth(), "matmul": matmul_rate()}
+        return {"bandwidth": 4.26e12, "matmul": 801e12}  # measuring them takes more than the cap
+    ceilings = {"bandwidth": copy_bandwidth(), "matmul": matmul_rate()}
     torch.cuda.empty_cache()
-    started = time.perf_counter()
-    model = build(first.model, quantization=first.quantization, lora_rank=first.lora_rank)
-    seconds = time.perf_counter() - started
+    return ceilings
+
+
+def run_all(rows: dict[str, Row], output: Path) -> None:
+    """Measures rows of one model in this process and writes them down as they come."""
+    first = next(iter(rows.values()))
+    ceilings = prepare(first)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = build(
+        first.model, quantization=first.quantization, lora_rank=first.lora_rank, device=device
+    )
     if not first.lora_rank:
         model.requires_grad_(False)
-    found = {}
-    for name in names:
+    found: dict[str, Any] = {}
+    unlimited: dict[tuple[object, ...], dict[str, Any]] = {}
+    for name, row in rows.items():
         try:
-            found[name] = {"build seconds": seconds, **ceilings} | run(ROWS[name], model, ceilings)
+            found[name] = ceilings | Measurement(row, model, ceilings).run(unlimited)
         except Exception as problem:  # noqa: BLE001 - one row must not lose the others
-            found[name] = {"failed": repr(problem)[:2000]}
+            found[name] = {"failed": repr(problem)[:2000] + traceback.format_exc()[-1500:]}
         output.write_text(json.dumps(found))
         gc.collect()
-        torch.cuda.empty_cache()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
-def run(row: Row, model: Decoder, ceilings: dict[str, float]) -> dict[str, Any]:
-    """Measures one row."""
-    out: dict[str, Any] = {}
-    model.set_bitwise(row.bitwise)
-    num_prompts, samples, prompt_tokens, output = row.work
-    prompts = prompts_of(model, num_prompts, prompt_tokens, ragged=row.kind == "ragged")
-    engine = engine_for(row, model, prompts)
-    sampling = Sampling(max_completion_tokens=output)
-    optimizer = None
-    if row.kind == "step":
-        model.set_checkpointing(row.checkpointing)
-        optimizer = build_optimizer(
-            model.trainable_parameters(),
-            learning_rate=1e-6,
-            num_steps=10,
-            compute_dtype=torch.bfloat16,
-        )
-    torch.cuda.reset_peak_memory_stats()
+class Measurement:
+    """One row on a model: its engine, its runs, and what they gave."""
 
-    def once(number: int) -> tuple[dict[str, float], list[Group]]:
-        engine.weights_changed(policy_version=number)
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        limits = limits_of(row) if number else [[min(20, output)] * samples] * num_prompts
-        rollouts = engine.generate(prompts, sampling, num_samples=samples, limits=limits)
-        torch.cuda.synchronize()
-        times = {"rollout": time.perf_counter() - start}
-        groups = grouped(prompts, rollouts)
-        if optimizer is not None:
-            engine.sleep()
-            batches = pack_groups(
-                groups,
-                [torch.randn(samples) + 0.1 for _ in groups],
-                max_tokens=row.micro_batch_tokens,
-                temperature=1.0,
+    def __init__(self, row: Row, model: Decoder, ceilings: dict[str, float]) -> None:
+        self.row, self.model, self.ceilings = row, model, ceilings
+        self.prompts = prompts_of(row, model.config.vocab_size)
+        self.engine = engine_for(row, model, self.prompts)
+        self.all_blocks = self.engine.num_blocks
+        self.optimizer = None
+        self.values: dict[str, float] = {}
+        model.set_bitwise(row.bitwise)
+        if row.kind == "step":
+            model.set_checkpointing(row.checkpointing)
+            self.optimizer = build_optimizer(
+                model.trainable_parameters(),
+                learning_rate=1e-6,
+                num_steps=10,
+                compute_dtype=model.dtype,
             )
-            update = train_step(model, batches, dapo, optimizer, max_grad_norm=1.0)
-            torch.cuda.synchronize()
+
+    def once(self, row: Row, number: int, *, short: bool = False) -> tuple[dict[str, Any], Any]:
+        """One rollout, or step, of the row's work: seconds and counts, and its groups.
+
+        short: of at most 20 tokens a completion.
+        """
+        engine, is_own = self.engine, row is self.row
+        prompts = self.prompts if is_own else prompts_of(row, self.model.config.vocab_size)
+        limits = [[min(n, 20) if short else n for n in line] for line in limits_of(row)]
+        captured = engine.graph_stats.seconds
+        engine.weights_changed(policy_version=number)
+        synchronize()
+        start = time.perf_counter()
+        rollouts = engine.generate(
+            prompts,
+            Sampling(max_completion_tokens=row.work[3]),
+            num_samples=row.work[1],
+            limits=limits,
+        )
+        synchronize()
+        times: dict[str, Any] = {"rollout": time.perf_counter() - start}
+        groups = grouped(prompts, rollouts)
+        if self.optimizer is not None:
+            self.train(groups)
             times["step"] = time.perf_counter() - start
-            out["values"] = dict(update.values)
         stats = engine.stats
         times |= {
             "prefill": stats.prefill_seconds,
             "decode": stats.decode_seconds,
+            "capture": engine.graph_stats.seconds - captured,
             "tokens": stats.num_completion_tokens,
+            "decode steps": stats.num_decode_steps,
+            "mean rows": stats.mean_rows,
+            "steps while some wait": stats.num_crowded_steps,
+            "mean rows while some wait": stats.mean_crowded_rows,
+            "preemptions": stats.num_preemptions,
+            "recomputed tokens": stats.num_recomputed_tokens,
+            "blocks": stats.num_blocks,
+            "peak blocks": stats.peak_blocks,
         }
         return times, groups
 
-    first, _ = once(0)
-    runs = []
-    for number in range(1, 4):
-        times, groups = once(number)
-        runs.append(times)
-    out |= {"first": first, "runs": runs, **memory()}
-    stats = engine.stats
-    best = min(runs, key=lambda times: times["rollout"])
-    out["tokens/s"] = best["tokens"] / best["rollout"]
-    out["best seconds"] = min(times.get("step", times["rollout"]) for times in runs)
-    out["ms a step"] = 1e3 * best["decode"] / max(1, stats.num_decode_steps)
-    out["mean rows"] = stats.mean_rows
-    out["preemptions"] = stats.num_preemptions
-    out["recomputed tokens"] = stats.num_recomputed_tokens
-    if row.kind == "prefill":
-        out["prompt tokens/s"] = num_prompts * prompt_tokens / best["rollout"]
-    elif row.kind != "ragged":
-        limit = seconds_a_step(
-            model,
-            num_prompts * samples,
-            prompt_tokens + output / 2,
-            ceilings["bandwidth"],
-            ceilings["matmul"],
+    def train(self, groups: list[Group]) -> None:
+        """The training phase of a step, on random advantages."""
+        assert self.optimizer is not None, "the row is a step"
+        self.engine.sleep()
+        batches = pack_groups(
+            groups,
+            [torch.randn(len(group.rollouts)) + 0.1 for group in groups],
+            max_tokens=self.row.micro_batch_tokens,
+            temperature=1.0,
         )
-        out["limit tokens/s"] = num_prompts * samples / limit
-        out["share of limit"] = out["tokens/s"] / out["limit tokens/s"]
-    out["graphs"] = asdict(engine.graph_stats)
-    if row.kind != "prefill":
-        out["mismatch"] = mismatch(model, groups)
-    return out
+        update = train_step(self.model, batches, dapo, self.optimizer, max_grad_norm=1.0)
+        synchronize()
+        self.values = dict(update.values)
+
+    def run(self, unlimited: dict[tuple[object, ...], dict[str, Any]]) -> dict[str, Any]:
+        """Measures the row; unlimited: runs where memory was no limit, by their work."""
+        row = self.row
+        work = row.work, row.caches_weights
+        out: dict[str, Any] = {}
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        out["first"], _ = self.once(row, 0, short=True)
+        if row.kv_share < 1:
+            if work not in unlimited:
+                unlimited[work], _ = self.once(row, 0)
+            out["without limit"] = unlimited[work]
+            self.limit_blocks(unlimited[work]["peak blocks"])
+        runs = []
+        for number in range(1, 1 + row.runs):
+            times, groups = self.once(row, number)
+            runs.append(times)
+        best = min(runs, key=lambda times: times["rollout"] - times["capture"])
+        if row.kv_share == 1:
+            unlimited[work] = best
+        seconds = best["rollout"] - (best["capture"] if row.kind == "ragged" else 0.0)
+        out |= {"runs": runs, "tokens/s": best["tokens"] / seconds, **memory()}
+        out["best seconds"] = min(times.get("step", times["rollout"]) for times in runs)
+        out["ms a step"] = 1e3 * best["decode"] / max(1, best["decode steps"])
+        if row.kind == "prefill":
+            out["prompt tokens/s"] = row.work[0] * row.work[2] / best["rollout"]
+        elif row.kind == "ragged":
+            out |= self.against_fixed(best, out)
+        else:
+            out |= self.share_of_limit(out["tokens/s"])
+        out["graphs"] = asdict(self.engine.graph_stats)
+        if self.values:
+            out["values"] = self.values
+        if row.kind != "prefill":
+            out["mismatch"] = mismatch(self.model, groups)
+        return out
+
+    def limit_blocks(self, peak: int) -> None:
+        """Leaves the engine the row's share of the blocks that the work takes at most."""
+        longest = blocks_for(self.engine.max_tokens, self.engine.block_size)
+        self.set_blocks(1 + max(longest, int(peak * self.row.kv_share)))
+
+    def set_blocks(self, num_blocks: int) -> None:
+        self.engine.sleep()
+        self.engine.num_blocks = num_blocks
+
+    def against_fixed(self, best: dict[str, Any], out: dict[str, Any]) -> dict[str, Any]:
+        """The rate against that of fixed lengths with the same mean rows, and of no limit."""
+        lengths = [n for line in limits_of(self.row) for n in line]
+        mean_prompt = sum(len(p.token_ids) for p in self.prompts) / len(self.prompts)
+        fixed = same_rows(self.row, best["mean rows"], mean_prompt, sum(lengths) / len(lengths))
+        self.set_blocks(self.all_blocks)
+        self.once(fixed, 8, short=True)
+        times, _ = self.once(fixed, 9)
+        rate = times["tokens"] / (times["rollout"] - times["capture"])
+        found = {
+            "fixed": times | {"work": fixed.work, "tokens/s": rate},
+            "against fixed": out["tokens/s"] / rate,
+            "recomputed share": best["recomputed tokens"] / best["tokens"],
+            "rows while some wait": best["mean rows while some wait"] / self.engine.max_running,
+        }
+        if whole := out.get("without limit"):
+            free = whole["tokens"] / (whole["rollout"] - whole["capture"])
+            found["against no limit"] = out["tokens/s"] / free
+        return found
+
+    def share_of_limit(self, rate: float) -> dict[str, float]:
+        prompts, samples, _, _ = self.row.work
+        limit = seconds_a_step(
+            self.model,
+            prompts * samples,
+            mean_context(self.row),
+            self.ceilings["bandwidth"],
+            self.ceilings["matmul"],
+        )
+        most = prompts * samples / limit
+        return {"limit tokens/s": most, "share of limit": rate / most}
 
 
 def environment() -> dict[str, str]:
     import triton
 
+    has_card = torch.cuda.is_available()
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if has_card else "cpu",
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": sys.version.split()[0],
@@ -354,26 +370,35 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("rows", nargs="*")
     parser.add_argument("--list", action="store_true")
-    parser.add_argument("--one", action="store_true", help="measure the row in this process")
+    parser.add_argument("--one", action="store_true", help="measure the rows in this process")
+    parser.add_argument("--tiny", action="store_true", help="miniatures for a CPU: no figures")
+    parser.add_argument("--runs", type=int, default=0, help="measured runs in place of the row's")
     arguments = parser.parse_args()
     if arguments.list:
         print("\n".join(ROWS))
         return
+    rows = {name: ROWS[name] for name in arguments.rows or ROWS}
+    if arguments.tiny:
+        rows = {name: tiny(row) for name, row in rows.items()}
+    if arguments.runs:
+        rows = {name: replace(row, runs=arguments.runs) for name, row in rows.items()}
     if arguments.one:
-        run_all(arguments.rows, arguments.output)
+        run_all(rows, arguments.output)
         return
     result: dict[str, Any] = {"environment": environment(), "rows": {}}
-    chosen = arguments.rows or list(ROWS)
-    for _, group in itertools.groupby(chosen, key=lambda name: process_of(ROWS[name])):
+    if arguments.tiny:
+        result["tiny"] = True
+    flags = ["--tiny"] * arguments.tiny + [f"--runs={arguments.runs}"] * bool(arguments.runs)
+    part = arguments.output.with_suffix(".part")
+    for _, group in itertools.groupby(rows, key=lambda name: process_of(rows[name])):
         names = list(group)
-        part = arguments.output.with_suffix(".part")
         part.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "benchmarks.rollouts", str(part), *names, "--one"]
+        command = [sys.executable, "-m", "benchmarks.rollouts", str(part), *names, "--one", *flags]
         done = subprocess.run(command, capture_output=True, text=True)
         found = json.loads(part.read_text()) if part.exists() else {}
         for name in names:
             missing = {"failed": done.stderr[-3000:]}
-            row = asdict(ROWS[name]) | found.get(name, missing)
+            row = asdict(rows[name]) | found.get(name, missing)
             print(told(name, row), flush=True)
             result["rows"][name] = row
         arguments.output.write_text(json.dumps(result, indent=1))
@@ -386,20 +411,39 @@ def process_of(row: Row) -> tuple[object, ...]:
 
 
 def told(name: str, row: dict[str, Any]) -> str:
+    """The row in one line."""
     if "failed" in row:
-        return f"{name}: FAILED\n{row['failed'][-1500:]}"
-    gap = row.get("mismatch", {"mean": 0.0, "kl": 0.0})
-    return (
-        f"{name}: {row['tokens/s']:,.0f} tok/s, best {row['best seconds']:.3f} s of "
-        f"{[round(times.get('step', times['rollout']), 3) for times in row['runs']]}, "
-        f"{row['ms a step']:.2f} ms a step, share {row.get('share of limit', 0):.0%}, "
-        f"rows {row['mean rows']:.1f}, recomputed {row['recomputed tokens']}, "
-        f"reserved {row['peak reserved GiB']:.2f} GiB, "
-        f"beside {row['device used - reserved GiB']:.2f}, "
-        f"mismatch {gap['mean']:.4f} kl {gap['kl']:.1e}, graphs {row['graphs']}"
-        f", first {row['first']['rollout']:.1f} s"
-        + (f", prompt {row['prompt tokens/s']:,.0f} tok/s" if "prompt tokens/s" in row else "")
-    )
+        return f"{name}: FAILED\n{row['failed'][-2500:]}"
+    best = min(row["runs"], key=lambda times: times["rollout"])
+    parts = [
+        f"{row['tokens/s']:,.0f} tok/s, best {row['best seconds']:.3f} s of "
+        f"{[round(times.get('step', times['rollout']), 3) for times in row['runs']]}",
+        f"{row['ms a step']:.2f} ms a step, mean rows {best['mean rows']:.1f}",
+        f"recomputed {best['recomputed tokens']}, preempted {best['preemptions']}",
+    ]
+    if "share of limit" in row:
+        parts.append(f"share {row['share of limit']:.1%}")
+    if "prompt tokens/s" in row:
+        parts.append(f"prompt {row['prompt tokens/s']:,.0f} tok/s")
+    if "fixed" in row:
+        parts.append(
+            f"{row['against fixed']:.3f} of {row['fixed']['tokens/s']:,.0f} tok/s at "
+            f"{row['fixed']['mean rows']:.1f} rows of {row['fixed']['work']}; while some wait "
+            f"{row['rows while some wait']:.1%} of the rows over "
+            f"{best['steps while some wait']} of {best['decode steps']} steps; recomputed "
+            f"{row['recomputed share']:.1%}; blocks {best['blocks']}, peak {best['peak blocks']}"
+        )
+    if "against no limit" in row:
+        parts.append(f"{row['against no limit']:.3f} of the rate without limit")
+    if "peak reserved GiB" in row:
+        parts.append(
+            f"reserved {row['peak reserved GiB']:.2f} GiB, "
+            f"beside {row['device used - reserved GiB']:.2f}"
+        )
+    if "mismatch" in row:
+        parts.append(f"mismatch {row['mismatch']['mean']:.4f} kl {row['mismatch']['kl']:.1e}")
+    parts.append(f"graphs {row['graphs']}, first {row['first']['rollout']:.1f} s")
+    return f"{name}: " + ", ".join(parts)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
 A step embeds the rows' tokens, runs the layers, draws the next tokens with their log-probabilities,
 tests for the end and moves the rows on, all on the device. One graph is captured for each bucket of
 row counts and context lengths when it is first needed, after a run of the same step without
-capture; all share one memory pool, reserved beforehand (graph_memory.py). Several steps are
-replayed between two looks at the result. Rows that have ended go on in place, writing to the spare
-block, until the host takes them out.
+capture; all share one memory pool, reserved beforehand (graph_memory.py). Several steps, a burst,
+are replayed between two looks at the result. Rows that have ended go on in place, writing to the
+spare block, until the host takes them out. While nothing waits for a place the next burst is queued
+before the last one is read, so the device does not wait for the host's books.
 
 Graphs read weights, adapter shadows, rules and rows where they lie, and the pool of keys and values
 through its address in device memory: they stay valid over optimizer steps, and when that pool is
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -29,11 +30,11 @@ from sparring.layout import DecodeLayout, KVPool
 from sparring.models.quantised import cached_addresses, scratch_bytes
 from sparring.models.transformer import Decoder
 from sparring.rollout.block_pool import blocks_for
-from sparring.rollout.device_rows import DeviceRows
+from sparring.rollout.device_rows import DeviceRows, Fetched
 from sparring.rollout.graph_memory import GraphMemory, step_bytes
 from sparring.rollout.sampler import Sampling, draw_rules, end_id_tensor
 from sparring.rollout.scheduler import SequenceState
-from sparring.rollout.steps import Burst
+from sparring.rollout.steps import Burst, MayGoOn
 
 MIN_CONTEXT = 512
 """The smallest bucket of context lengths; each further one is twice as long."""
@@ -157,21 +158,65 @@ class GraphSteps:
         running: Sequence[SequenceState],
         token_ids: Sequence[Sequence[int]],
         sample_ids: Sequence[tuple[int, int]],
-    ) -> Burst:
-        """As many steps as make sense for the running sequences."""
-        rows = self.rows
-        left = max(s.max_completion_tokens - s.num_completion_tokens for s in running)
-        num_steps = min(self.num_steps, left)
-        longest = max(s.num_cached for s in running) + num_steps
+        may_go_on: MayGoOn,
+    ) -> Generator[Burst, None, None]:
+        """Bursts of the running sequences, until fewer rows would do or `may_go_on` says no."""
+        num_steps = self._steps_left(running, 0)
         num_rows = row_bucket(len(running), self._max_rows)
-        step = self._step(num_rows, context_bucket(longest, self._max_tokens))
-        rows.upload(running, token_ids, sample_ids)
+        step = self._step(num_rows, self._context(running, num_steps))
+        self.rows.upload(running, token_ids, sample_ids)
+        half = 0
+        queued: Fetched | None = self._queue(step, num_rows, num_steps, half)
+        try:
+            while queued is not None:
+                burst, queued = queued, None
+                following = self._steps_left(running, num_steps)
+                ready = self._ready(running, num_rows, num_steps + following)
+                if following and ready is not None and may_go_on(num_steps + following):
+                    half = 1 - half
+                    self.rows.go_on(running, half)
+                    queued = self._queue(ready, num_rows, following, half)
+                burst.wait()
+                live = slice(0, len(running))
+                yield Burst(
+                    tokens_NR=burst.tokens_NR[:, live], logprobs_NR=burst.logprobs_NR[:, live]
+                )
+                num_steps = following
+        finally:
+            if queued is not None:
+                queued.wait()  # what it writes to is free for others afterwards
+
+    def _queue(self, step: Callable[[], None], num_rows: int, num_steps: int, half: int) -> Fetched:
         for _ in range(num_steps):
             step()
-        state = rows.of_rows(num_rows)
-        tokens_NR, logprobs_NR = rows.download(state, num_steps)
-        live = slice(0, len(running))
-        return Burst(tokens_NR=tokens_NR[:, live], logprobs_NR=logprobs_NR[:, live])
+        return self.rows.fetch(self.rows.of_rows(num_rows), num_steps, half)
+
+    def _steps_left(self, running: Sequence[SequenceState], num_queued: int) -> int:
+        """Steps of the next burst, where num_queued tokens a row are not known yet."""
+        left = max(
+            (
+                s.max_completion_tokens - s.num_completion_tokens
+                for s in running
+                if not s.is_finished
+            ),
+            default=0,
+        )
+        return max(0, min(self.num_steps, left - num_queued))
+
+    def _context(self, running: Sequence[SequenceState], num_new: int) -> int:
+        return context_bucket(max(s.num_cached for s in running) + num_new, self._max_tokens)
+
+    def _ready(
+        self, running: Sequence[SequenceState], num_rows: int, num_new: int
+    ) -> Callable[[], None] | None:
+        """The step for further tokens of the same rows, if there is one and no smaller one does."""
+        num_live = sum(not s.is_finished for s in running)
+        if not num_live or row_bucket(num_live, self._max_rows) < num_rows:
+            return None
+        context = self._context(running, num_new)
+        if self._captures and (num_rows, context, self._is_cut) not in self._graphs:
+            return None  # a capture needs rows that rest
+        return self._step(num_rows, context)
 
     def _step(self, num_rows: int, context: int) -> Callable[[], None]:
         if not self._captures:

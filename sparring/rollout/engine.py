@@ -36,8 +36,9 @@ class EngineStats:
     """What one generate call did.
 
     num_prefill_tokens counts recomputed tokens too, and a shared prompt once; num_decode_tokens the
-    tokens of decode steps (the first token of a completion comes from the prefill). Blocks are
-    those that sequences may hold; num_free_blocks is taken at the end.
+    tokens of decode steps (the first token of a completion comes from the prefill). Crowded steps
+    are those during which a sequence waited for a place. Blocks are those that sequences may hold;
+    num_free_blocks is taken at the end.
     """
 
     num_rollouts: int = 0
@@ -47,6 +48,8 @@ class EngineStats:
     num_decode_steps: int = 0
     num_decode_tokens: int = 0
     decode_seconds: float = 0.0
+    num_crowded_steps: int = 0
+    num_crowded_tokens: int = 0
     num_preemptions: int = 0
     num_recomputed_tokens: int = 0
     num_blocks: int = 0
@@ -67,6 +70,11 @@ class EngineStats:
     def mean_rows(self) -> float:
         """Sequences in flight, averaged over decode steps."""
         return self.num_decode_tokens / self.num_decode_steps if self.num_decode_steps else 0.0
+
+    @property
+    def mean_crowded_rows(self) -> float:
+        """Sequences in flight, averaged over the steps during which others waited."""
+        return self.num_crowded_tokens / self.num_crowded_steps if self.num_crowded_steps else 0.0
 
 
 class Engine:
@@ -331,6 +339,8 @@ class Engine:
             num_decode_steps=generation.num_decode_steps,
             num_decode_tokens=generation.num_decode_tokens,
             decode_seconds=generation.decode_seconds,
+            num_crowded_steps=generation.num_crowded_steps,
+            num_crowded_tokens=generation.num_crowded_tokens,
             num_preemptions=generation.scheduler.num_preemptions,
             num_recomputed_tokens=generation.scheduler.num_recomputed_tokens,
             num_blocks=pool.num_usable,

@@ -6,9 +6,12 @@ step. An interrupted call leaves nothing behind but the memory for keys and valu
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
+from array import array
 from collections.abc import Callable, Sequence
+from contextlib import closing
 
 import torch
 from torch import Tensor
@@ -89,12 +92,16 @@ class Generation:
         self.finish_reasons: list[FinishReason | None] = [None] * len(self.owners)
         self._on_tokens: OnTokens | None = None
         self._num_left = [len(limits_G) for limits_G in limits]
+        self._first = [0, *itertools.accumulate(self._num_left)]
         self._completed: list[int] = []
         self.num_finished = 0
         self.num_completion_tokens = 0
         self.num_prefill_tokens = 0
         self.num_decode_steps = 0
         self.num_decode_tokens = 0
+        self.num_crowded_steps = 0
+        self.num_crowded_tokens = 0
+        self._has_cut = False
         self.prefill_seconds = 0.0
         self.decode_seconds = 0.0
 
@@ -115,8 +122,7 @@ class Generation:
                 self._prefill(chunks)
                 self._report(on_progress)
             if running := scheduler.next_decode(self.steps.num_steps):
-                self._decode(running)
-                self._report(on_progress)
+                self._decode(running, on_progress, enough)
             if enough is not None and self._is_enough(enough):
                 scheduler.abandon()
         return self._rollouts()
@@ -182,13 +188,34 @@ class Generation:
         if self.kv_pool.scales is not None:
             self.kv_pool.scales[:, targets] = self.kv_pool.scales[:, sources]
 
-    def _decode(self, running: Sequence[SequenceState]) -> None:
-        """One burst of decode steps for every running sequence."""
+    def _decode(
+        self,
+        running: Sequence[SequenceState],
+        on_progress: Progress | None,
+        enough: Enough | None,
+    ) -> None:
+        """Bursts of decode steps for the running sequences, until their rows must change."""
         started = time.perf_counter()
-        burst = self.steps.run(running, self.token_ids, self.sample_ids)
-        num_tokens = self._record(running, burst.tokens_NR, burst.logprobs_NR, is_cached=True)
-        self.num_decode_steps += len(burst.tokens_NR)
-        self.num_decode_tokens += num_tokens
+        is_crowded = self.scheduler.has_waiting
+        self._has_cut = False
+
+        def may_go_on(num_tokens: int) -> bool:
+            """A row that only the host knows to have ended would write into blocks given away."""
+            if self._has_cut or self.scheduler.has_waiting or (enough and self._completed):
+                return False
+            return self.scheduler.reserve_ahead(running, num_tokens)
+
+        with closing(self.steps.run(running, self.token_ids, self.sample_ids, may_go_on)) as bursts:
+            for burst in bursts:
+                num_tokens = self._record(
+                    running, burst.tokens_NR, burst.logprobs_NR, is_cached=True
+                )
+                self.num_decode_steps += len(burst.tokens_NR)
+                self.num_decode_tokens += num_tokens
+                if is_crowded:
+                    self.num_crowded_steps += len(burst.tokens_NR)
+                    self.num_crowded_tokens += num_tokens
+                self._report(on_progress)
         self.decode_seconds += time.perf_counter() - started
 
     def _record(
@@ -206,34 +233,42 @@ class Generation:
         of the row's newest token. Returns how many tokens were taken.
         """
         counts = (tokens_NR >= 0).sum(0).tolist()
+        may_be_nan = bool(torch.isnan(logprobs_NR).any())
         total = 0
-        for row, (sequence, tokens, logprobs) in enumerate(
-            zip(drawing, tokens_NR.T.tolist(), logprobs_NR.T.tolist(), strict=True)
+        for sequence, num_drawn, tokens, logprobs in zip(
+            drawing, counts, tokens_NR.T.tolist(), logprobs_NR.T.tolist(), strict=True
         ):
-            count, reason = self._take(sequence, tokens[: counts[row]], logprobs)
+            if not num_drawn or sequence.is_finished:
+                continue  # it had ended when this burst was queued
+            count, reason = self._take(sequence, tokens[:num_drawn])
+            taken = logprobs[:count]
+            if may_be_nan and any(map(math.isnan, taken)):
+                self._refuse_nan(sequence.index)
+            self.logprobs[sequence.index] += taken
             sequence.num_completion_tokens += count
             total += count
-            if self._on_tokens is not None and count:
+            if self._on_tokens is not None:
                 self._on_tokens(*self.places[sequence.index], tokens[:count])
             if is_cached:
                 sequence.num_cached += count
             if reason is not None:
-                self.finish_reasons[sequence.index] = reason
-                self.scheduler.finish(sequence)
-                self.num_finished += 1
-                place = self.places[sequence.index][0]
-                self._num_left[place] -= 1
-                if self._num_left[place] == 0:
-                    self._completed.append(place)
+                self._finish(sequence, reason)
         self.num_completion_tokens += total
         return total
 
-    def _take(
-        self, sequence: SequenceState, tokens: list[int], logprobs: list[float]
-    ) -> tuple[int, FinishReason | None]:
+    def _finish(self, sequence: SequenceState, reason: FinishReason) -> None:
+        self.finish_reasons[sequence.index] = reason
+        self.scheduler.finish(sequence)
+        self._has_cut = self._has_cut or bool(self.sampling.stop)
+        self.num_finished += 1
+        place = self.places[sequence.index][0]
+        self._num_left[place] -= 1
+        if self._num_left[place] == 0:
+            self._completed.append(place)
+
+    def _take(self, sequence: SequenceState, tokens: list[int]) -> tuple[int, FinishReason | None]:
         """Appends new tokens up to the end of the completion: how many, and why it ended."""
-        index = sequence.index
-        token_ids = self.token_ids[index]
+        token_ids = self.token_ids[sequence.index]
         length = len(token_ids)
         pieces = [[token] for token in tokens] if self.sampling.stop else [tokens]
         reason = None
@@ -242,12 +277,7 @@ class Generation:
             reason = self.stop_rule.reason(token_ids, sequence.max_completion_tokens)
             if reason is not None:
                 break
-        count = len(token_ids) - length
-        taken = logprobs[:count]
-        if any(map(math.isnan, taken)):
-            self._refuse_nan(index)
-        self.logprobs[index] += taken
-        return count, reason
+        return len(token_ids) - length, reason
 
     def _refuse_nan(self, index: int) -> None:
         raise RunError(
@@ -265,7 +295,7 @@ class Generation:
         ]
 
     def _rollouts_of(self, place: int) -> list[Rollout]:
-        first = sum(len(limits_G) for limits_G in self.limits[:place])
+        first = self._first[place]
         return [
             self._rollout(self.prompts[place], sample_index, first + sample_index)
             for sample_index in range(len(self.limits[place]))
@@ -277,8 +307,8 @@ class Generation:
         return Rollout(
             prompt=prompt,
             sample_index=sample_index,
-            token_ids=torch.tensor(token_ids, dtype=torch.int64),
-            logprobs=torch.tensor(self.logprobs[index], dtype=torch.float32),
+            token_ids=torch.frombuffer(array("q", token_ids), dtype=torch.int64),
+            logprobs=torch.frombuffer(array("f", self.logprobs[index]), dtype=torch.float32),
             loss_mask=torch.ones(len(token_ids), dtype=torch.bool),
             text=self.stop_rule.text(token_ids),
             finish_reason=reason,

@@ -117,6 +117,11 @@ class Scheduler:
         """Whether any sequence is unfinished."""
         return bool(self.running or self._prefilling or self._preempted or self._waiting)
 
+    @property
+    def has_waiting(self) -> bool:
+        """Whether any sequence waits for a place in memory."""
+        return bool(self._preempted or self._waiting)
+
     def add(self, *, prompt_length: int, max_completion_tokens: Sequence[int]) -> GroupState:
         """Queues a prompt with one sequence for each given completion limit.
 
@@ -225,6 +230,26 @@ class Scheduler:
             if missing > 0 and sequence.block_table:
                 sequence.block_table += self.pool.allocate(missing)
         return rows[: len(self.running)]
+
+    def reserve_ahead(self, rows: Iterable[SequenceState], num_tokens: int) -> bool:
+        """Reserves memory for `num_tokens` more tokens of each row, if there is enough for all.
+
+        For rows that run on before their newest tokens are known; none is preempted for it, and
+        rows that have finished in the meantime get nothing.
+        """
+        size = self.pool.block_size
+        wanted: list[tuple[SequenceState, int]] = []
+        for sequence in rows:
+            if not sequence.is_finished:
+                length = min(sequence.num_cached + num_tokens, sequence.max_length)
+                missing = blocks_for(length, size) - len(sequence.block_table)
+                if missing > 0:
+                    wanted.append((sequence, missing))
+        if sum(missing for _, missing in wanted) > self.pool.num_free:
+            return False
+        for sequence, missing in wanted:
+            sequence.block_table += self.pool.allocate(missing)
+        return True
 
     def finish(self, sequence: SequenceState) -> None:
         """The sequence is complete: its blocks are free for others."""

@@ -6,7 +6,7 @@ captured steps with the same interface. No scheduling happens here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,6 +30,12 @@ class Burst:
     logprobs_NR: Tensor
 
 
+MayGoOn = Callable[[int], bool]
+"""Asked before a further burst of the same rows is queued, with the tokens that every row may have
+by its end beyond those known: whether none waits for a place and there is memory; it is reserved.
+"""
+
+
 class DecodeSteps(Protocol):
     """Computes the decode steps of one generate call."""
 
@@ -42,8 +48,13 @@ class DecodeSteps(Protocol):
         running: Sequence[SequenceState],
         token_ids: Sequence[Sequence[int]],
         sample_ids: Sequence[tuple[int, int]],
-    ) -> Burst:
-        """A burst for the running sequences; token_ids and sample_ids by a sequence's index."""
+        may_go_on: MayGoOn,
+    ) -> Generator[Burst, None, None]:
+        """Bursts for the running sequences, at least one, until their number or rows must change.
+
+        token_ids and sample_ids by a sequence's index; what a burst drew is taken note of before
+        the next one is asked for.
+        """
 
 
 class EagerSteps:
@@ -70,7 +81,8 @@ class EagerSteps:
         running: Sequence[SequenceState],
         token_ids: Sequence[Sequence[int]],
         sample_ids: Sequence[tuple[int, int]],
-    ) -> Burst:
+        may_go_on: MayGoOn,  # noqa: ARG002 - one step at a time: nothing is queued ahead
+    ) -> Generator[Burst, None, None]:
         """One token for every running sequence."""
         rows = self._rows
         rows.follow(running, token_ids, sample_ids)
@@ -83,6 +95,6 @@ class EagerSteps:
         )
         rows.advance(tokens_R)
         order = rows.order_of(running)
-        return Burst(
+        yield Burst(
             tokens_NR=tokens_R[None].cpu()[:, order], logprobs_NR=logprobs_R[None].cpu()[:, order]
         )

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 
 from sparring.models.transformer import Decoder
 from sparring.rollout.cuda_graph import GraphSteps, context_bucket, row_bucket
+from sparring.rollout.device_rows import DeviceRows, Fetched
 from sparring.rollout.engine import Engine
 from sparring.rollout.sampler import Sampling
+from sparring.rollout.scheduler import SequenceState
 from sparring.types import Prompt, Rollout
 
 BuildEngine = Callable[..., Engine]
@@ -85,6 +87,78 @@ def test_bursts_in_scarce_memory(
     assert facts(got) == facts(want)
     assert scarce.stats.num_preemptions > 0
     assert scarce.stats.num_free_blocks == scarce.stats.num_blocks
+
+
+def test_the_next_burst_is_queued_before_the_last_is_read_while_nothing_waits(
+    model: Decoder,
+    build_engine: BuildEngine,
+    build_prompts: BuildPrompts,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    events: list[str] = []
+    queue, wait = GraphSteps._queue, Fetched.wait
+    monkeypatch.setattr(GraphSteps, "_queue", lambda *a: (events.append("queue"), queue(*a))[1])
+    monkeypatch.setattr(Fetched, "wait", lambda f: (events.append("read"), wait(f))[1])
+    sampling = Sampling(max_completion_tokens=41)
+    roomy = in_bursts(build_engine(model, stop_ids=()), 10)
+    got = roomy.generate(build_prompts([3, 9]), sampling, num_samples=2)
+    assert events == ["queue", "queue", "read", "queue", "read", "queue", "read", "read"]
+    assert roomy.stats.num_decode_steps == 40
+    assert roomy.stats.num_crowded_steps == 0
+    events.clear()
+    narrow = in_bursts(build_engine(model, stop_ids=(), max_running=2), 10)
+    assert facts(narrow.generate(build_prompts([3, 9]), sampling, num_samples=2)) == facts(got)
+    assert events[:8] == ["queue", "read"] * 4, "others wait for a place: look first"
+    assert narrow.stats.num_crowded_steps == 40
+    assert narrow.stats.mean_crowded_rows == 2
+
+
+def test_a_row_that_its_text_ended_keeps_no_block_that_others_get(
+    model: Decoder,
+    build_engine: BuildEngine,
+    build_prompts: BuildPrompts,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    num_ended: list[int] = []
+    go_on = DeviceRows.go_on
+
+    def watched(rows: DeviceRows, running: Sequence[SequenceState], half: int) -> None:
+        num_ended.append(sum(s.is_finished for s in running))
+        go_on(rows, running, half)
+
+    monkeypatch.setattr(DeviceRows, "go_on", watched)
+    free = build_engine(model, stop_ids=()).generate(
+        build_prompts([5, 9, 21]), Sampling(max_completion_tokens=90), num_samples=4
+    )
+    ids = [r.token_ids.tolist() for r in flat(free)[:8]]
+    words = tuple(" {} {} ".format(*row[6 * i + 3 : 6 * i + 5]) for i, row in enumerate(ids))
+    sampling = Sampling(max_completion_tokens=90, stop=words)
+    want = build_engine(model, stop_ids=()).generate(
+        build_prompts([5, 9, 21]), sampling, num_samples=4
+    )
+    assert {r.finish_reason for r in flat(want)} == {"stop", "length"}
+    for blocks in (60, 120, 320):
+        scarce = build_engine(model, stop_ids=(), kv_bytes=blocks * build_engine(model).block_bytes)
+        got = in_bursts(scarce, 3).generate(build_prompts([5, 9, 21]), sampling, num_samples=4)
+        assert facts(got) == facts(want)
+    assert num_ended
+    assert set(num_ended) == {0}, "the device does not know that these have ended"
+
+
+def test_a_call_that_fails_leaves_the_rows_for_the_next(
+    model: Decoder, build_engine: BuildEngine, build_prompts: BuildPrompts
+) -> None:
+    engine = in_bursts(build_engine(model, stop_ids=()), 5)
+    sampling = Sampling(max_completion_tokens=33)
+    want = engine.generate(build_prompts([3, 4]), sampling, num_samples=2)
+
+    def stops(_finished: int, _total: int, num_tokens: int) -> None:
+        if num_tokens > 40:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(build_prompts([3, 4]), sampling, num_samples=2, on_progress=stops)
+    assert facts(engine.generate(build_prompts([3, 4]), sampling, num_samples=2)) == facts(want)
 
 
 def test_buckets_hold_what_they_are_for() -> None:

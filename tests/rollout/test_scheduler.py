@@ -30,7 +30,9 @@ class Simulation:
         steps: int = 1,
         expected_completion_tokens: float = 12.0,
         is_checked: bool = True,
+        is_ahead: bool = False,
     ) -> None:
+        self.is_ahead = is_ahead
         self.pool = pool
         self.is_checked = is_checked
         self.scheduler = Scheduler(
@@ -45,6 +47,7 @@ class Simulation:
         self.lengths: list[int] = []
         self.order_of_finish: list[int] = []
         self.num_prefill_tokens = 0
+        self.num_ahead = 0
         for prompt_length, lengths in work:
             self.scheduler.add(prompt_length=prompt_length, max_completion_tokens=lengths)
             self.lengths += lengths
@@ -103,14 +106,28 @@ class Simulation:
     def decode(self) -> None:
         running = self.scheduler.next_decode(self.steps)
         assert len(running) <= self.max_running
-        for sequence in running:
-            for _ in range(self.steps):
-                if sequence.is_finished:
-                    break
-                self.write(sequence, sequence.num_cached)
-                sequence.num_cached += 1
-                self.check(sequence, sequence.num_cached)
-                self.draw([sequence])
+        goes_on = bool(running)
+        while goes_on:
+            goes_on = self.goes_on(running)
+            for sequence in running:
+                for _ in range(self.steps):
+                    if sequence.is_finished:
+                        break
+                    self.write(sequence, sequence.num_cached)
+                    sequence.num_cached += 1
+                    self.check(sequence, sequence.num_cached)
+                    self.draw([sequence])
+
+    def goes_on(self, running: Sequence[SequenceState]) -> bool:
+        """Whether a burst of the same rows is queued before the one in flight is read."""
+        scheduler = self.scheduler
+        if not self.is_ahead or scheduler.has_waiting or all(s.is_finished for s in running):
+            return False
+        before = scheduler.num_preemptions
+        got = scheduler.reserve_ahead(running, 2 * self.steps)
+        assert scheduler.num_preemptions == before
+        self.num_ahead += got
+        return got
 
     def run(self) -> Simulation:
         rounds = 0
@@ -142,6 +159,7 @@ def needed_blocks(work: Work, size: int) -> int:
     max_running=st.integers(1, 12),
     max_prefill_tokens=st.integers(1, 60),
     steps=st.sampled_from([1, 1, 2, 5]),
+    is_ahead=st.booleans(),
     expected_completion_tokens=st.sampled_from([0.0, 12.0]),
 )
 def test_everything_finishes_and_nothing_leaks(
@@ -151,6 +169,7 @@ def test_everything_finishes_and_nothing_leaks(
     max_running: int,
     max_prefill_tokens: int,
     steps: int,
+    is_ahead: bool,
     expected_completion_tokens: float,
 ) -> None:
     pool = BlockPool(1 + needed_blocks(work, block_size) + spare_blocks, block_size)
@@ -160,6 +179,7 @@ def test_everything_finishes_and_nothing_leaks(
         max_running=max_running,
         max_prefill_tokens=max_prefill_tokens,
         steps=steps,
+        is_ahead=is_ahead,
         expected_completion_tokens=expected_completion_tokens,
     ).run()
 
@@ -205,6 +225,27 @@ def test_a_group_larger_than_the_memory_still_computes_its_prompt_once_for_first
     assert [len(chunk.drawing) for chunk in chunks] == [10]
     assert pool.num_used == 5
     Simulation([(8, [5] * 10)], BlockPool(6, 4), max_running=64, max_prefill_tokens=64).run()
+
+
+def test_bursts_ahead_take_memory_only_where_there_is_enough() -> None:
+    pool = BlockPool(1 + 12, 4)
+    scheduler = Scheduler(pool, max_running=8, max_prefill_tokens=64)
+    scheduler.add(prompt_length=4, max_completion_tokens=[40, 9])
+    while chunks := scheduler.next_prefill():
+        scheduler.complete_prefill(chunks)
+    long, short = scheduler.next_decode(4)
+    assert [len(s.block_table) for s in (long, short)] == [2, 2]
+    assert scheduler.reserve_ahead([long, short], 8)
+    assert [len(s.block_table) for s in (long, short)] == [3, 3]
+    assert scheduler.reserve_ahead([long, short], 16)
+    assert [len(s.block_table) for s in (long, short)] == [5, 4], "none past its own limit"
+    free = pool.num_free
+    assert not scheduler.reserve_ahead([long, short], 36)
+    assert pool.num_free == free
+    scheduler.finish(short)
+    assert scheduler.reserve_ahead([long, short], 36)
+    assert [len(s.block_table) for s in (long, short)] == [10, 0]
+    assert scheduler.num_preemptions == 0
 
 
 def test_completions_of_one_token_never_decode() -> None:

@@ -1,0 +1,70 @@
+"""The rows of benchmarks/rollouts.py: each kind runs, and its figures are what they are called."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.rollout_rows import ROWS, limits_of, prompts_of, same_rows, tiny
+from benchmarks.rollouts import run_all, told
+
+
+def test_the_ragged_row_is_the_one_that_is_asked_for() -> None:
+    row = ROWS["ragged"]
+    lengths = sorted(n for line in limits_of(row) for n in line)
+    prompts = [len(prompt.token_ids) for prompt in prompts_of(row, 152064)]
+    assert (len(prompts), len(lengths)) == (32, 256)
+    assert 64 <= min(prompts) < 200
+    assert 900 < max(prompts) <= 1024
+    assert 350 < lengths[128] < 450
+    assert 1500 < max(lengths) <= 4096
+    assert (row.max_running, row.quantization, row.lora_rank) == (128, "nf4", 16)
+    assert ROWS["ragged quarter"] == dataclasses.replace(row, runs=1, kv_share=0.25)
+
+
+@pytest.mark.parametrize("mean_rows", [1.0, 7.4, 21.2, 36.9, 39.1, 61.0, 127.6])
+def test_fixed_lengths_have_about_as_many_rows(mean_rows: float) -> None:
+    fixed = same_rows(ROWS["ragged quarter"], mean_rows, 543.7, 558.3)
+    prompts, samples, prompt_tokens, output = fixed.work
+    assert abs(prompts * samples - mean_rows) <= max(1.0, 0.02 * mean_rows)
+    assert (prompt_tokens, output, fixed.kv_share) == (544, 558, 1.0)
+    assert fixed.kind == "rollout"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("7b 4x8x256x768", "prefill 32x2048"),
+        ("7b nf4 cached 4x8x256x768",),
+        ("ragged", "ragged quarter"),
+        ("ragged cached quarter",),
+        ("step bitwise 4x8x256x768", "step cached 4x8x256x768"),
+    ],
+)
+def test_each_kind_of_row_runs(names: tuple[str, ...], tmp_path: Path) -> None:
+    rows = {name: dataclasses.replace(tiny(ROWS[name]), runs=1) for name in names}
+    run_all(rows, tmp_path / "rows.json")
+    found = json.loads((tmp_path / "rows.json").read_text())
+    assert list(found) == list(names)
+    for name, row in rows.items():
+        got = found[name]
+        assert "failed" not in got, got
+        assert name in told(name, dataclasses.asdict(row) | got)
+        run = got["runs"][0]
+        assert run["tokens"] == sum(map(sum, limits_of(row)))
+        assert got["tokens/s"] == pytest.approx(run["tokens"] / run["rollout"])
+        assert 0 <= got.get("share of limit", 0.0) < 1
+        if row.kind == "ragged":
+            assert 0 < got["rows while some wait"] <= 1
+            assert got["fixed"]["preemptions"] == 0
+            assert got["recomputed share"] == run["recomputed tokens"] / run["tokens"]
+        if row.kv_share < 1:
+            assert run["blocks"] < got["without limit"]["peak blocks"]
+            assert run["peak blocks"] <= run["blocks"]
+            assert got["without limit"]["preemptions"] == 0
+        if row.kind == "step":
+            assert run["step"] > run["rollout"]
+            assert got["values"]
