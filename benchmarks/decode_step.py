@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import json
 import subprocess
 import sys
@@ -187,6 +188,17 @@ def profiled(graph: torch.cuda.CUDAGraph) -> list[tuple[str, int, float]]:
     return sorted((row for row in rows if row[2]), key=lambda row: -row[2])[:14]
 
 
+def by_prefetch(model: Decoder, step: Step) -> dict[int, float]:
+    """Microseconds of an overlapped step by what each product asks for before its turn."""
+    kept, found = few_rows.PREFETCHED_BYTES, {}
+    with form(model, "overlapped"):
+        for mebibytes in (0, 4, 8, 12, 16, 24, 32):
+            few_rows.PREFETCHED_BYTES = mebibytes << 20
+            found[mebibytes] = microseconds(captured(step)[0])
+    few_rows.PREFETCHED_BYTES = kept
+    return found
+
+
 def steps(name: str, rows: list[int]) -> dict[str, Any]:
     """Every form of a model's step at some numbers of rows."""
     model = build(name, lora_rank=0)
@@ -211,6 +223,8 @@ def steps(name: str, rows: list[int]) -> dict[str, Any]:
                 for row in out[each]["kernels"]:
                     print("     ", *row)
             del graph
+        out["by MiB prefetched"] = by_prefetch(model, step)
+        print("  us by MiB prefetched:", out["by MiB prefetched"], flush=True)
         result[str(num_rows)] = out
     return result
 
@@ -222,12 +236,20 @@ TILES = {
     ],
     32: [Tile(64, 32, 4, 4), Tile(64, 32, 4, 3), Tile(64, 32, 4, 5, block_k=64),
          Tile(32, 32, 4, 4), Tile(128, 32, 4, 3)],
+    128: [Tile(128, 128, 8, 4, block_k=64), Tile(128, 128, 8, 3), Tile(64, 128, 4, 4, block_k=64),
+          Tile(64, 128, 4, 3), Tile(128, 128, 4, 4, block_k=64)],
 }  # fmt: skip
 PIECES = (None, 1, 2, 4)
 
 
 def product_calls(
-    model: Decoder, num_rows: int, tile: Tile, which: str, pieces: int | None, overlap: bool
+    model: Decoder,
+    num_rows: int,
+    tile: Tile,
+    which: str,
+    pieces: int | None,
+    overlap: bool,
+    folds_norm: bool,
 ) -> Callable[[], None]:
     """All layers' products of one kind, one after the other."""
     config, capability = model.config, capability_of(model.device)
@@ -238,7 +260,7 @@ def product_calls(
     norm = few_rows.Norm(
         weight=torch.ones(width, device=model.device).bfloat16(), eps=1e-6, squares=squares_of(x)
     )
-    folded: dict[str, Any] = {"norm": norm, "gated": which == "gate_up"}
+    folded: dict[str, Any] = {"norm": norm if folds_norm else None, "gated": which == "gate_up"}
     if which in ("output", "down"):
         folded = {"residual": residual}
     if which == "head":
@@ -291,37 +313,35 @@ def products(name: str, part: int, parts: int, rows: list[int]) -> dict[str, Any
         weights = weights_of(model, which)
         weight = weights[0][0]
         for num_rows in rows:
-            tiles = TILES[16 if num_rows <= 16 else 32]
+            tiles = TILES[next(n for n in TILES if n >= num_rows)]
+            folds = (True, False) if num_rows > 32 and which in ("qkv", "gate_up") else (True,)
             found = []
-            for tile in tiles:
-                for pieces in PIECES:
-                    number += 1
-                    if parts and number % parts != part:
-                        continue
-                    times = []
-                    for overlap in (False, True):
-                        call = product_calls(model, num_rows, tile, which, pieces, overlap)
-                        with torch.no_grad():
-                            if parts:
-                                call()
-                                continue
-                            graph, _ = captured(call)
-                        times.append(microseconds(graph, 10) / len(weights))
-                    if times:
-                        rate = weight.nbytes / times[1] / 1e3
-                        found.append((times[1], times[0], rate, str(tile), pieces))
+            for tile, pieces, fold in itertools.product(tiles, PIECES, folds):
+                number += 1
+                if parts and number % parts != part:
+                    continue
+                times = []
+                for overlap in (False, True):
+                    call = product_calls(model, num_rows, tile, which, pieces, overlap, fold)
+                    with torch.no_grad():
+                        if parts:
+                            call()
+                            continue
+                        graph, _ = captured(call)
+                    times.append(microseconds(graph, 10) / len(weights))
+                if times:
+                    rate = weight.nbytes / times[1] / 1e3
+                    what = f"{str(tile)[5:-1]} segments {pieces}{'' if fold else ', norm apart'}"
+                    found.append((times[1], times[0], rate, what))
             if found:
                 found.sort()
                 library = library_microseconds(model, num_rows, which)
                 result[f"{which} {num_rows}"] = {"library": library, "found": found}
                 shape = tuple(weight.shape)
                 print(f"{name} {which} {num_rows} rows {shape}: library {library:.2f} us")
-                for early, plain, rate, tile, pieces in found[:5]:
-                    print(
-                        f"   {early:.2f} us overlapped, {plain:.2f}, {rate:.0f} GB/s,"
-                        f" {tile[5:-1]} segments {pieces}",
-                        flush=True,
-                    )
+                for early, plain, rate, what in found[:5]:
+                    print(f"   {early:.2f} us overlapped, {plain:.2f}, {rate:.0f} GB/s, {what}")
+                sys.stdout.flush()
     return result
 
 

@@ -46,10 +46,14 @@ from sparring.kernels.swiglu import swiglu_reference
 
 __all__ = ["Squares", "few_rows", "few_rows_reference", "few_rows_triton"]
 
-MAX_ROWS = 64
+MAX_ROWS = 128
 """Most rows that one launch takes."""
 
-TILES = {0: (Tile(64, 16, 4, 4), Tile(64, 32, 4, 4), Tile(64, 64, 4, 3))}
+_SMALL = (Tile(64, 16, 4, 4), Tile(64, 32, 4, 4))
+TILES = {
+    0: (*_SMALL, Tile(64, 64, 4, 3), Tile(64, 128, 4, 3, block_k=64)),
+    90: (*_SMALL, Tile(64, 64, 4, 5, block_k=64), Tile(128, 128, 8, 4, block_k=64)),
+}
 """By architecture (0: all others): the first whose block_t holds the rows."""
 
 PREFETCHED_BYTES = 16 << 20
@@ -266,7 +270,7 @@ def few_rows_triton(
     ahead: Tensor | None = None,
     tile: Tile | None = None,
     segments: int | None = None,
-    prefetched_bytes: int = PREFETCHED_BYTES,
+    prefetched_bytes: int | None = None,
 ) -> tuple[Tensor, Squares | None]:
     """`few_rows_reference` in one launch, summed in float32 in a fixed order.
 
@@ -291,6 +295,8 @@ def few_rows_triton(
     parts = x if norm is None else norm.squares.parts
     num_parts = 1 if norm is None else len(parts)
     ahead_columns = 0
+    if prefetched_bytes is None:
+        prefetched_bytes = PREFETCHED_BYTES
     if overlap and ahead is not None:
         ahead_columns = _prefetched_columns(ahead, prefetched_bytes)
     options = {"launch_pdl": True} if overlap else {}

@@ -278,7 +278,9 @@ FOLDED = {
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("index", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2))])
+@pytest.mark.parametrize(
+    "index", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2, 3))]
+)
 @pytest.mark.parametrize("which", FOLDED)
 def test_few_rows(which, index, arch):
     overlaps = few_rows.overlaps(Capability(arch=arch, tensor_dots=True))
