@@ -4,7 +4,7 @@
 
 Decode: bytes of keys and values / time, as a share of a copy's bandwidth in the same run, at the
 shapes of four models; the calls of one CUDA graph go through layers that together exceed the L2
-cache. Prefill: TFLOP/s of 32 prompts of 2,048 tokens. --vary: other splits, tiles and warps too.
+cache. Prefill: TFLOP/s of 32 prompts of 2,048 tokens. --vary: other sizes of decoding instead.
 Random data; medians of replays.
 """
 
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import triton
 
-from sparring.kernels import capability_of, paged_attention, splits
+from sparring.kernels import capability_of, paged_attention
 from sparring.kernels.attention import shared_attention_triton
 from sparring.kernels.attention_plan import SharedPlan, tile_of
 from sparring.kernels.norm import rms_norm_triton
@@ -42,19 +42,27 @@ SHAPES = {
 }
 ROWS, CONTEXTS, BLOCK = (8, 32, 128, 256), (512, 1024, 4096), 64
 VARIANTS = [
-    (128, 64, 3, 4), (256, 64, 2, 4), (256, 64, 3, 4), (512, 64, 2, 4), (512, 64, 3, 4),
-    (512, 64, 4, 4),
+    (256, 64, 3, 1, 0), (256, 64, 2, 1, 0), (256, 64, 3, 1, 2), (256, 64, 2, 1, 2),
+    (256, 64, 3, 2, 2), (256, 64, 3, 4, 0), (256, 64, 3, 4, 2), (256, 64, 2, 4, 2),
+    (512, 64, 3, 1, 2), (512, 64, 3, 2, 2),
 ]  # fmt: skip
-VARIED = ("7B", "0.5B")
-Sizes = tuple[int, int, int, int]
+VARIED = ("7B", "1.5B", "0.5B")
+VARIED_CASES = ((8, 512), (8, 1024), (32, 640), (32, 1024), (128, 512), (256, 768))
+Sizes = tuple[int, int, int, int, int]
+SHIPPED = paged_attention.split_of, paged_attention.form_of
 
 
-def choose(sizes: Sizes) -> None:
-    """Make the decode kernel use (split, key tile, stages, warps)."""
-    split, tile, stages, warps = sizes
-    chosen = {"SPLIT": split, "BLOCK_N": tile, "num_stages": stages}
-    paged_attention.split_of = lambda *_: chosen  # type: ignore[assignment]
-    splits.OPTIONS["num_warps"] = warps
+def choose(sizes: Sizes | None) -> None:
+    """Make the decode kernel use (split, key tile, stages, splits a program, tiles asked for
+    ahead), or what ships.
+    """
+    paged_attention.split_of, paged_attention.form_of = SHIPPED
+    if sizes is not None:
+        split, tile, stages, span, ahead = sizes
+        chosen = {"SPLIT": split, "BLOCK_N": tile, "num_stages": stages}
+        form = {"SPAN": span, "AHEAD": ahead}
+        paged_attention.split_of = lambda *_: chosen  # type: ignore[assignment]
+        paged_attention.form_of = lambda *_: form  # type: ignore[assignment]
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -123,28 +131,40 @@ def copy_bandwidth() -> float:
     return 4 * source.numel() / statistics.median(times[2:]) / 1e6
 
 
-def decode_row(name: str, rows: int, context: int, sizes: Sizes, copy_gbs: float) -> dict:
+def decode_row(
+    name: str, rows: int, context: int, copy_gbs: float, sizes: Sizes | None = None
+) -> dict[str, object]:
+    """A decode step's launch: rotation, writing and attention. sizes: not as shipped, but so."""
     shape = SHAPES[name]
     heads, kv_heads, size = shape
+    capability = capability_of(CUDA)
+    choose(sizes)
+    split = paged_attention.split_of(capability, size)
     num_bytes = rows * context * 2 * kv_heads * size * 2
     layers = max(2, min(24, int(400e6 / num_bytes) + 1))
     pool, tables, lengths = pool_of([context] * rows, shape, layers)
-    q, out = normal(rows, heads, size), torch.empty(rows, heads, size, device=CUDA).bfloat16()
-    most = -(-context // sizes[0])
-    workspace = DecodeWorkspace.new(rows, heads, kv_heads, size, most, CUDA)
-
-    def call(layer: int) -> Callable[[], object]:
-        return lambda: paged_attention.paged_decode_triton(
-            q, pool, layer, tables, lengths, max_splits=most, capability=capability_of(CUDA),
-            out=out, workspace=workspace,
-        )  # fmt: skip
-
-    micros = replayed([call(layer) for layer in range(layers)] * max(1, 8 // layers))
+    qkv, out = normal(rows, (heads + 2 * kv_heads) * size), normal(rows, heads, size)
+    angles = normal(rows, size // 2, dtype=torch.float32)
+    norms = [normal(size), normal(size)] if name.startswith("Qwen3") else [None, None]
+    slots = tables[:, (context - 1) // BLOCK].long() * BLOCK + (context - 1) % BLOCK
+    most = -(-context // split["SPLIT"])
+    call = partial(
+        paged_attention.rotate_decode_triton, qkv, angles.cos(), angles.sin(), *norms, 1e-6, slots,
+        pool, tables_RN=tables, lengths_R=lengths, max_splits=most, capability=capability, out=out,
+        workspace=DecodeWorkspace.new(rows, heads, kv_heads, size, most, CUDA),
+    )  # fmt: skip
+    micros = replayed([partial(call, layer=i) for i in range(layers)] * max(1, 8 // layers))
     rate = num_bytes / micros / 1e3
-    return {
-        "shape": name, "rows": rows, "context": context, "sizes": sizes, "us": round(micros, 2),
+    row = {
+        "shape": name, "rows": rows, "context": context, **split,
+        **paged_attention.form_of(capability, rows * kv_heads), "us": round(micros, 2),
         "GB/s": round(rate), "share of copy": round(rate / copy_gbs, 3),
     }  # fmt: skip
+    if sizes is not None:
+        got = call(layer=0, out=torch.full_like(out, float("nan")))
+        choose((*sizes[:3], 1, 0))
+        row["bits equal"] = torch.equal(got, call(layer=0, out=torch.full_like(out, float("nan"))))
+    return row
 
 
 def shared_prompts() -> list[dict[str, object]]:
@@ -217,7 +237,7 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
     return ((got.double() - want.double()).norm() / want.double().norm()).item()
 
 
-def check_decode(sizes: Sizes) -> dict[str, object]:
+def check_decode() -> dict[str, object]:
     """Errors against float64, and bits: twice, in company or alone, in wider tiles of queries."""
     lengths = [1, 0, 63, 64, 65, 255, 256, 257, 700, 1029]
     out: dict[str, object] = {}
@@ -226,7 +246,7 @@ def check_decode(sizes: Sizes) -> dict[str, object]:
         pool, tables, lengths_R = pool_of([max(1, n) for n in lengths], shape, 2)
         lengths_R[1] = 0
         q = normal(len(lengths), heads, size)
-        most = -(-max(lengths) // sizes[0])
+        most = -(-max(lengths) // split_of(capability_of(CUDA), size)["SPLIT"])
 
         def decode(
             q: torch.Tensor, tables: torch.Tensor, lengths_R: torch.Tensor, window: int = 0,
@@ -329,62 +349,56 @@ def prefill() -> list[dict[str, object]]:
 def warm(task: tuple[str, Sizes]) -> tuple[tuple[str, Sizes], str] | None:
     """Compiles and runs a variant once; the task and what went wrong, if something did."""
     name, sizes = task
-    choose(sizes)
     try:
-        decode_row(name, 8, 64, sizes, 1.0)
+        decode_row(name, 8, 64, 1.0, sizes)
     except Exception as problem:  # noqa: BLE001 - one failure must not lose the other variants
         return task, repr(problem)[:200]
     return None
 
 
+def varied(copy_gbs: float) -> list[dict[str, object]]:
+    """VARIANTS at VARIED_CASES, each compiled in a process of its own; results are found on disk.
+
+    Each gives the bits that programs of one split give.
+    """
+    started = time.time()
+    tasks = [(name, sizes) for name in VARIED for sizes in VARIANTS]
+    with multiprocessing.get_context("spawn").Pool(15) as workers:
+        failed = dict(filter(None, workers.map(warm, tasks, chunksize=1)))
+    print(f"compiled {len(tasks)} in {time.time() - started:.0f} s", flush=True)
+    rows: list[dict[str, object]] = []
+    for name, sizes in tasks:
+        if (name, sizes) in failed:
+            rows.append({"shape": name, "sizes": sizes, "failed": failed[name, sizes]})
+        else:
+            rows += [decode_row(name, r, c, copy_gbs, sizes) for r, c in VARIED_CASES]
+    return rows
+
+
 def main() -> None:
     output, vary = Path(sys.argv[1]), "--vary" in sys.argv
     started = time.time()
-    variants = VARIANTS if vary else []
-    if variants:  # compile in processes of their own; the results are found on disk
-        tasks = [(name, sizes) for name in VARIED for sizes in variants]
-        with multiprocessing.get_context("spawn").Pool(12, maxtasksperchild=1) as workers:
-            failed = [problem for problem in workers.map(warm, tasks, chunksize=1) if problem]
-        variants = [v for v in variants if not any(v == sizes for (_, sizes), _ in failed)]
-        print("failed", failed)
-        print(f"compiled {len(tasks)} in {time.time() - started:.0f} s", flush=True)
-    capability = capability_of(CUDA)
-    chosen = {name: split_of(capability, shape[2]) for name, shape in SHAPES.items()}
-    warps = splits.OPTIONS["num_warps"]
-    mine = {name: (s["SPLIT"], s["BLOCK_N"], s["num_stages"], warps) for name, s in chosen.items()}
     results: dict[str, object] = {
         "date": time.strftime("%Y-%m-%d"), "device": torch.cuda.get_device_name(),
         "torch": torch.__version__, "triton": triton.__version__, "block size": BLOCK,
-        "prefill tile": tile_of(capability, 128, "forward"),
     }  # fmt: skip
     copy_gbs = copy_bandwidth()
     results["copy GB/s"] = round(copy_gbs)
-    choose(mine["7B"])
-    results["decode checks"] = check_decode(mine["7B"])
-    results["rotate_write checks"] = check_rotate_write()
-    print(json.dumps(results, indent=1), flush=True)
-    results["prefill"] = prefill()
-    print(json.dumps(results["prefill"]), flush=True)
-    results["launches"] = launches()
-    print(json.dumps(results["launches"]), flush=True)
-    results["shared prompts"] = shared_prompts()
-    print(json.dumps(results["shared prompts"]), flush=True)
-    decode = results["decode"] = []
-    for name, sizes in mine.items():
-        choose(sizes)
-        decode += [decode_row(name, r, c, sizes, copy_gbs) for r in ROWS for c in CONTEXTS]
+    if vary:
+        results["decode, varied"] = rows = varied(copy_gbs)
+    else:
+        results["prefill tile"] = tile_of(capability_of(CUDA), 128, "forward")
+        results["decode checks"] = check_decode()
+        results["rotate_write checks"] = check_rotate_write()
+        results["prefill"] = prefill()
+        results["launches"] = launches()
+        results["shared prompts"] = shared_prompts()
+        print(json.dumps(results, indent=1), flush=True)
+        results["decode"] = rows = [
+            decode_row(name, r, c, copy_gbs) for name in SHAPES for r in ROWS for c in CONTEXTS
+        ]
     output.write_text(json.dumps(results, indent=1) + "\n")
-    varied = results["decode, varied"] = []
-    for sizes in variants:
-        choose(sizes)
-        for name in VARIED:
-            cases = ((32, 512), (8, 1024), (32, 1024), (256, 1024), (32, 4096))
-            try:
-                varied += [decode_row(name, r, c, sizes, copy_gbs) for r, c in cases]
-            except Exception as problem:  # noqa: BLE001 - one failure must not lose the other rows
-                varied.append({"shape": name, "sizes": sizes, "failed": repr(problem)[:200]})
-    output.write_text(json.dumps(results, indent=1) + "\n")
-    for row in [*decode, *varied]:
+    for row in rows:
         print(" ".join(str(value) for value in row.values()))
     print(f"{time.time() - started:.0f} s")
 

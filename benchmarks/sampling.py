@@ -1,12 +1,13 @@
 """Drawing tokens on a GPU: right first (the float64 reference), then time, as JSON.
 
-    python benchmarks/sampling.py OUTPUT.json
+    python benchmarks/sampling.py OUTPUT.json [--vary]
 
 `draw_tokens` at 1 to 256 rows of the vocabularies of Qwen2.5, plain and with top-k, top-p and
 min-p, against softmax, multinomial and log-softmax in torch; `advance` and `place`. Each time is of
 one call inside a CUDA graph of many, whose inputs rotate among more bytes than the L2 cache holds;
 logits are normal with standard deviation 1 (flat: the slow case of the race) and 3 (nearer to a
-model's). Shares are of a copy measured in the same run.
+model's). Shares are of a copy measured in the same run. The head's product is timed beside it.
+--vary: other launch sizes of drawing instead.
 """
 
 from __future__ import annotations
@@ -22,11 +23,16 @@ import triton
 
 from sparring.kernels import decode_state, sampling
 from sparring.kernels.cut import CutRules
+from sparring.kernels.head import head_logits
 from sparring.kernels.sampling import DrawRules
 
 CUDA = torch.device("cuda")
 ROTATED_BYTES = 200 << 20
 ROWS = (1, 8, 32, 128, 256)
+VARIANTS = [
+    (4096, 96, False), (4096, 96, True), (2048, 96, True), (2048, 128, True), (4096, 80, True),
+    (4096, 72, True), (8192, 72, True), (2048, 96, False),
+]  # fmt: skip
 
 
 def rules(num_rows: int, temperature: float = 1.0, **cut: float) -> DrawRules:
@@ -110,7 +116,13 @@ def check() -> dict[str, float]:
 
 
 def drawn(
-    copy: float, vocabulary: int, num_rows: int, scale: float, **cuts: float
+    copy: float,
+    vocabulary: int,
+    num_rows: int,
+    scale: float,
+    *,
+    peers: bool = True,
+    **cuts: float,
 ) -> dict[str, object]:
     count = max(2, ROTATED_BYTES // (4 * num_rows * vocabulary))
     logits = torch.randn(count, num_rows, vocabulary, device=CUDA) * scale
@@ -124,8 +136,40 @@ def drawn(
         **cuts,
         "us": us,
         "share of copy": 4 * num_rows * vocabulary / us / 1e3 / copy,
-        "torch us": None if cuts else in_graph([lambda x=x: torch_draw(x) for x in logits]),
+        "torch us": None
+        if cuts or not peers
+        else in_graph([lambda x=x: torch_draw(x) for x in logits]),
     }
+
+
+def head(num_rows: int, width: int, vocabulary: int) -> dict[str, object]:
+    """The product that makes the logits: by the library, and in the order of bitwise mode."""
+    weight = torch.randn(vocabulary, width, device=CUDA).bfloat16()
+    # the weight alone exceeds the L2 cache
+    inputs = [torch.randn(num_rows, width, device=CUDA).bfloat16() for _ in range(4)]
+    row: dict[str, object] = {"D": width, "V": vocabulary, "rows": num_rows}
+    for name, is_fixed in (("us", False), ("us, fixed order", True)):
+        row[name] = in_graph(
+            [lambda x=x, f=is_fixed: head_logits(x, weight, is_fixed=f) for x in inputs]
+        )
+    return row
+
+
+def varied(copy: float) -> list[dict[str, object]]:
+    """Programs, registers a thread and asking ahead: none changes a number."""
+    rows = []
+    logits = torch.randn(32, 151936, device=CUDA)
+    ids, draws = keys(32)
+    expected = sampling.draw_tokens_triton(logits, ids, draws, rules(32))
+    for busy, registers, ahead in VARIANTS:
+        sampling.BUSY_PROGRAMS, sampling.MAX_REGISTERS, sampling.AHEAD = busy, registers, ahead
+        got = sampling.draw_tokens_triton(logits, ids, draws, rules(32))
+        same = all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        for num_rows in ROWS:
+            row = drawn(copy, 151936, num_rows, 3.0, peers=False)
+            rows.append({"sizes": (busy, registers, ahead), "bits equal": same, **row})
+            print(rows[-1], flush=True)
+    return rows
 
 
 def small(num_rows: int) -> dict[str, object]:
@@ -169,6 +213,13 @@ def main() -> None:
     copy = copy_speed()
     result["copy GB/s"] = copy
     print("copy GB/s", copy)
+    if "--vary" in sys.argv:
+        result["draw, varied"] = varied(copy)
+        with open(sys.argv[1], "w") as file:
+            json.dump(result, file, indent=1)
+        return
+    result["head"] = [head(r, d, v) for d, v in ((1536, 151936), (3584, 152064)) for r in ROWS]
+    print(*result["head"], sep="\n")
     result["around a step"] = [small(num_rows) for num_rows in ROWS]
     print(*result["around a step"], sep="\n")
     result["draw"] = []

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sparring.kernels import Capability, jit, rounded, tl, triton
-from sparring.kernels.paged_plan import DecodeWorkspace, split_of
+from sparring.kernels.paged_plan import DecodeWorkspace, form_of, split_of
 from sparring.kernels.rotate_write import (
     kv_dtype_of,
     num_heads_of,
@@ -31,9 +31,11 @@ from sparring.kernels.shared_decode import _shared_kernel, shared_mates
 from sparring.kernels.splits import (
     LOG2_E,
     OPTIONS,
+    ask_ahead,
     inverse,
     merge_factors,
     paged_split,
+    paged_splits,
     scales_of,
 )
 from sparring.layout import KVPool
@@ -109,22 +111,22 @@ def _merge_row(
     tl.store(out_ptr + to, rounded(out, out_ptr.dtype.element_ty), mask=inside)
 
 
-@jit(do_not_specialize=["layer", "num_blocks", "table_stride", "window"])
+@jit(do_not_specialize=["layer", "num_blocks", "num_slots", "table_stride", "window"])
 def _decode_kernel(
     q_ptr, address_ptr, tables_ptr, lengths_ptr, out_ptr, partial_ptr, states_ptr, tickets_ptr,
     cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, slots_ptr, stride_t, table_stride, layer, num_blocks,
-    scale, window, eps,
+    num_slots, scale, window, eps,
     K: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr, B: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, HAS_WINDOW: tl.constexpr,
     KV_DTYPE: tl.constexpr, LIMIT: tl.constexpr, SHARED: tl.constexpr, ROTATES: tl.constexpr,
-    HAS_NORM: tl.constexpr, OVERLAPS: tl.constexpr,
+    HAS_NORM: tl.constexpr, OVERLAPS: tl.constexpr, SPAN: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     if OVERLAPS:  # in a chain of launches, see few_rows.py
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
-    split = tl.program_id(2)
+    split = tl.program_id(2) * SPAN
     length = tl.load(lengths_ptr + row)
     members = tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_E)
@@ -140,7 +142,9 @@ def _decode_kernel(
     first_key = tl.maximum(0, length - window) if HAS_WINDOW else 0
     first_split = first_key // SPLIT
     num_splits = (length + SPLIT - 1) // SPLIT
-    if (split < first_split) | (split >= num_splits):
+    end_split = tl.minimum(split + SPAN, num_splits)
+    split = tl.maximum(split, first_split)
+    if split >= end_split:
         return
     if SHARED > 0:  # more than one row's splits are done already where they are the same
         chunk = row // SHARED * SHARED
@@ -152,6 +156,12 @@ def _decode_kernel(
         if (mine > 0) & (tl.sum(same.to(tl.int32), axis=0) > 1):
             return
     k_ptr = pool_ptr + (layer.to(tl.int64) * num_blocks * (2 * K) + kv_head) * (B * E)
+    v_ptr = k_ptr + K * B * E
+    tables_ptr += row * table_stride
+    low = tl.maximum(split * SPLIT, first_key // BLOCK_N * BLOCK_N)
+    high = tl.minimum(length, end_split * SPLIT)
+    if AHEAD > 0:
+        ask_ahead(k_ptr, v_ptr, tables_ptr, low, high, 2 * K * B * E, B, E, BLOCK_N, AHEAD)
     scales_ptr = scales_of(address_ptr, layer, num_blocks, kv_head, K, B, LIMIT)
     if ROTATES:  # the row's query heads, then its new key and value
         is_query, is_value = members < GROUP, members > GROUP
@@ -161,7 +171,7 @@ def _decode_kernel(
             q_ptr + row * stride_t, cos_ptr + row * (E // 2), sin_ptr + row * (E // 2), q_norm_ptr,
             k_norm_ptr, heads, members < GROUP + 2, is_query, is_value, eps, E, BLOCK_E, HAS_NORM,
         )  # fmt: skip
-        if split == num_splits - 1:
+        if end_split == num_splits:
             slot = tl.load(slots_ptr + row)
             at = slot // B * (2 * K * B * E) + (slot % B) * E
             at += (members - GROUP)[:, None] * (K * B * E) + columns[None, :]
@@ -180,28 +190,35 @@ def _decode_kernel(
         q = tl.trans(new)
     else:
         q = tl.load(q_ptr + flat + to, mask=inside, other=0.0)
-    low = tl.maximum(split * SPLIT, first_key // BLOCK_N * BLOCK_N)
-    high = tl.minimum(length, split * SPLIT + SPLIT)
-    acc, peak, total = paged_split(
-        q, tl.zeros([BLOCK_M], tl.int32) + (length - 1), k_ptr, k_ptr + K * B * E,
-        scales_ptr, tables_ptr + row * table_stride, low, high, length, scale, window,
-        2 * K * B * E, B, E, BLOCK_E, BLOCK_M, BLOCK_N, HAS_WINDOW, LIMIT,
-    )  # fmt: skip
-    if num_splits - first_split == 1:
+    positions = tl.zeros([BLOCK_M], tl.int32) + (length - 1)
+    place = (row * K + kv_head) * num_slots
+    partial_ptr += place * (GROUP * E)
+    states_ptr += place * (2 * GROUP)
+    is_whole = (split == first_split) & (end_split == num_splits)
+    if SPAN == 1:
+        acc, peak, total = paged_split(
+            q, positions, k_ptr, v_ptr, scales_ptr, tables_ptr, low, high, length, scale, window,
+            2 * K * B * E, B, E, BLOCK_E, BLOCK_M, BLOCK_N, HAS_WINDOW, LIMIT,
+        )  # fmt: skip
+    else:
+        acc, total = paged_splits(
+            q, positions, k_ptr, v_ptr, scales_ptr, tables_ptr, partial_ptr, states_ptr, low, high,
+            length, scale, window, is_whole == 0, 2 * K * B * E, B, E, GROUP, BLOCK_E, BLOCK_M,
+            BLOCK_N, SPLIT, HAS_WINDOW, LIMIT,
+        )  # fmt: skip
+    if is_whole:
         out = acc * inverse(total)[None, :]
         tl.store(out_ptr + flat + to, rounded(out, out_ptr.dtype.element_ty), mask=inside)
         return
-    place = (row * K + kv_head) * tl.num_programs(2)
-    partial_ptr += place * (GROUP * E)
-    states_ptr += place * (2 * GROUP)
-    tl.store(partial_ptr + split * (GROUP * E) + to, acc, mask=inside)
-    state_at = states_ptr + split * (2 * GROUP) + members
-    tl.store(state_at, peak, mask=members < GROUP)
-    tl.store(state_at + GROUP, total, mask=members < GROUP)
+    if SPAN == 1:
+        tl.store(partial_ptr + split * (GROUP * E) + to, acc, mask=inside)
+        state_at = states_ptr + split * (2 * GROUP) + members
+        tl.store(state_at, peak, mask=members < GROUP)
+        tl.store(state_at + GROUP, total, mask=members < GROUP)
     tl.debug_barrier()  # every thread has stored before one of them tells
     ticket_at = tickets_ptr + row * K + kv_head
     done = tl.atomic_add(ticket_at, 1, sem="acq_rel", scope="gpu")
-    if done == num_splits - first_split - 1:
+    if done == (num_splits - 1) // SPAN - first_split // SPAN:
         _merge_row(
             out_ptr + flat, partial_ptr, states_ptr, first_split, num_splits, GROUP, E, BLOCK_E,
             BLOCK_M,
@@ -249,11 +266,16 @@ def paged_decode_triton(
             **constants | {"BLOCK_M": max(16, triton.next_power_of_2(chunk * constants["GROUP"]))},
         )  # fmt: skip
     if rows:
-        _decode_kernel[(rows, num_kv_heads, max_splits)](
+        form = _form(capability, rows, constants)
+        if chunk:
+            form["SPAN"] = 1
+        grid = (rows, num_kv_heads, triton.cdiv(max_splits, form["SPAN"]))
+        _decode_kernel[grid](
             q_RHE, kv_pool.address, tables_RN, lengths_R, out, workspace.partial,
             workspace.states, workspace.tickets, *[workspace.states] * 4, tables_RN, 0,
-            tables_RN.stride(0), layer, kv_pool.num_blocks, scale, window, 0.0, SHARED=chunk,
-            HAS_WINDOW=window > 0, ROTATES=False, HAS_NORM=False, OVERLAPS=False, **constants,
+            tables_RN.stride(0), layer, kv_pool.num_blocks, max_splits, scale, window, 0.0,
+            SHARED=chunk, HAS_WINDOW=window > 0, ROTATES=False, HAS_NORM=False, OVERLAPS=False,
+            **form, **constants,
         )  # fmt: skip
     return out
 
@@ -296,13 +318,15 @@ def rotate_decode_triton(
     if overlaps:
         constants["launch_pdl"] = True
     if rows:
-        _decode_kernel[(rows, num_kv_heads, max_splits)](
+        form = _form(capability, rows, constants)
+        grid = (rows, num_kv_heads, triton.cdiv(max_splits, form["SPAN"]))
+        _decode_kernel[grid](
             qkv_RC, kv_pool.address, tables_RN, lengths_R, out, workspace.partial,
             workspace.states, workspace.tickets, cos.contiguous(), sin.contiguous(),
             q_norm if has_norm else cos, k_norm if has_norm else cos, slots_R, qkv_RC.stride(0),
-            tables_RN.stride(0), layer, kv_pool.num_blocks, LOG2_E / math.sqrt(size), window, eps,
-            SHARED=0, HAS_WINDOW=window > 0, ROTATES=True, HAS_NORM=has_norm, OVERLAPS=overlaps,
-            **constants,
+            tables_RN.stride(0), layer, kv_pool.num_blocks, max_splits, LOG2_E / math.sqrt(size),
+            window, eps, SHARED=0, HAS_WINDOW=window > 0, ROTATES=True, HAS_NORM=has_norm,
+            OVERLAPS=overlaps, **form, **constants,
         )  # fmt: skip
     return out
 
@@ -330,6 +354,14 @@ def _prepared(
     assert workspace.partial.shape[0] >= rows, "the workspace has room for every row"
     assert workspace.partial.shape[2] == max_splits, "the workspace is laid out for max_splits"
     return out, workspace
+
+
+def _form(capability: Capability, rows: int, constants: dict[str, object]) -> dict[str, int]:
+    """`form_of` for so many rows; tiles are asked for ahead where each lies in one block."""
+    form = dict(form_of(capability, rows * constants["K"]))
+    if constants["B"] % constants["BLOCK_N"] or constants["BLOCK_E"] != constants["E"]:
+        form["AHEAD"] = 0
+    return form
 
 
 def rows_together(group: int) -> int:

@@ -30,6 +30,22 @@ def split_of(capability: Capability, head_size: int) -> dict[str, int]:
     return {"SPLIT": SPLIT, "BLOCK_N": 64, "num_stages": 3 if is_large else 2}
 
 
+FORMS: dict[int, tuple[tuple[int, int, int], ...]] = {}
+"""By architecture: (rows times key heads from which it holds, SPAN, AHEAD), ascending."""
+
+
+def form_of(capability: Capability, num_pairs: int) -> dict[str, int]:
+    """How decode programs share the work of `num_pairs` rows times key heads; it changes no bit.
+
+    SPAN: splits that one program takes, a power of two. AHEAD: tiles asked for before all else.
+    """
+    span, ahead = 1, 0
+    for least, *form in FORMS.get(capability.arch, ()):
+        if num_pairs >= least:
+            span, ahead = form
+    return {"SPAN": span, "AHEAD": ahead}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DecodeWorkspace:
     """Where the splits of rows meet; one serves every layer, and every step of a captured graph.

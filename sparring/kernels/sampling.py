@@ -15,10 +15,10 @@ Bytes: 4 a logit.
 
 The race is run on quotients exp(s - maximum of the tile) / E: no logarithm an entry for the score,
 and no underflow that counts, since E lies between 2^-33 and 23, so that whatever is 27 below a
-tile's maximum cannot win in it. E >= u bounds a quotient from above without any logarithm; a tile
-in which no entry's bound reaches the best score so far is left after that test. Scores are right to
-a few units in the last place of float32 logits; the token equals the reference's wherever the two
-best scores differ by more (tests: 1e-5 and 4 units of the largest |s|).
+tile's maximum cannot win in it. E > word 2^-32 bounds a quotient from above without any logarithm;
+a tile in which no entry's bound reaches the best score so far is left after that test. Scores are
+right to a few units in the last place of float32 logits; the token equals the reference's wherever
+the two best scores differ by more (tests: 1e-5 and 4 units of the largest |s|).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparring.kernels import jit, tl, triton, uses_triton
+from sparring.kernels import INTERPRETED, jit, tl, triton, uses_triton
 from sparring.kernels.cut import CutRules, cut_reference, find_cuts, order_key
 from sparring.kernels.philox import (
     exp2_fast,
@@ -36,7 +36,6 @@ from sparring.kernels.philox import (
     log_exponential,
     noise_words,
     philox_words,
-    uniform,
 )
 
 __all__ = [
@@ -56,6 +55,8 @@ MAX_REGISTERS = 96
 BUSY_PROGRAMS = 4096
 """Programs that keep a large card busy: with more tiles than that, a program takes several."""
 MAX_SPAN = 32
+AHEAD = True
+"""Whether the next tile is asked for while one is computed."""
 ALIGNED = 16
 """Rows of logits begin at multiples of so many entries."""
 MAX_CHUNK_ENTRIES = 1 << 22
@@ -136,11 +137,48 @@ def draw_tokens_reference(
 
 
 @jit
+def _tile_at(logits_ptr, start, V: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Logits start.. of a row in float32, -inf past its end."""
+    lane = tl.arange(0, BLOCK_V)
+    if start + BLOCK_V <= V:  # all but a row's last tile do without a mask
+        z = tl.load(logits_ptr + start + lane)
+    else:
+        z = tl.load(logits_ptr + start + lane, mask=lane < V - start, other=-float("inf"))
+    return z.to(tl.float32)
+
+
+@jit
+def _quotient(e, noise):
+    """e / noise to 2 units in the last place, for a noise from 2^-33 to 23."""
+    if INTERPRETED:
+        return e / noise
+    else:  # noqa: RET505 - Triton wants one type a branch
+        inverse = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [noise], dtype=tl.float32, is_pure=True, pack=1
+        )
+        return e * inverse
+
+
+@jit
+def _ask_for(logits_ptr, start, V: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Brings logits start.. of a row into the L2 cache, a cache line a lane; none past the row."""
+    at = start + tl.arange(0, 32) * (BLOCK_V // 32)
+    tl.inline_asm_elementwise(
+        "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
+        "=r,l",
+        [(logits_ptr + tl.minimum(at, V - 1)).to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@jit
 def _tiles_kernel(
     logits_ptr, parts_ptr, best_ptr, inverse_ptr, seed_ptr, ids_ptr, draws_ptr, held_ptr,
     min_draws_ptr, keys_ptr, last_ptr, stride_r,
     V: tl.constexpr, BLOCK_V: tl.constexpr, TILES: tl.constexpr, SPAN: tl.constexpr,
-    HELD: tl.constexpr, IS_CUT: tl.constexpr,
+    HELD: tl.constexpr, IS_CUT: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """SPAN tiles of one row: for each its maximum, sum, best score above the maximum and index."""
     row = tl.program_id(0).to(tl.int64)
@@ -164,21 +202,18 @@ def _tiles_kernel(
     scale = inverse * 1.4426950408889634  # exp(x) = 2^(x log2 e)
     lead = -float("inf")
     end = min(first + SPAN, TILES)
-    begin = first * BLOCK_V
-    coming = tl.load(logits_ptr + begin + lane, mask=lane < V - begin, other=-float("inf"))
+    num_held = tl.where(is_early, HELD, 0)
     for tile in range(first, end):
         start = tile * BLOCK_V
-        z = coming.to(tl.float32)
-        after = start + BLOCK_V  # the next tile is under way while this one is computed
-        wanted = tl.where(tile + 1 < end, V - after, 0)
-        coming = tl.load(logits_ptr + after + lane, mask=lane < wanted, other=-float("inf"))
+        z = _tile_at(logits_ptr, start, V, BLOCK_V)
+        if AHEAD:
+            _ask_for(logits_ptr, min(tile + 1, end - 1) * BLOCK_V, V, BLOCK_V)
         top = tl.max(z, axis=0)
         base = tl.where(top == -float("inf"), 0.0, top)
         e = exp2_fast((z - base) * scale)
         total = tl.sum(e, axis=0)
-        if is_early:
-            for i in tl.static_range(HELD):
-                e = tl.where(lane == (tl.load(held_ptr + i) - start).to(tl.int32), 0.0, e)
+        for i in range(num_held):  # a loop, not a condition: that would be computed in vain
+            e = tl.where(lane == (tl.load(held_ptr + i) - start).to(tl.int32), 0.0, e)
         if IS_CUT:
             key = order_key(z * inverse)
             least = tl.load(keys_ptr + row)
@@ -188,12 +223,10 @@ def _tiles_kernel(
         best = start
         if is_greedy:
             # read again: most rows are not greedy, and need the registers
-            z = tl.load(logits_ptr + start + lane, mask=lane < V - start, other=-float("inf"))
-            z = z.to(tl.float32)
-            if is_early:
-                for i in tl.static_range(HELD):
-                    is_held = lane == (tl.load(held_ptr + i) - start).to(tl.int32)
-                    z = tl.where(is_held, -float("inf"), z)
+            z = _tile_at(logits_ptr, start, V, BLOCK_V)
+            for i in range(num_held):
+                is_held = lane == (tl.load(held_ptr + i) - start).to(tl.int32)
+                z = tl.where(is_held, -float("inf"), z)
             peak = tl.max(z, axis=0)
             gap = peak - base
             best = start + tl.min(tl.where(z == peak, lane, V - 1 - start), axis=0)
@@ -203,8 +236,8 @@ def _tiles_kernel(
             words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
             # the quotient that this tile must reach; a little less, for what rounding may take
             bar = tl.exp(lead - base * inverse) * 0.9999
-            if tl.max(e - uniform(words) * bar, axis=0) >= 0.0:
-                quotients = e / exponential(words)
+            if tl.max(e - words.to(tl.float32) * (bar * 2.3283064365386963e-10), axis=0) >= 0.0:
+                quotients = _quotient(e, exponential(words))
                 peak = tl.max(quotients, axis=0)
                 gap = tl.log(peak)
                 best = start + tl.min(tl.where(quotients == peak, lane, V - 1 - start), axis=0)
@@ -295,7 +328,8 @@ def _launch(
         logits_RV, parts, best, rules.inverse_temperatures_R, rules.seed_words_2,
         sample_ids_R2, draws_R, rules.held_ids_H, rules.min_draws_R, keys_R, last_R,
         logits_RV.stride(0), V=vocab_size, BLOCK_V=BLOCK_V, TILES=num_tiles, SPAN=span,
-        HELD=len(rules.held_ids_H), IS_CUT=rules.cut is not None, num_warps=NUM_WARPS,
+        HELD=len(rules.held_ids_H), IS_CUT=rules.cut is not None, AHEAD=AHEAD and not INTERPRETED,
+        num_warps=NUM_WARPS,
         maxnreg=MAX_REGISTERS, enable_fp_fusion=True,
     )  # fmt: skip
     _combine_kernel[(num_rows,)](

@@ -96,6 +96,44 @@ def _softmax_step(
 
 
 @jit
+def _paged_tile(
+    acc, peak, total, q, positions, k_ptr, v_ptr, scales_ptr, table_ptr, block, start, num_keys,
+    scale, window, STRIDE: tl.constexpr, B: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    """`_softmax_step` of the tile at key `start`, which lies in `block` where tiles lie in one."""
+    columns = tl.arange(0, BLOCK_E)
+    keys = start + tl.arange(0, BLOCK_N)
+    inside = (keys < num_keys)[:, None] & (columns < E)[None, :]
+    if B % BLOCK_N == 0:  # a tile lies in one block
+        first = block * STRIDE + (start % B) * E
+        at = first + (tl.arange(0, BLOCK_N) * E)[:, None] + columns[None, :]
+        at_scale = block * (STRIDE // E) + start % B + tl.arange(0, BLOCK_N)
+    else:
+        blocks = tl.load(table_ptr + keys // B, mask=keys < num_keys, other=0).to(tl.int64)
+        at = (blocks * STRIDE + (keys % B) * E)[:, None] + columns[None, :]
+        at_scale = blocks * (STRIDE // E) + keys % B
+    if LIMIT == 0:
+        k = tl.load(k_ptr + at, mask=inside, other=0.0)
+        v = tl.load(v_ptr + at, mask=inside, other=0.0)
+        acc, peak, total = _softmax_step(
+            acc, peak, total, q, k, v, 0.0, 0.0, keys, positions, num_keys, scale, window,
+            HAS_WINDOW, False,
+        )  # fmt: skip
+    else:
+        k = widened(tl.load(k_ptr + at, mask=inside, other=0.0), q.dtype)
+        v = widened(tl.load(v_ptr + at, mask=inside, other=0.0), q.dtype)
+        scale_at = scales_ptr + at_scale
+        k_scale = tl.load(scale_at, mask=keys < num_keys, other=0.0)
+        v_scale = tl.load(scale_at + STRIDE // E // 2, mask=keys < num_keys, other=0.0)
+        acc, peak, total = _softmax_step(
+            acc, peak, total, q, k, v, k_scale, v_scale, keys, positions, num_keys, scale,
+            window, HAS_WINDOW, True,
+        )  # fmt: skip
+    return acc, peak, total
+
+
+@jit
 def paged_split(
     q, positions, k_ptr, v_ptr, scales_ptr, table_ptr, low, high, num_keys, scale, window,
     STRIDE: tl.constexpr, B: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -107,43 +145,101 @@ def paged_split(
     to block; LIMIT > 0: they are 8-bit numbers with scales.
     q [BLOCK_E, BLOCK_M], positions [BLOCK_M]: a query sees keys up to its position.
     """
-    columns = tl.arange(0, BLOCK_E)
     acc = tl.zeros([BLOCK_E, BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     # a tile's block is known a tile ahead, so that its keys can be under way two tiles ahead
     block = tl.load(table_ptr + low // B).to(tl.int64)
     for start in range(low, high, BLOCK_N):
-        keys = start + tl.arange(0, BLOCK_N)
-        inside = (keys < num_keys)[:, None] & (columns < E)[None, :]
-        if B % BLOCK_N == 0:  # a tile lies in one block
-            first = block * STRIDE + (start % B) * E
-            at = first + (tl.arange(0, BLOCK_N) * E)[:, None] + columns[None, :]
-            at_scale = block * (STRIDE // E) + start % B + tl.arange(0, BLOCK_N)
-        else:
-            blocks = tl.load(table_ptr + keys // B, mask=keys < num_keys, other=0).to(tl.int64)
-            at = (blocks * STRIDE + (keys % B) * E)[:, None] + columns[None, :]
-            at_scale = blocks * (STRIDE // E) + keys % B
-        if LIMIT == 0:
-            k = tl.load(k_ptr + at, mask=inside, other=0.0)
-            v = tl.load(v_ptr + at, mask=inside, other=0.0)
-            acc, peak, total = _softmax_step(
-                acc, peak, total, q, k, v, 0.0, 0.0, keys, positions, num_keys, scale, window,
-                HAS_WINDOW, False,
-            )  # fmt: skip
-        else:
-            k = widened(tl.load(k_ptr + at, mask=inside, other=0.0), q.dtype)
-            v = widened(tl.load(v_ptr + at, mask=inside, other=0.0), q.dtype)
-            scale_at = scales_ptr + at_scale
-            k_scale = tl.load(scale_at, mask=keys < num_keys, other=0.0)
-            v_scale = tl.load(scale_at + STRIDE // E // 2, mask=keys < num_keys, other=0.0)
-            acc, peak, total = _softmax_step(
-                acc, peak, total, q, k, v, k_scale, v_scale, keys, positions, num_keys, scale,
-                window, HAS_WINDOW, True,
-            )  # fmt: skip
+        acc, peak, total = _paged_tile(
+            acc, peak, total, q, positions, k_ptr, v_ptr, scales_ptr, table_ptr, block, start,
+            num_keys, scale, window, STRIDE, B, E, BLOCK_E, BLOCK_N, HAS_WINDOW, LIMIT,
+        )  # fmt: skip
         after = start + BLOCK_N
         block = tl.load(table_ptr + after // B, mask=after < high, other=0).to(tl.int64)
     return acc, peak, tl.sum(total, axis=0)
+
+
+@jit
+def paged_splits(
+    q, positions, k_ptr, v_ptr, scales_ptr, table_ptr, partial_ptr, states_ptr, low, high, num_keys,
+    scale, window, keeps_each, STRIDE: tl.constexpr, B: tl.constexpr, E: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr, HAS_WINDOW: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    """`paged_split` of every split from low to high, in one loop that always has keys under way.
+
+    Returns (acc, total) of all of them merged in order; keeps_each: stores each split's numbers
+    where the merging of a row reads them. partial_ptr, states_ptr: the row's and head's split 0.
+    """
+    members = tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_E)
+    inside = (columns < E)[:, None] & (members < GROUP)[None, :]
+    to = members[None, :] * E + columns[:, None]
+    row_acc = tl.zeros([BLOCK_E, BLOCK_M], tl.float32)
+    row_peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    row_total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_E, BLOCK_M], tl.float32)
+    peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    block = tl.load(table_ptr + low // B).to(tl.int64)
+    for start in range(low, high, BLOCK_N):
+        # a peak of -inf makes the step multiply what the split before left by 0
+        peak = tl.where(start % SPLIT == 0, -float("inf"), peak)
+        acc, peak, total = _paged_tile(
+            acc, peak, total, q, positions, k_ptr, v_ptr, scales_ptr, table_ptr, block, start,
+            num_keys, scale, window, STRIDE, B, E, BLOCK_E, BLOCK_N, HAS_WINDOW, LIMIT,
+        )  # fmt: skip
+        after = start + BLOCK_N
+        block = tl.load(table_ptr + after // B, mask=after < high, other=0).to(tl.int64)
+        if (after % SPLIT == 0) | (after >= high):
+            whole = tl.sum(total, axis=0)
+            if keeps_each:
+                split = start // SPLIT
+                tl.store(partial_ptr + split * (GROUP * E) + to, acc, mask=inside)
+                state_at = states_ptr + split * (2 * GROUP) + members
+                tl.store(state_at, peak, mask=members < GROUP)
+                tl.store(state_at + GROUP, whole, mask=members < GROUP)
+            row_peak, keep, add = merge_factors(row_peak, peak)
+            row_total = tl.fma(whole, add, row_total * keep)
+            row_acc = tl.fma(acc, add[None, :], row_acc * keep[None, :])
+    return row_acc, row_total
+
+
+@jit
+def ask_ahead(
+    k_ptr, v_ptr, table_ptr, low, high, STRIDE: tl.constexpr, B: tl.constexpr, E: tl.constexpr,
+    BLOCK_N: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Asks for the first TILES tiles of low..high, to be in the L2 cache when they are loaded.
+
+    One instruction a tile of keys or of values (bulk prefetch, from sm_90 on); a tile lies in one
+    block. Only the first warp asks.
+    """
+    tiles = tl.arange(0, 32)
+    start = low + tiles * BLOCK_N
+    wanted = (tiles < TILES) & (start < high)
+    block = tl.load(table_ptr + start // B, mask=wanted, other=0).to(tl.int64)
+    at = block * STRIDE + (start % B) * E
+    BYTES: tl.constexpr = BLOCK_N * E * k_ptr.dtype.element_ty.primitive_bitwidth // 8
+    num_bytes = tl.where(wanted, BYTES, 0)
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        .reg .u32 t;
+        mov.u32 t, %tid.x;
+        setp.lt.u32 p, t, 32;
+        setp.ne.and.u32 p, $3, 0, p;
+        @p cp.async.bulk.prefetch.L2.global [$1], $3;
+        @p cp.async.bulk.prefetch.L2.global [$2], $3;
+        mov.u32 $0, 0;
+        }""",
+        "=r,l,l,r",
+        [(k_ptr + at).to(tl.int64), (v_ptr + at).to(tl.int64), num_bytes],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @jit

@@ -36,8 +36,11 @@ def paged_constants(size: int, block_size: int) -> dict[str, object]:
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("block_size", [64, pytest.param(16, marks=pytest.mark.slow)])
-def test_paged_decode(block_size, size, arch):
+@pytest.mark.parametrize("span", [1, 4])
+def test_paged_decode(span, block_size, size, arch):
     constants = paged_constants(size, block_size) | {"BLOCK_M": 16, "SHARED": 8} | SPLIT_OPTIONS
+    constants |= {"SPAN": span, "AHEAD": 2 if arch >= 90 and block_size == 64 else 0}
+    constants["SHARED"] = 8 if span == 1 else 0
     constants |= {"ROTATES": block_size == 64, "HAS_NORM": True, "OVERLAPS": arch >= 90}
     constants |= split_of(Capability(arch=arch, tensor_dots=True), size)
     found, ptx = check(paged_attention._decode_kernel, POINTERS, constants, arch, products=True)
@@ -112,7 +115,7 @@ def test_paged_attention_in_eight_bits(dtype, arch, limit):
     constants = paged_constants(128, 64) | {"BLOCK_M": 16, "SHARED": 0} | SPLIT_OPTIONS
     constants |= {"KV_DTYPE": getattr(triton.language, dtype), "LIMIT": limit}
     constants |= split_of(Capability(arch=arch, tensor_dots=True), 128)
-    constants |= {"ROTATES": True, "HAS_NORM": False, "OVERLAPS": False}
+    constants |= {"ROTATES": True, "HAS_NORM": False, "OVERLAPS": False, "SPAN": 4, "AHEAD": 0}
     check(paged_attention._decode_kernel, POINTERS, constants, arch, products=True, stack_limit=64)
     constants = paged_constants(128, 64)
     constants |= {"KV_DTYPE": getattr(triton.language, dtype), "LIMIT": limit}

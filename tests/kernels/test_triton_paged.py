@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparring.kernels import capability_for, capability_of
+from sparring.kernels import capability_for, capability_of, paged_attention
 from sparring.kernels.norm import rms_norm_triton
 from sparring.kernels.paged_attention import (
     paged_decode_reference,
@@ -205,6 +205,47 @@ def test_a_captured_graph_follows_a_pool_that_moved():
     assert torch.isnan(old).all(), "nothing is written to the old place"
     want = paged_decode_reference(q.double(), KVPool(data=moved.double()), 1, tables, lengths_R)
     assert error(outputs[1], want) < LIMIT[torch.bfloat16]
+
+
+@pytest.mark.parametrize("span", [2, 4])
+@pytest.mark.parametrize(
+    ("window", "size"),
+    [(0, 64), (SPLIT + 9, 64), *(pytest.param(0, n, marks=SLOW) for n in (128,))],
+)
+def test_how_programs_share_the_splits_changes_no_bit(window, size, span, monkeypatch):
+    """Programs of one split and of several, with keys asked for ahead where the card can."""
+    heads, kv_heads, dtype = 6, 2, torch.bfloat16
+    lengths = (1, 0, SPLIT, SPLIT + 1, 2 * SPLIT - 7, 3 * SPLIT, 9 * SPLIT + 5)
+    rows, most = len(lengths), 10
+    lengths_R = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    qkv = random(rows, (heads + 2 * kv_heads) * size, dtype=dtype)
+    angles = random(rows, size // 2, dtype=torch.float32, seed=1)
+    last = (lengths_R.long() - 1).clamp_min(0)
+    workspace = DecodeWorkspace.new(rows, heads, kv_heads, size, most, DEVICE)
+    found = []
+    for form in ({"SPAN": 1, "AHEAD": 0}, {"SPAN": span, "AHEAD": 0 if INTERPRETED else 2}):
+        monkeypatch.setattr(paged_attention, "form_of", lambda *_, chosen=form: chosen)
+        pool, tables = paged(lengths, kv_heads, size, 64, dtype)
+        slots = tables.gather(1, last[:, None] // 64).long()[:, 0] * 64 + last % 64
+        pool.data[:, slots // 64, :, :, slots % 64] = float("nan")
+        workspace.partial.fill_(float("nan"))
+        workspace.states.fill_(float("nan"))
+        how = {"max_splits": most, "capability": CAPABILITY, "window": window}
+        out = rotate_decode_triton(
+            qkv, angles.cos(), angles.sin(), None, None, 1e-6, slots, pool, 1, tables, lengths_R,
+            workspace=workspace, **how,
+        )  # fmt: skip
+        assert not out.isnan().any()
+        assert not workspace.tickets.any(), "every ticket is given back"
+        q = rope_triton(
+            qkv.view(rows, -1, size)[:, :heads].contiguous(), angles.cos(), angles.sin()
+        )
+        apart = paged_decode_triton(q, pool, 1, tables, lengths_R, workspace=workspace, **how)
+        assert torch.equal(apart, out)
+        want = paged_decode_reference(q.double(), wide(pool), 1, tables, lengths_R, window=window)
+        assert error(out, want) < LIMIT[dtype]
+        found.append(out)
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("has_norm", [True, False])
