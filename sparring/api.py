@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -82,6 +82,7 @@ def generate(
     stop: Sequence[str] = (),
     seed: int = 0,
     system_prompt: str = "",
+    memory: int | Literal["auto"] = "auto",
     on_progress: Callable[[int, int, int], None] | None = None,
 ) -> list[list[Rollout]]:
     """Sample completions: a list over prompts of lists over samples.
@@ -89,8 +90,9 @@ def generate(
     prompts: a text is continued as it stands; a list of messages goes through the chat template.
     temperature 0 is greedy; top_p, top_k and min_p cut the distribution; no completion ends before
     min_completion_tokens. A prompt and its completion share the model's limit of tokens. What is
-    sampled depends on seed, a prompt's place in the list and the sample's index alone. Raises
-    UserError (a ValueError) for prompts or settings that cannot be used.
+    sampled depends on seed, a prompt's place in the list and the sample's index alone. memory:
+    bytes that the process may take; "auto": what is free. Raises UserError (a ValueError) for
+    prompts or settings that cannot be used.
     """
     if isinstance(prompts, str):
         raise UserError('prompts is a list of prompts; for one prompt write ["..."]')
@@ -109,11 +111,12 @@ def generate(
     template = template_of(tokenizer, system_prompt=system_prompt)
     asked = [build_prompt(index, prompt, template) for index, prompt in enumerate(prompts)]
     policy = _policy(model, tokenizer, template)
-    longest = max(len(prompt.token_ids) for prompt in asked)
     engine = sampling_engine(
         policy,
-        num_rollouts=len(asked) * max(1, num_samples),
-        max_tokens=max(2, min(policy.max_tokens, longest + max_completion_tokens)),
+        asked,
+        num_samples=max(1, num_samples),
+        max_completion_tokens=max_completion_tokens,
+        memory=memory,
     )
     return engine.generate(asked, sampling, num_samples=num_samples, on_progress=on_progress)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -50,6 +50,7 @@ def generate(
     seed: int = 0,
     dtype: str = "auto",
     device: str = "auto",
+    memory: Annotated[str, typer.Option(help="The budget, such as 8GiB; else all free.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON rows.")] = False,
     traceback: Traceback = False,
 ) -> None:
@@ -68,6 +69,7 @@ def generate(
         knobs["max_completion_tokens"] = 4096 if chat else 512
     opening = {"adapter": adapter or None, "dtype": dtype, "device": device}
     with reporting(traceback):
+        budget: int | Literal["auto"] = _budget(memory) if memory else "auto"
         if chat:
             _refuse_with_chat(
                 {
@@ -75,7 +77,7 @@ def generate(
                     "--raw": raw, "--json": as_json, "--num-samples": num_samples != 1,
                 }
             )  # fmt: skip
-            _chat(model, opening, system_prompt, knobs)
+            _chat(model, opening, system_prompt, knobs, budget)
             return
         if bool(prompt) == bool(input_file):
             raise UserError("generate takes one of --prompt TEXT, --input FILE.jsonl and --chat")
@@ -84,8 +86,9 @@ def generate(
         rows = _prompt_rows(prompt, input_file)
         with opened(output_file) as target:
             groups = _sample(
-                model, opening, rows, system_prompt, raw, {**knobs, "num_samples": num_samples}
-            )
+                model, opening, rows, system_prompt, raw,
+                {**knobs, "num_samples": num_samples, "memory": budget},
+            )  # fmt: skip
             if prompt and not as_json:
                 _print_texts(groups[0])
                 return
@@ -126,8 +129,21 @@ def _refuse_with_chat(given: Mapping[str, Any]) -> None:
         raise UserError(f"--chat takes its messages as you type; leave out {', '.join(wrong)}")
 
 
+def _budget(memory: str) -> int:
+    from sparring.recipe.sections import parse_size
+
+    try:
+        return parse_size(memory)
+    except ValueError as error:
+        raise UserError(f"--memory {memory}: {error}") from error
+
+
 def _chat(
-    model: str, opening: Mapping[str, Any], system_prompt: str, knobs: Mapping[str, Any]
+    model: str,
+    opening: Mapping[str, Any],
+    system_prompt: str,
+    knobs: Mapping[str, Any],
+    memory: int | Literal["auto"],
 ) -> None:
     from sparring.cli.chatting import talk
     from sparring.recipe import locate_model
@@ -140,7 +156,7 @@ def _chat(
     if note := system_prompt_note(policy.tokenizer, system_prompt):
         say(note)
     template = template_of(policy.tokenizer, system_prompt=system_prompt)
-    talk(Conversation(policy, template, sampling))
+    talk(Conversation(policy, template, sampling, memory=memory))
 
 
 def _prompt_rows(prompt: str, input_file: str) -> list[dict[str, Any]]:

@@ -383,11 +383,11 @@ class FastModel:
         template = template_of(policy.tokenizer)
         stop_ids = {*policy.stop_ids, *template.end_ids, *more_stop_ids}
         policy = replace(policy, stop_ids=tuple(sorted(stop_ids)))
-        longest = max(len(prompt.token_ids) for prompt in prompts)
         engine = sampling_engine(
             policy,
-            num_rollouts=len(prompts) * num_samples,
-            max_tokens=max(2, min(policy.max_tokens, longest + sampling.max_completion_tokens)),
+            prompts,
+            num_samples=num_samples,
+            max_completion_tokens=sampling.max_completion_tokens,
             adapter=adapter if adapter is None or policy.model.has_adapter(adapter) else POLICY,
         )
         with torch.no_grad():

@@ -107,12 +107,13 @@ def sample_policy(
     found = load_prompt_set(lenient, policy, data.train, data.split, template=template)
     wanted = set(places)
     prompts = [prompt for prompt in found.prompts if prompt.id in wanted]
-    longest = max((len(prompt.token_ids) for prompt in prompts), default=1)
     rollout = recipe.rollout
     engine = sampling_engine(
         policy,
-        num_rollouts=max(1, len(prompts) * num_samples),
-        max_tokens=max(2, min(policy.max_tokens, longest + rollout.max_completion_tokens)),
+        prompts,
+        num_samples=num_samples,
+        max_completion_tokens=rollout.max_completion_tokens,
+        memory=recipe.run.memory,
     )
     sampling = Sampling(
         temperature=rollout.temperature or 1.0,

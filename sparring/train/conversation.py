@@ -13,6 +13,7 @@ from sparring.errors import UserError
 from sparring.rollout.sampler import Sampling
 from sparring.rollout.text_stream import TextStream
 from sparring.train.inference import build_prompt, sampling_engine
+from sparring.train.kv_budget import Memory
 from sparring.train.policy import Policy
 from sparring.types import Message, Rollout
 
@@ -21,10 +22,17 @@ class Conversation:
     """Turns of a user and a policy, in the policy's conversation format.
 
     sampling: how answers are drawn; turn n takes the seed n higher, so that a question asked twice
-    is answered twice. Raises UserError where the format has no template.
+    is answered twice. memory: as in `kv_budget`. Raises UserError where the format has no template.
     """
 
-    def __init__(self, policy: Policy, template: ChatTemplate, sampling: Sampling) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        template: ChatTemplate,
+        sampling: Sampling,
+        *,
+        memory: Memory = "auto",
+    ) -> None:
         if template.source is None:
             raise UserError(
                 "this model has no chat template, so it cannot be told who speaks. Continue plain"
@@ -35,7 +43,10 @@ class Conversation:
         self._sampling = sampling
         self._turn = 0
         self._engine = sampling_engine(
-            self._policy, num_rollouts=1, max_tokens=self._policy.max_tokens
+            self._policy,
+            (),
+            max_completion_tokens=sampling.max_completion_tokens,
+            memory=memory,
         )
         self.messages: list[Message] = []
 

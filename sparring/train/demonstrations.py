@@ -90,9 +90,12 @@ def shown_answers(recipe: Recipe, policy: Policy, rows: ConversationSet) -> list
             )
     if not prompts:
         return []
-    longest = max(len(prompt.token_ids) for prompt in prompts)
-    limit = min(policy.max_tokens, longest + recipe.rollout.max_completion_tokens)
-    engine = sampling_engine(policy, num_rollouts=len(prompts), max_tokens=max(2, limit))
+    engine = sampling_engine(
+        policy,
+        prompts,
+        max_completion_tokens=recipe.rollout.max_completion_tokens,
+        memory=recipe.run.memory,
+    )
     groups = engine.generate(prompts, evaluation_sampling(recipe))
     return [
         {

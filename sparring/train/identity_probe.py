@@ -84,11 +84,11 @@ def probe_identity(
     """
     questions = identity_questions(identity)
     prompts = [_prompt(index, question, template) for index, question in enumerate(questions)]
-    longest = max(len(prompt.token_ids) for prompt in prompts)
     engine = sampling_engine(
         policy.speaking(template),
-        num_rollouts=len(prompts) * num_samples,
-        max_tokens=max(2, min(policy.max_tokens, longest + max_completion_tokens)),
+        prompts,
+        num_samples=num_samples,
+        max_completion_tokens=max_completion_tokens,
     )
     sampling = Sampling(
         temperature=temperature, max_completion_tokens=max_completion_tokens, seed=EVAL_SEED

@@ -15,17 +15,10 @@ import torch
 from sparring.data.chat import ChatTemplate, build_template, parse_messages
 from sparring.errors import UserError
 from sparring.models import checkpoint
-from sparring.models.memory import free_bytes
 from sparring.models.storage import Storage
-from sparring.models.transformer import kv_bytes_per_token
 from sparring.rollout.engine import Engine
-from sparring.train.policy import (
-    KV_SHARE_OF_FREE_MEMORY,
-    MAX_RUNNING,
-    SETTINGS_FILE,
-    Policy,
-    pick_device,
-)
+from sparring.train.kv_budget import Memory, kv_budget
+from sparring.train.policy import MAX_RUNNING, SETTINGS_FILE, Policy, pick_device
 from sparring.types import Prompt
 
 if TYPE_CHECKING:
@@ -166,23 +159,35 @@ def build_prompt(
 
 
 def sampling_engine(
-    policy: Policy, *, num_rollouts: int, max_tokens: int, adapter: str | None = "policy"
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    *,
+    max_completion_tokens: int,
+    num_samples: int = 1,
+    adapter: str | None = "policy",
+    memory: Memory = "auto",
 ) -> Engine:
-    """An engine for `num_rollouts` completions of at most `max_tokens` tokens, prompt included.
+    """An engine for `num_samples` completions of each prompt; without prompts for any one prompt.
 
-    adapter None: the base alone. Keys and values take what these can use, at most half of the
-    memory that is free now.
+    adapter None: the base alone. memory: the budget of the whole process, see `kv_budget`; keys and
+    values take what these completions can use, at most what it leaves. Raises MemoryBudgetError.
     """
-    model = policy.model
-    running = min(num_rollouts, MAX_RUNNING)
-    useful = (running * max_tokens + 4096) * kv_bytes_per_token(model.config, model.dtype)
+    lengths = [len(prompt.token_ids) for prompt in prompts] or [policy.max_tokens]
+    max_tokens = max(2, min(policy.max_tokens, max(lengths) + max_completion_tokens))
+    kv_bytes, running = kv_budget(
+        policy.model,
+        num_rollouts=max(1, min(len(lengths) * num_samples, MAX_RUNNING)),
+        prompt_tokens=sum(lengths) // len(lengths),
+        max_tokens=max_tokens,
+        memory=memory,
+    )
     return Engine(
-        model,
-        kv_bytes=min(useful, int(free_bytes(model.device) * KV_SHARE_OF_FREE_MEMORY)),
+        policy.model,
+        kv_bytes=kv_bytes,
         stop_ids=policy.stop_ids,
         decode=policy.decode,
         max_tokens=max_tokens,
-        max_running=MAX_RUNNING,
+        max_running=running,
         adapter=adapter,
     )
 

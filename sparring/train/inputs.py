@@ -115,8 +115,10 @@ def max_prompt_tokens(recipe: Recipe, policy: Policy) -> int:
     if limit < 1:
         raise RecipeError(
             f"[rollout] max_completion_tokens = {recipe.rollout.max_completion_tokens} leaves no"
-            f" room for a prompt: the model takes {policy.max_tokens} tokens in all; lower it, or"
-            " raise [model] max_tokens if the checkpoint allows it"
+            f" room for a prompt: the model takes {policy.max_tokens} tokens in all; set it to"
+            f" {max(1, policy.max_tokens // 2)} (--rollout.max_completion_tokens"
+            f" {max(1, policy.max_tokens // 2)}), or raise [model] max_tokens if the checkpoint"
+            " allows it"
         )
     return limit
 

@@ -20,7 +20,8 @@ from sparring.train.evaluate import Measured, measure_prompts
 from sparring.train.inference import open_policy, sampling_engine, system_prompt_note, template_of
 from sparring.train.inputs import evaluation_sampling, load_prompt_set, load_rewards
 from sparring.train.intervals import Comparison, compare
-from sparring.train.policy import Policy
+from sparring.train.plan_recipe import hold_budget
+from sparring.train.policy import Policy, pick_device
 from sparring.types import Prompt
 
 BASE = "base"
@@ -75,6 +76,9 @@ def measure(
     rewards = load_rewards(recipe, secrets)
     try:
         section, data = recipe.model, recipe.data
+        device = pick_device()
+        if device.type == "cuda":
+            hold_budget(recipe.run.memory, device, say)
         policy = open_policy(
             section.path,
             adapter=section.adapter or None,
@@ -87,6 +91,7 @@ def measure(
         if note := system_prompt_note(policy.tokenizer, data.system_prompt):
             say(note)
         policy = policy.speaking(template)
+        recipe = _within_context(recipe, policy, say)
         found = load_prompt_set(recipe, policy, data.eval, data.eval_split, template=template)
         for line in found.report():
             say(line)
@@ -111,6 +116,23 @@ def measure(
             reward.close()
 
 
+def _within_context(recipe: Recipe, policy: Policy, say: Say) -> Recipe:
+    """The recipe; where it does not say how long completions may be, no longer than half of what
+    the model takes, so that there is room for prompts.
+    """
+    limit = policy.max_tokens // 2
+    rollout = recipe.rollout
+    is_given = "max_completion_tokens" in rollout.model_fields_set
+    if is_given or rollout.max_completion_tokens <= limit:
+        return recipe
+    say(
+        f"the model takes {policy.max_tokens} tokens in all: completions of at most {limit}"
+        " (--rollout.max_completion_tokens N sets another limit)"
+    )
+    shorter = rollout.model_copy(update={"max_completion_tokens": limit})
+    return recipe.model_copy(update={"rollout": shorter})
+
+
 def _measure(
     recipe: Recipe,
     policy: Policy,
@@ -120,12 +142,13 @@ def _measure(
     *,
     adapter: str | None = "policy",
 ) -> Measured:
-    longest = max((len(prompt.token_ids) for prompt in prompts), default=1)
     engine = sampling_engine(
         policy,
-        num_rollouts=len(prompts) * recipe.eval.num_samples,
-        max_tokens=min(policy.max_tokens, longest + recipe.rollout.max_completion_tokens),
+        prompts,
+        num_samples=recipe.eval.num_samples,
+        max_completion_tokens=recipe.rollout.max_completion_tokens,
         adapter=adapter,
+        memory=recipe.run.memory,
     )
     return measure_prompts(
         engine,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from sparring.models.lora import PROJECTIONS
 from sparring.models.quantised import SLICE_BYTES
-from sparring.models.transformer import HEAD_CHUNK_ROWS, TransformerConfig
+from sparring.models.transformer import HEAD_CHUNK_ROWS, Decoder, TransformerConfig
 from sparring.train.tape import Tape
 
 WEIGHTS, ADAPTERS, OPTIMIZER = "weights", "adapters and shadows", "optimizer state"
@@ -128,6 +128,18 @@ class Trained:
         is_small = self.kv_dtype != "auto"
         each = config.head_size + 4 if is_small else config.head_size * self.item
         return config.num_layers * 2 * config.num_kv_heads * each
+
+
+def trained_as(model: Decoder) -> Trained:
+    """A loaded model as it stands; how it is trained and stored beyond that is the default."""
+    lora = model.lora.get("policy")
+    return Trained(
+        config=model.config,
+        item=model.dtype.itemsize,
+        is_quantised=model.is_quantised,
+        rank=0 if lora is None else lora.rank,
+        targets=frozenset() if lora is None else lora.targets(),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

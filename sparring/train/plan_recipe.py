@@ -22,7 +22,7 @@ from sparring.models.transformer import Decoder
 from sparring.recipe import Recipe
 from sparring.train.cards import Card, all_cards, find_card
 from sparring.train.plan import MODES, Plan, gib, predict, propose
-from sparring.train.plan_job import CONTEXT_BYTES, Job, Settings, Trained, Work
+from sparring.train.plan_job import CONTEXT_BYTES, Job, Settings, Trained, Work, trained_as
 from sparring.train.policy import MAX_RUNNING, Policy, pick_device, set_memory_saving, work_of
 
 Algorithm = Literal["grpo", "ppo", "sft", "dpo"]
@@ -62,14 +62,9 @@ def trained_of(recipe: Recipe, path: str = "") -> Trained:
 
 
 def _trained_as(recipe: Recipe, model: Decoder) -> Trained:
-    """A loaded policy as it stands."""
-    lora = model.lora.get("policy")
-    return Trained(
-        config=model.config,
-        item=model.dtype.itemsize,
-        is_quantised=model.is_quantised,
-        rank=0 if lora is None else lora.rank,
-        targets=frozenset() if lora is None else lora.targets(),
+    """A loaded policy as it stands, trained and sampled from as the recipe says."""
+    return replace(
+        trained_as(model),
         optimizer=recipe.optimizer.name,
         keeps_16bit=frozenset(recipe.model.keep_16bit),
         head=recipe.model.head,
@@ -211,7 +206,7 @@ def fit_memory(
     if loaded is None:
         # the one way to set it after the process began; the public one is a variable read at import
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
-    budget = _budget(recipe, device, say)
+    budget = hold_budget(recipe.run.memory, device, say)
     recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"memory": budget})})
     model = None if loaded is None else loaded.model
     if model is not None:
@@ -243,14 +238,16 @@ def _as_set(recipe: Recipe, model: Decoder) -> Recipe:
     return recipe.model_copy(update={"train": recipe.train.model_copy(update=train)})
 
 
-def _budget(recipe: Recipe, device: torch.device, say: Callable[[str], None]) -> int:
-    """Bytes that the run may take, context included; the allocator is told."""
+def hold_budget(
+    memory: int | Literal["auto"], device: torch.device, say: Callable[[str], None]
+) -> int:
+    """Bytes that a process may take, context included, by run.memory; the allocator is told."""
     total = int(torch.cuda.get_device_properties(device).total_memory)
     free = free_bytes(device) + torch.cuda.memory_reserved(device)
-    if recipe.run.memory == "auto":
+    if memory == "auto":
         torch.cuda.set_per_process_memory_fraction(1.0, device)
         return free
-    budget = int(recipe.run.memory)
+    budget = memory
     if budget > total:
         raise MemoryBudgetError(
             f"[run] memory = {gib(budget)}, but {torch.cuda.get_device_name(device)} has"

@@ -20,12 +20,13 @@ ATTENTION_FORWARD_SHARE, ATTENTION_BACKWARD_SHARE = 0.42, 0.30
 SKINNY_SHARE = 0.6
 """Of the bandwidth, that products with an adapter's narrow matrices reach."""
 BANDWIDTH_SHARE = 0.88
-KERNEL_SECONDS, OPERATION_SECONDS = 100e-6, 48e-6
-"""What the host takes to launch a Triton kernel, and a library call with its views: a layer costs
-so many of each, and below that the card waits (2 rows on the H200's host; others may be faster)."""
+KERNEL_SECONDS, OPERATION_SECONDS = 150e-6, 12e-6
+"""What the host takes to launch a Triton kernel with its autograd node, and a library call with its
+views: a layer costs so many of each, and below that the card waits (three recipes on the H200's
+host; others may be faster)."""
 STEP_SECONDS = 0.02
 """A step's packing, clipping and reading of metrics."""
-DECODE_LAYER_SECONDS, DECODE_ROW_SECONDS = 37e-6, 3e-6
+DECODE_LAYER_SECONDS, DECODE_ROW_SECONDS = 29e-6, 3e-6
 """Starts of kernels in a captured decode step, and what a row costs in sampling and the host."""
 DECODE_SHARE = 0.94
 """Of a copy's bandwidth, that products of a few rows reach."""

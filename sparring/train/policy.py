@@ -19,11 +19,11 @@ from sparring.errors import RecipeError
 from sparring.kernels import Capability
 from sparring.models import checkpoint
 from sparring.models.lora import LoraConfig
-from sparring.models.memory import free_bytes
 from sparring.models.reference import Reference, build_reference
 from sparring.models.storage import Storage
 from sparring.models.transformer import Decoder, kv_bytes_per_token
 from sparring.rollout.engine import Engine, find_kv_dtype, has_kernels
+from sparring.train.kv_budget import kv_budget
 from sparring.train.memory import take_workspaces
 from sparring.train.plan_job import Work
 from sparring.train.plan_rollout import rows_at_once
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 SETTINGS_FILE = "sparring.json"
 """Beside the weights in `final/`: template, system prompt and limit that it was trained with."""
 
-KV_SHARE_OF_FREE_MEMORY = 0.5
 MAX_RUNNING = 512
 ASSUMED_PROMPT_TOKENS = 256
 """Of a prompt, where neither the recipe's limits nor the user say less."""
@@ -217,19 +216,19 @@ def build_engine(recipe: Recipe, policy: Policy, *, most_rollouts: int) -> Engin
     """The rollout engine on the policy's own weights, inside rollout.kv_memory bytes.
 
     On a GPU the plan has decided these (see `fit_memory`). Where it has not, "auto" is what
-    `most_rollouts` sequences of full length could use, at most half of the memory that is free now.
+    `most_rollouts` sequences of full length could use, at most what is left (see `kv_budget`).
     """
     section, model = recipe.rollout, policy.model
     kv_bytes = section.kv_memory
     if kv_bytes == "auto":
-        running = min(most_rollouts, MAX_RUNNING)
-        useful = (running * policy.max_tokens + 4096) * kv_bytes_per_token(
-            model.config, find_kv_dtype(model, section.kv_dtype)
+        kv_bytes, _ = kv_budget(
+            model,
+            num_rollouts=min(most_rollouts, MAX_RUNNING),
+            prompt_tokens=work_of(section, policy.max_tokens).prompt_tokens,
+            max_tokens=policy.max_tokens,
+            memory=recipe.run.memory,
+            kv_dtype=section.kv_dtype,
         )
-        budget = free_bytes(model.device)
-        if recipe.run.memory != "auto":
-            budget = min(budget, int(recipe.run.memory))
-        kv_bytes = min(useful, int(budget * KV_SHARE_OF_FREE_MEMORY))
     running = MAX_RUNNING
     if model.device.type == "cuda":  # more rows have larger graphs: as many as the plan counts
         take_workspaces(model.device, model.dtype)

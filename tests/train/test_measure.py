@@ -129,3 +129,22 @@ def test_training_goes_on_with_the_recorded_system_prompt(folder, capsys):
 def test_a_missing_model_to_compare_with_is_a_users_error(folder):
     with pytest.raises(UserError):
         measure(recipe(folder), against=str(folder / "nowhere"), say=lambda line: None)
+
+
+def test_without_a_length_completions_leave_room_for_prompts(folder: Path) -> None:
+    tables = {
+        "model": {"path": f"{folder}/run"},
+        "data": {"eval": f"{folder}/prompts.jsonl"},
+        "reward": [{"name": f"{folder}/judge.py:has_e"}],
+    }
+    said: list[str] = []
+    report = measure(build_recipe(tables, ["--eval.limit", "2"], command="eval"), say=said.append)
+    (line,) = [line for line in said if "tokens in all" in line]
+    limit = int(line.split("at most ")[1].split()[0])
+    assert max(len(r.token_ids) for g in report.measured.groups for r in g.rollouts) <= limit
+    assert f"--rollout.max_completion_tokens {limit}" not in line
+    with pytest.raises(RecipeError, match=rf"--rollout\.max_completion_tokens {limit}\)"):
+        measure(
+            build_recipe(tables, ["--rollout.max_completion_tokens", "512"], command="eval"),
+            say=said.append,
+        )
