@@ -175,10 +175,13 @@ LAYER = {"qkv": (4608, 3584), "down": (3584, 18944), "qwen3 o": (1024, 2048)}
 
 
 @pytest.mark.skipif(INTERPRETED, reason="large")
-@pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("name", LAYER)
-def test_bits_of_a_row_at_any_number_of_rows(name, dtype):
-    """On a card: NF4 and decoded, 1 to 1,000 rows, with an adapter, all the same bits."""
+def test_bits_of_a_row_at_any_number_of_rows(name):
+    """On a card: NF4 and decoded, 1 to 1,000 rows, with an adapter, all the same bits.
+
+    In bfloat16: compiling is what takes time here, and the tests above have both dtypes.
+    """
+    dtype = torch.bfloat16
     num_outputs, num_inputs = LAYER[name]
     torch.manual_seed(0)
 
@@ -193,7 +196,7 @@ def test_bits_of_a_row_at_any_number_of_rows(name, dtype):
         whole = product(x, weights, bias, low_rank_of(x, num_outputs, 16, dtype))
         reference = low_rank_of(x, num_outputs, 16, dtype)
         assert error(whole, matmul.matmul_reference(x, dense, bias, reference)) < LIMIT[dtype]
-        for num_rows in (1, 8, 17, 33, 64, 100, 128, 200, 256, 300, 1000):
+        for num_rows in (1, 8, 17, 64, 100, 256, 300, 1000):
             part = x[-num_rows:]
             got = product(part, weights, bias, low_rank_of(part, num_outputs, 16, dtype))
             assert torch.equal(got, whole[-num_rows:]), (num_rows, product)
