@@ -231,13 +231,18 @@ def steps(name: str, rows: list[int]) -> dict[str, Any]:
 
 TILES = {
     16: [
-        Tile(64, 16, 4, 4), Tile(64, 16, 4, 3), Tile(64, 16, 4, 5, block_k=64),
-        Tile(32, 16, 4, 4), Tile(32, 16, 2, 4), Tile(128, 16, 4, 3),
+        Tile(64, 16, 4, 4), Tile(64, 16, 4, 3), Tile(32, 16, 4, 4), Tile(128, 16, 4, 3),
+        Tile(32, 16, 4, 3, block_k=256), Tile(16, 16, 4, 3, block_k=256),
+        Tile(16, 16, 2, 4, block_k=256),
     ],
-    32: [Tile(64, 32, 4, 4), Tile(64, 32, 4, 3), Tile(64, 32, 4, 5, block_k=64),
-         Tile(32, 32, 4, 4), Tile(128, 32, 4, 3)],
-    128: [Tile(128, 128, 8, 4, block_k=64), Tile(128, 128, 8, 3), Tile(64, 128, 4, 4, block_k=64),
-          Tile(64, 128, 4, 3), Tile(128, 128, 4, 4, block_k=64)],
+    32: [
+        Tile(64, 32, 4, 4), Tile(64, 32, 4, 3), Tile(32, 32, 4, 4), Tile(128, 32, 4, 3),
+        Tile(32, 32, 4, 3, block_k=256), Tile(16, 32, 4, 3, block_k=256),
+    ],
+    128: [
+        Tile(128, 128, 8, 4, block_k=64), Tile(128, 128, 8, 3), Tile(64, 128, 4, 4, block_k=64),
+        Tile(64, 128, 4, 3), Tile(128, 128, 4, 4, block_k=64),
+    ],
 }  # fmt: skip
 PIECES = (None, 1, 2, 4)
 
