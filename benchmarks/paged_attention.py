@@ -47,7 +47,8 @@ VARIANTS = [
     (512, 64, 3, 1, 2), (512, 64, 3, 2, 2),
 ]  # fmt: skip
 VARIED = ("7B", "1.5B", "0.5B")
-VARIED_CASES = ((8, 512), (8, 1024), (32, 640), (32, 1024), (128, 512), (256, 768))
+VARIED_CASES = ((8, 1024), (32, 640), (128, 512), (256, 768))
+EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)
 Sizes = tuple[int, int, int, int, int]
 SHIPPED = paged_attention.split_of, paged_attention.form_of
 
@@ -69,16 +70,26 @@ def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.randn(*shape, device=CUDA, dtype=torch.float32).to(dtype)
 
 
-def pool_of(lengths: list[int], shape: tuple[int, int, int], layers: int) -> tuple:
-    """A pool, int32 tables in random order and lengths; slots that hold no token are NaN."""
+def pool_of(
+    lengths: list[int],
+    shape: tuple[int, int, int],
+    layers: int,
+    dtype: torch.dtype = torch.bfloat16,
+) -> tuple:
+    """A pool, int32 tables in random order and lengths; slots that hold no token are NaN (in 8
+    bits: their scales).
+    """
     _, kv_heads, size = shape
     counts = [-(-n // BLOCK) for n in lengths]
     total = sum(counts)
-    data = torch.empty(
-        layers, total + 1, 2, kv_heads, BLOCK, size, device=CUDA, dtype=torch.bfloat16
-    )
+    places = (layers, total + 1, 2, kv_heads, BLOCK)
+    data = torch.empty(*places, size, device=CUDA, dtype=torch.bfloat16)
     for layer in data:
         layer.normal_()
+    scales = None
+    if dtype.itemsize == 1:
+        data = (data * (30.0 if dtype == torch.int8 else 100.0)).to(dtype)
+        scales = torch.rand(*places, device=CUDA) / 30
     order = (torch.randperm(total) + 1).tolist()
     tables = torch.zeros(len(lengths), max(counts), dtype=torch.int32)
     at = 0
@@ -86,9 +97,11 @@ def pool_of(lengths: list[int], shape: tuple[int, int, int], layers: int) -> tup
         tables[row, :count] = torch.tensor(order[at : at + count], dtype=torch.int32)
         at += count
         if lengths[row] % BLOCK:
-            data[:, order[at - 1], :, :, lengths[row] % BLOCK :] = float("nan")
-    data[:, 0] = float("nan")
-    pool = KVPool(data=data, address=torch.tensor([data.data_ptr()], device=CUDA))
+            poisoned = data if scales is None else scales
+            poisoned[:, order[at - 1], :, :, lengths[row] % BLOCK :] = float("nan")
+    (data if scales is None else scales)[:, 0] = float("nan")
+    addresses = [tensor.data_ptr() for tensor in (data, scales) if tensor is not None]
+    pool = KVPool(data=data, scales=scales, address=torch.tensor(addresses, device=CUDA))
     lengths_R = torch.tensor(lengths, dtype=torch.int32, device=CUDA)
     return pool, tables.to(CUDA), lengths_R
 
@@ -132,17 +145,24 @@ def copy_bandwidth() -> float:
 
 
 def decode_row(
-    name: str, rows: int, context: int, copy_gbs: float, sizes: Sizes | None = None
+    name: str,
+    rows: int,
+    context: int,
+    copy_gbs: float,
+    sizes: Sizes | None = None,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, object]:
-    """A decode step's launch: rotation, writing and attention. sizes: not as shipped, but so."""
+    """A decode step's launch: rotation, writing and attention. sizes: not as shipped, but so.
+    dtype: of keys and values.
+    """
     shape = SHAPES[name]
     heads, kv_heads, size = shape
     capability = capability_of(CUDA)
     choose(sizes)
     split = paged_attention.split_of(capability, size)
-    num_bytes = rows * context * 2 * kv_heads * size * 2
+    num_bytes = rows * context * 2 * kv_heads * (size * dtype.itemsize + 4 * (dtype.itemsize == 1))
     layers = max(2, min(24, int(400e6 / num_bytes) + 1))
-    pool, tables, lengths = pool_of([context] * rows, shape, layers)
+    pool, tables, lengths = pool_of([context] * rows, shape, layers, dtype)
     qkv, out = normal(rows, (heads + 2 * kv_heads) * size), normal(rows, heads, size)
     angles = normal(rows, size // 2, dtype=torch.float32)
     norms = [normal(size), normal(size)] if name.startswith("Qwen3") else [None, None]
@@ -155,8 +175,9 @@ def decode_row(
     )  # fmt: skip
     micros = replayed([partial(call, layer=i) for i in range(layers)] * max(1, 8 // layers))
     rate = num_bytes / micros / 1e3
-    row = {
-        "shape": name, "rows": rows, "context": context, **split,
+    row: dict[str, object] = {
+        "shape": name, "kv": str(dtype).removeprefix("torch."), "rows": rows, "context": context,
+        **split,
         **paged_attention.form_of(capability, rows * kv_heads), "us": round(micros, 2),
         "GB/s": round(rate), "share of copy": round(rate / copy_gbs, 3),
     }  # fmt: skip
@@ -397,6 +418,13 @@ def main() -> None:
         results["decode"] = rows = [
             decode_row(name, r, c, copy_gbs) for name in SHAPES for r in ROWS for c in CONTEXTS
         ]
+        results["decode, 8 bits"] = small = [
+            decode_row(name, r, 1024, copy_gbs, dtype=dtype)
+            for name in ("7B", "Qwen3-0.6B")
+            for dtype in EIGHT_BITS
+            for r in ROWS
+        ]
+        rows = [*rows, *small]
     output.write_text(json.dumps(results, indent=1) + "\n")
     for row in rows:
         print(" ".join(str(value) for value in row.values()))

@@ -173,16 +173,16 @@ def _ask_for(logits_ptr, start, V: tl.constexpr, BLOCK_V: tl.constexpr):
     )
 
 
-@jit
+@jit(do_not_specialize=["span"])
 def _tiles_kernel(
     logits_ptr, parts_ptr, best_ptr, inverse_ptr, seed_ptr, ids_ptr, draws_ptr, held_ptr,
-    min_draws_ptr, keys_ptr, last_ptr, stride_r,
-    V: tl.constexpr, BLOCK_V: tl.constexpr, TILES: tl.constexpr, SPAN: tl.constexpr,
+    min_draws_ptr, keys_ptr, last_ptr, stride_r, span,
+    V: tl.constexpr, BLOCK_V: tl.constexpr, TILES: tl.constexpr,
     HELD: tl.constexpr, IS_CUT: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """SPAN tiles of one row: for each its maximum, sum, best score above the maximum and index."""
+    """`span` tiles of a row: for each its maximum, sum, best score above the maximum and index."""
     row = tl.program_id(0).to(tl.int64)
-    first = tl.program_id(1) * SPAN
+    first = tl.program_id(1) * span
     inverse = tl.load(inverse_ptr + row)
     is_greedy = inverse == 0.0
     inverse = tl.where(is_greedy, 1.0, inverse)
@@ -201,7 +201,7 @@ def _tiles_kernel(
     plane = tl.num_programs(0).to(tl.int64) * TILES
     scale = inverse * 1.4426950408889634  # exp(x) = 2^(x log2 e)
     lead = -float("inf")
-    end = min(first + SPAN, TILES)
+    end = min(first + span, TILES)
     num_held = tl.where(is_early, HELD, 0)
     for tile in range(first, end):
         start = tile * BLOCK_V
@@ -327,7 +327,7 @@ def _launch(
     _tiles_kernel[(num_rows, triton.cdiv(num_tiles, span))](
         logits_RV, parts, best, rules.inverse_temperatures_R, rules.seed_words_2,
         sample_ids_R2, draws_R, rules.held_ids_H, rules.min_draws_R, keys_R, last_R,
-        logits_RV.stride(0), V=vocab_size, BLOCK_V=BLOCK_V, TILES=num_tiles, SPAN=span,
+        logits_RV.stride(0), span, V=vocab_size, BLOCK_V=BLOCK_V, TILES=num_tiles,
         HELD=len(rules.held_ids_H), IS_CUT=rules.cut is not None, AHEAD=AHEAD and not INTERPRETED,
         num_warps=NUM_WARPS,
         maxnreg=MAX_REGISTERS, enable_fp_fusion=True,

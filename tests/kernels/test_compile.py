@@ -202,7 +202,7 @@ DRAWING = {
 @pytest.mark.parametrize("arch", ARCHS)
 def test_sampling(arch):
     tiles = triton.cdiv(151936, sampling.BLOCK_V)
-    constants = {"V": 151936, "TILES": tiles, "BLOCK_V": sampling.BLOCK_V, "SPAN": 8, "HELD": 2}
+    constants = {"V": 151936, "TILES": tiles, "BLOCK_V": sampling.BLOCK_V, "HELD": 2}
     for is_cut in (False, True):
         tile = {"IS_CUT": is_cut, "AHEAD": True, "num_warps": sampling.NUM_WARPS}
         check(sampling._tiles_kernel, DRAWING, constants | tile, arch)
@@ -341,6 +341,6 @@ def test_what_a_t4_runs():
     pointers = {**half, "values_ptr": "*i8", "scale_ptr": "*fp32"}
     check(int8._dequantize_kernel, pointers, {**constants, "enable_fp_fusion": False}, T4)
     tiles = triton.cdiv(151936, sampling.BLOCK_V)
-    constants = {"V": 151936, "TILES": tiles, "BLOCK_V": sampling.BLOCK_V, "SPAN": 8, "HELD": 2}
+    constants = {"V": 151936, "TILES": tiles, "BLOCK_V": sampling.BLOCK_V, "HELD": 2}
     constants |= {"IS_CUT": True, "AHEAD": True, "num_warps": sampling.NUM_WARPS}
     check(sampling._tiles_kernel, DRAWING, constants, T4)
