@@ -30,11 +30,14 @@ __all__ = [
     "add_rms_norm_triton",
 ]
 
-WEIGHT_ROWS = 16
-"""Rows whose part of a weight's gradient one program sums, where rows are long; of short ones as
-many as have 16,384 numbers. So few that a launch of some thousand rows fills the largest cards, and
-the float32 parts are 8 % of the bytes.
+WEIGHT_WARPS = 2112
+"""Warps that share the rows where the weight is trained: 16 on each multiprocessor of the largest
+cards, so that all programs run at once and each sums its rows' part of the weight's gradient in
+registers. A constant, not a card's property: the order of the sums depends on shapes alone.
 """
+
+PART_TILE = {"BLOCK_P": 64, "BLOCK_D": 32, "num_warps": 4}
+"""Parts and columns that one program of the second pass adds up at a time."""
 
 
 def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -112,37 +115,87 @@ def _forward_kernel(
 
 
 @jit
+def _row_gradients(x, dy, weight, eps, D: tl.constexpr):
+    """(gradient by x, x / rms(x)) of a tile of rows, all in float32."""
+    scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / D + eps)
+    normed = x * scale[:, None]
+    inner = dy * weight
+    along = tl.sum(inner * normed, axis=1) / D
+    return (inner - normed * along[:, None]) * scale[:, None], normed
+
+
+@jit
 def _backward_kernel(
-    dy_ptr, ds_ptr, x_ptr, weight_ptr, dx_ptr, partial_ptr,
+    dy_ptr, ds_ptr, x_ptr, weight_ptr, dx_ptr,
     num_rows, inner, stride_outer, stride_inner, eps,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, NEEDS_WEIGHT: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
+    columns = tl.arange(0, BLOCK_D)
+    weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = (rows < num_rows)[:, None] & (columns < D)[None, :]
+    starts = (rows // inner) * stride_outer + (rows % inner) * stride_inner
+    at = x_ptr + starts[:, None] + columns[None, :]
+    x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    flat = rows[:, None] * D + columns[None, :]
+    dy = tl.load(dy_ptr + flat, mask=inside, other=0.0).to(tl.float32)
+    dx, _ = _row_gradients(x, dy, weight[None, :], eps, D)
+    if HAS_RESIDUAL:
+        dx += tl.load(ds_ptr + flat, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dx_ptr + flat, rounded(dx, dx_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def _backward_weight_kernel(
+    dy_ptr, ds_ptr, x_ptr, weight_ptr, dx_ptr, parts_ptr,
+    num_rows, inner, stride_outer, stride_inner, eps, num_tiles,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """The same with the weight's gradient: a program takes every num_programs-th tile of rows and
+    reads the next one while it computes one.
+    """
     columns = tl.arange(0, BLOCK_D)
     weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
     d_weight = tl.zeros([ROWS, BLOCK_D], tl.float32)
     dtype = dx_ptr.dtype.element_ty
-    for tile in range(TILES):
-        rows = (tl.program_id(0).to(tl.int64) * TILES + tile) * ROWS + tl.arange(0, ROWS)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = (rows < num_rows)[:, None] & (columns < D)[None, :]
+    flat = rows.to(tl.int64)[:, None] * D + columns[None, :]
+    starts = (rows // inner).to(tl.int64) * stride_outer + (rows % inner) * stride_inner
+    x_read = tl.load(x_ptr + starts[:, None] + columns[None, :], mask=inside, other=0.0)
+    dy_read = tl.load(dy_ptr + flat, mask=inside, other=0.0)
+    for _ in range(num_tiles):
+        x, dy = x_read.to(tl.float32), dy_read.to(tl.float32)
+        here, to = inside, flat
+        rows += tl.num_programs(0) * ROWS
         inside = (rows < num_rows)[:, None] & (columns < D)[None, :]
-        starts = (rows // inner) * stride_outer + (rows % inner) * stride_inner
-        at = x_ptr + starts[:, None] + columns[None, :]
-        x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        flat = rows[:, None] * D + columns[None, :]
-        dy = tl.load(dy_ptr + flat, mask=inside, other=0.0).to(tl.float32)
-        scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / D + eps)
-        normed = x * scale[:, None]
-        if NEEDS_WEIGHT:
-            d_weight += dy * rounded(normed, dtype).to(tl.float32)
-        inner_grad = dy * weight[None, :]
-        along = tl.sum(inner_grad * normed, axis=1) / D
-        dx = (inner_grad - normed * along[:, None]) * scale[:, None]
+        flat = rows.to(tl.int64)[:, None] * D + columns[None, :]
+        starts = (rows // inner).to(tl.int64) * stride_outer + (rows % inner) * stride_inner
+        x_read = tl.load(x_ptr + starts[:, None] + columns[None, :], mask=inside, other=0.0)
+        dy_read = tl.load(dy_ptr + flat, mask=inside, other=0.0)
+        dx, normed = _row_gradients(x, dy, weight[None, :], eps, D)
+        d_weight += dy * rounded(normed, dtype).to(tl.float32)
         if HAS_RESIDUAL:
-            dx += tl.load(ds_ptr + flat, mask=inside, other=0.0).to(tl.float32)
-        tl.store(dx_ptr + flat, rounded(dx, dtype), mask=inside)
-    if NEEDS_WEIGHT:
-        to = partial_ptr + tl.program_id(0) * D + columns
-        tl.store(to, tl.sum(d_weight, axis=0), mask=columns < D)
+            dx += tl.load(ds_ptr + to, mask=here, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + to, rounded(dx, dtype), mask=here)
+    at = parts_ptr + tl.program_id(0) * D + columns
+    tl.store(at, tl.sum(d_weight, axis=0), mask=columns < D)
+
+
+@jit
+def _sum_parts_kernel(
+    parts_ptr, out_ptr, num_parts, D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """out [D] = the sum over parts [P, D] in one order, rounded once."""
+    columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
+    for first in range(0, num_parts, BLOCK_P):
+        parts = first + tl.arange(0, BLOCK_P)
+        inside = (parts < num_parts)[:, None] & (columns < D)[None, :]
+        at = parts_ptr + parts[:, None] * D + columns[None, :]
+        total += tl.load(at, mask=inside, other=0.0)
+    summed = rounded(tl.sum(total, axis=0), out_ptr.dtype.element_ty)
+    tl.store(out_ptr + columns, summed, mask=columns < D)
 
 
 def tile_of(width: int) -> dict[str, int]:
@@ -183,20 +236,25 @@ def _backward_triton(
 ) -> tuple[Tensor, Tensor | None]:
     x, rows = _rows_of(x)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    d_weight = torch.zeros_like(weight) if needs_weight else None
+    if not rows[0]:
+        return dx, d_weight
     width, tile = x.shape[-1], tile_of(x.shape[-1])
-    together = max(WEIGHT_ROWS, 16384 // tile["BLOCK_D"])
-    tiles = max(1, together // tile["ROWS"]) if needs_weight else 1
-    num_programs = triton.cdiv(rows[0], tile["ROWS"] * tiles)
-    partial = dx
-    if needs_weight:
-        partial = torch.empty(num_programs, width, dtype=torch.float32, device=x.device)
-    if rows[0]:
-        _backward_kernel[(num_programs,)](
-            dy.contiguous(), dx if ds is None else ds.contiguous(), x, weight, dx, partial,
-            *rows, eps, D=width, TILES=tiles, HAS_RESIDUAL=ds is not None,
-            NEEDS_WEIGHT=needs_weight, enable_fp_fusion=True, **tile,
-        )  # fmt: skip
-    return dx, partial.sum(0).to(weight.dtype) if needs_weight else None
+    tiles = triton.cdiv(rows[0], tile["ROWS"])
+    inputs = (dy.contiguous(), dx if ds is None else ds.contiguous(), x, weight, dx)
+    constants = {"D": width, "HAS_RESIDUAL": ds is not None, "enable_fp_fusion": True, **tile}
+    if d_weight is None:
+        _backward_kernel[(tiles,)](*inputs, *rows, eps, **constants)
+        return dx, None
+    programs = min(tiles, WEIGHT_WARPS // tile["num_warps"])
+    parts = torch.empty(programs, width, dtype=torch.float32, device=x.device)
+    _backward_weight_kernel[(programs,)](
+        *inputs, parts, *rows, eps, triton.cdiv(tiles, programs), **constants
+    )
+    _sum_parts_kernel[(triton.cdiv(width, PART_TILE["BLOCK_D"]),)](
+        parts, d_weight, programs, D=width, **PART_TILE
+    )
+    return dx, d_weight
 
 
 class _RmsNormTriton(torch.autograd.Function):

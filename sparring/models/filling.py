@@ -1,8 +1,9 @@
 """From a checkpoint's tensors into a model's weights, one by one, quantised on the way.
 
-A tensor is moved and forgotten before the next one is read; what is quantised is moved in slices.
-So beside the model there is never more than the largest part of a layer on the device, and nothing
-but the files' own pages on the host. Which names there are is checkpoint.py's affair.
+A tensor is moved and forgotten before the next one is read; what is quantised is moved in slices,
+through one scratch buffer. So beside the model there is never more than the largest part of a layer
+on the device, and nothing but the files' own pages on the host. Which names there are is
+checkpoint.py's affair.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparring.errors import CheckpointError
-from sparring.kernels.nf4 import NF4Matrix
+from sparring.kernels.nf4 import NF4Matrix, QuantizeScratch
 from sparring.models import nf4_files
 from sparring.models.quantised import Quantised
 from sparring.models.storage import EightBitTable, Storage
@@ -38,6 +39,7 @@ class Places:
     left: set[str] = field(default_factory=set)
     unexpected: list[str] = field(default_factory=list)
     shapes: list[str] = field(default_factory=list)
+    scratch: QuantizeScratch | None = None
 
     def __post_init__(self) -> None:
         self.left = {*self.views, *self.matrices, *self.tables}
@@ -86,7 +88,10 @@ class Places:
             _check_finite(moved, matrix.dtype, weight.dtype, name)
             weight.fill(index, moved)
         else:
-            _check_finite(weight.quantise(index, matrix), matrix.dtype, weight.dtype, name)
+            if self.scratch is None or not self.scratch.suits(weight.device, weight.dtype):
+                self.scratch = QuantizeScratch.build(weight.device, weight.dtype)
+            scales = weight.quantise(index, matrix, self.scratch)
+            _check_finite(scales, matrix.dtype, weight.dtype, name)
 
     def _fits(self, name: str, shape: Sequence[int], wanted: Sequence[int]) -> bool:
         self.left.discard(name)

@@ -23,7 +23,14 @@ from sparring.kernels import Capability, capability_of
 from sparring.kernels.lora import lora_expand
 from sparring.kernels.low_rank import LowRank
 from sparring.kernels.matmul import matmul
-from sparring.kernels.nf4 import BLOCK, NF4Matrix, dequantize_nf4, fuse_nf4, quantize_nf4
+from sparring.kernels.nf4 import (
+    BLOCK,
+    NF4Matrix,
+    QuantizeScratch,
+    dequantize_nf4,
+    fuse_nf4,
+    quantize_nf4,
+)
 from sparring.kernels.nf4_matmul import nf4_matmul, takes
 
 Part = NF4Matrix | Tensor
@@ -111,17 +118,20 @@ class Quantised(nn.Module):
             self._plain = plain[0] if len(plain) == 1 else torch.cat(plain)
             self._parts = []
 
-    def quantise(self, index: int, weight: Tensor) -> Tensor:
+    def quantise(
+        self, index: int, weight: Tensor, scratch: QuantizeScratch | None = None
+    ) -> Tensor:
         """Quantise one original matrix in the compute dtype on this weight's device and put it in.
 
         The matrix may lie on the host. One whose rows are no whole blocks of 64 stays as it is.
+        scratch: for the weight's device and dtype, where many are quantised in turn.
         Returns numbers that are not finite if one of the matrix is not: its scales' mean, or all.
         """
         if self.num_inputs % BLOCK:
             moved = weight.to(self.device, self.dtype)
             self.fill(index, moved)
             return moved
-        packed = quantize_nf4(weight, device=self.device, dtype=self.dtype)
+        packed = quantize_nf4(weight, device=self.device, dtype=self.dtype, scratch=scratch)
         self.fill(index, packed)
         return packed.absmax if packed.offset is None else packed.offset
 

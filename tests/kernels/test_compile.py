@@ -107,8 +107,10 @@ POINTERS = {
 def test_norm(width, arch):
     constants = {"D": width, "HAS_RESIDUAL": True, **norm.tile_of(width)}
     check(norm._forward_kernel, POINTERS, constants, arch)
-    constants |= {"TILES": 4, "NEEDS_WEIGHT": True}
-    check(norm._backward_kernel, POINTERS, constants, arch, stack_limit=16 if width < 8192 else 512)
+    check(norm._backward_kernel, POINTERS, constants, arch)
+    limit = 16 if width < 8192 else 512
+    check(norm._backward_weight_kernel, POINTERS, constants, arch, stack_limit=limit)
+    check(norm._sum_parts_kernel, POINTERS, {"D": width, **norm.PART_TILE}, arch)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -324,8 +326,9 @@ def test_what_a_t4_runs():
     half = {name: "*fp16" if kind == "*bf16" else kind for name, kind in POINTERS.items()}
     constants = {"D": 3584, "HAS_RESIDUAL": True, **norm.tile_of(3584)}
     check(norm._forward_kernel, half, constants, T4)
-    constants |= {"TILES": 4, "NEEDS_WEIGHT": True}
     check(norm._backward_kernel, half, constants, T4)
+    check(norm._backward_weight_kernel, half, constants, T4)
+    check(norm._sum_parts_kernel, half, {"D": 3584, **norm.PART_TILE}, T4)
     tile = rope.tile_of(32, 64)
     check(rope._rotate_kernel, half, {"HALF": 64, "BACKWARD": True, **tile}, T4)
     constants = {"F": 18944, "BLOCK_F": swiglu.BLOCK_F, "num_warps": swiglu.NUM_WARPS}

@@ -95,6 +95,21 @@ def test_slices_change_nothing(monkeypatch, dtype):
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, name
 
 
+def test_one_scratch_serves_matrices_of_any_size(monkeypatch):
+    monkeypatch.setattr(nf4, "QUANTIZE_WEIGHTS", 64 * 11)
+    scratch = nf4.QuantizeScratch.build(torch.device("cpu"), torch.bfloat16)
+    assert scratch.suits(torch.device("cpu"), torch.bfloat16)
+    assert not scratch.suits(torch.device("cpu"), torch.float16)
+    assert not scratch.suits(torch.device("meta"), torch.bfloat16)
+    for rows in (70, 7, 300):
+        weight = sample((rows, 128), torch.bfloat16)
+        for buffer in (scratch.moved, scratch.wide):
+            buffer.fill_(float("nan"))
+        one, other = nf4.quantize_nf4(weight), nf4.quantize_nf4(weight, scratch=scratch)
+        assert torch.equal(one.packed, other.packed)
+        assert torch.equal(one.absmax, other.absmax)
+
+
 @pytest.mark.gpu
 def test_quantised_from_the_host_onto_a_gpu():
     weight = sample((4096, 1024), torch.bfloat16)

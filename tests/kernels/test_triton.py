@@ -204,17 +204,35 @@ def test_head_of_one_row_and_of_none(vocabulary):
     assert (logprobs.shape, entropy.shape, none.grad.shape) == ((0,), (0,), (0, 64))
 
 
-def test_a_weight_of_norms_is_summed_over_many_programs():
+@pytest.mark.parametrize(
+    ("shape", "warps"), [((150, 3, 64), 4), ((150, 3, 64), 2112), ((70, 2048), 2112)]
+)
+def test_a_weight_of_norms_is_summed_over_few_and_many_programs(shape, warps, monkeypatch):
+    monkeypatch.setattr(norm, "WEIGHT_WARPS", warps)
     inputs = {
-        "x": random(150, 3, 64, dtype=torch.bfloat16),
-        "weight": random(64, dtype=torch.bfloat16, seed=1),
+        "x": random(*shape, dtype=torch.bfloat16),
+        "residual": random(*shape, dtype=torch.bfloat16, seed=2),
+        "weight": random(shape[-1], dtype=torch.bfloat16, seed=1),
     }
     check(
-        lambda x, weight: norm.rms_norm_triton(x, weight, 1e-6),
-        lambda x, weight: norm.rms_norm_reference(x, weight, 1e-6),
+        lambda **kw: norm.add_rms_norm_triton(**kw, eps=1e-6),
+        lambda **kw: norm.add_rms_norm_reference(**kw, eps=1e-6),
         inputs,
         LIMIT[torch.bfloat16],
     )
+
+
+def test_rows_of_norms_have_the_same_gradient_with_a_trained_and_a_frozen_weight():
+    x = random(70, 3, 128, dtype=torch.bfloat16)[:, 1:].detach()
+    grad = random(70, 2, 128, dtype=torch.bfloat16, seed=3)
+    found = []
+    for needs_weight in (False, True):
+        weight = random(128, dtype=torch.bfloat16, seed=1).requires_grad_(needs_weight)
+        leaf = x.requires_grad_()
+        leaf.grad = None
+        norm.rms_norm_triton(leaf, weight, 1e-6).backward(grad)
+        found.append(leaf.grad)
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
