@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import rollout_start
 from benchmarks.rollout_rows import ROWS, limits_of, prompts_of, same_rows, tiny
 from benchmarks.rollouts import run_all, told
 
@@ -68,3 +69,13 @@ def test_each_kind_of_row_runs(names: tuple[str, ...], tmp_path: Path) -> None:
         if row.kind == "step":
             assert run["step"] > run["rollout"]
             assert got["values"]
+
+
+def test_the_engines_start_is_measured_over_every_bucket() -> None:
+    pairs = rollout_start.buckets(256, 1024)
+    assert len(pairs) == len(set(pairs)) == 2 * 19
+    assert (pairs[0], pairs[-1]) == ((256, 1024), (1, 512))
+    found = rollout_start.measure("tiny", "nf4", 2, 32, counts_launches=True)
+    assert found["start seconds"] > found["every bucket seconds"] > 0
+    assert set(found["launches"]) == {"1"}
+    assert "FAILED" not in rollout_start.told("warm", found)
