@@ -15,7 +15,6 @@ is in the L2 cache from the step before.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import itertools
 import json
 import subprocess
@@ -27,6 +26,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.launches import counted
 from benchmarks.rollouts import environment
 from benchmarks.shapes import SHAPES, build
 from sparring.kernels import capability_of, few_rows
@@ -41,31 +41,6 @@ CONTEXT = 512
 BLOCK_SIZE = 64
 REPLAYS = 1000
 FORMS = ("library", "fused", "overlapped")
-
-
-class EdgeData(ctypes.Structure):
-    """CUgraphEdgeData: `kind` 1 is a programmatic edge."""
-
-    _fields_ = (
-        ("from_port", ctypes.c_ubyte),
-        ("to_port", ctypes.c_ubyte),
-        ("kind", ctypes.c_ubyte),
-        ("reserved", ctypes.c_ubyte * 5),
-    )
-
-
-def counted(graph: torch.cuda.CUDAGraph) -> dict[str, int]:
-    """Nodes of a graph that was kept, and edges along which a launch may begin early."""
-    cuda = ctypes.CDLL("libcuda.so.1")
-    handle, number = ctypes.c_void_p(graph.raw_cuda_graph()), ctypes.c_size_t()
-    assert cuda.cuGraphGetNodes(handle, None, ctypes.byref(number)) == 0
-    nodes = number.value
-    edges = cuda.cuGraphGetEdges_v2
-    assert edges(handle, None, None, None, ctypes.byref(number)) == 0
-    first, second = (ctypes.c_void_p * number.value)(), (ctypes.c_void_p * number.value)()
-    data = (EdgeData * number.value)()
-    assert edges(handle, first, second, data, ctypes.byref(number)) == 0
-    return {"nodes": nodes, "edges": number.value, "early edges": sum(e.kind == 1 for e in data)}
 
 
 @contextmanager

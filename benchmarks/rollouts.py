@@ -48,6 +48,7 @@ from benchmarks.rollout_rows import (
     seconds_a_step,
     tiny,
 )
+from benchmarks.launches import launches_a_step
 from benchmarks.shapes import build
 from sparring.algorithms.losses import dapo
 from sparring.data.packing import pack_groups
