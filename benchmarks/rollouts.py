@@ -38,6 +38,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.launches import launches_a_step
 from benchmarks.rollout_rows import (
     ROWS,
     Row,
@@ -48,7 +49,6 @@ from benchmarks.rollout_rows import (
     seconds_a_step,
     tiny,
 )
-from benchmarks.launches import launches_a_step
 from benchmarks.shapes import build
 from sparring.algorithms.losses import dapo
 from sparring.data.packing import pack_groups
@@ -307,6 +307,10 @@ class Measurement:
         out["graphs"] = asdict(self.engine.graph_stats)
         if self.values:
             out["values"] = self.values
+        if row.kind == "rollout" and row.cuda_graphs:
+            prompts, samples, prompt_tokens, output = row.work
+            counts = launches_a_step(self.engine, prompts * samples, prompt_tokens + output)
+            out["launches"] = counts | {"us each": 1e3 * out["ms a step"] / counts["nodes"]}
         if row.kind != "prefill":
             out["mismatch"] = mismatch(self.model, groups)
         return out
@@ -443,6 +447,8 @@ def told(name: str, row: dict[str, Any]) -> str:
         )
     if "mismatch" in row:
         parts.append(f"mismatch {row['mismatch']['mean']:.4f} kl {row['mismatch']['kl']:.1e}")
+    if "launches" in row:
+        parts.append(f"launches {row['launches']}")
     parts.append(f"graphs {row['graphs']}, first {row['first']['rollout']:.1f} s")
     return f"{name}: " + ", ".join(parts)
 
