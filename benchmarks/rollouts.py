@@ -307,7 +307,7 @@ class Measurement:
         out["graphs"] = asdict(self.engine.graph_stats)
         if self.values:
             out["values"] = self.values
-        if row.kind == "rollout" and row.cuda_graphs:
+        if row.kind == "rollout" and out["graphs"]["num_graphs"]:
             prompts, samples, prompt_tokens, output = row.work
             counts = launches_a_step(self.engine, prompts * samples, prompt_tokens + output)
             out["launches"] = counts | {"us each": 1e3 * out["ms a step"] / counts["nodes"]}
