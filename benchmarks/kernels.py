@@ -166,6 +166,11 @@ def memory_bound(copy_gbs: float) -> list[dict[str, object]]:
         [lambda s=s: norm._backward_triton(s[0], None, s[1], weight, 1e-6, True) for s in sets],
     )
     add(
+        "add_rms_norm backward, trained weight",
+        4 * size,
+        [lambda s=s: norm._backward_triton(s[0], s[1], s[2], weight, 1e-6, True) for s in sets],
+    )
+    add(
         "torch F.rms_norm forward",
         2 * size,
         [lambda s=s: torch.nn.functional.rms_norm(s[0], (WIDTH,), weight, 1e-6) for s in sets],
@@ -178,7 +183,20 @@ def memory_bound(copy_gbs: float) -> list[dict[str, object]]:
         ROWS * 32 * 128 * 4 + ROWS * 512,
         [lambda x=x: rope._rotate_triton(x, cos, sin, False) for x in heads],
     )
-    del heads
+    head_weight, size = normal(128), ROWS * 32 * 128 * 2
+    grads = [normal(ROWS, 32, 128) for _ in range(3)]
+    for trained in (False, True):
+        add(
+            f"rms_norm backward, 32 heads of 128{', trained weight' if trained else ''}",
+            3 * size,
+            [
+                lambda x=x, dy=dy, t=trained: norm._backward_triton(
+                    dy, None, x, head_weight, 1e-6, t
+                )
+                for x, dy in zip(heads, grads, strict=True)
+            ],
+        )
+    del heads, grads
     pairs = [(normal(ROWS, 2 * FFN), normal(ROWS, FFN)) for _ in range(2)]
     add("swiglu forward", 6 * ROWS * FFN, [lambda p=p: swiglu._forward_triton(p[0]) for p in pairs])
 
@@ -200,13 +218,6 @@ def memory_bound(copy_gbs: float) -> list[dict[str, object]]:
         read + out.numel() * 2,
         [lambda m=m: nf4.dequantize_nf4_triton(m, out=out) for m in matrices],
     )
-    for blocks, warps in ((32, 4), (64, 4), (256, 8), (64, 8), (128, 8)):
-        nf4.DEQUANTIZE_TILE.update(BLOCKS=blocks, num_warps=warps)
-        add(
-            f"nf4 decode, tile {blocks} warps {warps}",
-            read + out.numel() * 2,
-            [lambda m=m: nf4.dequantize_nf4_triton(m, out=out) for m in matrices],
-        )
     return rows
 
 

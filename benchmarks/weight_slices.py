@@ -1,0 +1,112 @@
+"""How large the slices of a decoded NF4 weight should be where thousands of rows meet it (one GPU).
+
+    python benchmarks/weight_slices.py OUTPUT.json [--rows 6399 8192]
+
+y += x W^T by slices of rows and dx += dy W by slices of columns, decoding included, for the four
+fused matrices of a 7B layer, against the library's product on the whole decoded matrix. Every size
+is timed in every round, so that a card's clock does not favour one; medians of the rounds. Data is
+random and larger than the L2 cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sparring.environment import describe_environment
+from sparring.models import quantised
+from sparring.models.quantised import Quantised
+
+CUDA = torch.device("cuda")
+MATRICES = {
+    "qkv": ((3584, 512, 512), 3584),
+    "o": ((3584,), 3584),
+    "gate_up": ((18944, 18944), 3584),
+    "down": ((3584,), 18944),
+}
+SIZES = (32, 48, 64, 80, 96, 112, 128, 144, 192, 288)
+ROUNDS, CALLS = 7, 3
+
+
+def normal(*shape: int, scale: float = 1.0) -> Tensor:
+    return torch.randn(*shape, device=CUDA, dtype=torch.bfloat16) * scale
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(CALLS):
+        call()
+    stop.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(stop) / CALLS
+
+
+def weight_of(name: str) -> Quantised:
+    part_rows, inputs = MATRICES[name]
+    weight = Quantised(part_rows, inputs, device=CUDA, dtype=torch.bfloat16)
+    for index, rows in enumerate(part_rows):
+        weight.quantise(index, normal(rows, inputs, scale=0.02))
+    return weight
+
+
+def measure(name: str, rows: int) -> dict[str, Any]:
+    """Milliseconds by slice size, forward and backward, and of the library alone."""
+    weight = weight_of(name)
+    outputs, inputs = weight.shape
+    x, y, dense = normal(rows, inputs), normal(rows, outputs), weight.dense()
+    forms: dict[str, tuple[str, Callable[[], object]]] = {
+        "forward": ("SLICE_BYTES", lambda: weight.add_matmul(y, x)),
+        "backward": ("COLUMN_SLICE_BYTES", lambda: weight.add_matmul_transposed(x, y)),
+    }
+    library = {
+        "forward": lambda: y.addmm_(x, dense.T),
+        "backward": lambda: x.addmm_(y, dense),
+    }
+    found: dict[str, Any] = {"matrix": name, "rows": rows}
+    for form, (constant, call) in forms.items():
+        times: dict[str, list[float]] = {"library": [], **{f"{size} MiB": [] for size in SIZES}}
+        for round_number in range(ROUNDS + 1):
+            some = {"library": milliseconds(library[form])}
+            for size in SIZES:
+                setattr(quantised, constant, size * 2**20)
+                some[f"{size} MiB"] = milliseconds(call)
+            if round_number:
+                for key, value in some.items():
+                    times[key].append(value)
+            x.normal_()
+            y.normal_()
+        found[form] = {key: round(statistics.median(values), 3) for key, values in times.items()}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--rows", type=int, nargs="+", default=[6399, 8192])
+    asked = parser.parse_args()
+    torch.manual_seed(0)
+    result: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "environment": describe_environment(),
+    }
+    result["lines"] = [measure(name, rows) for rows in asked.rows for name in MATRICES]
+    for line in result["lines"]:
+        print(line, flush=True)
+    asked.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()
