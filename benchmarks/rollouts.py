@@ -308,12 +308,19 @@ class Measurement:
         if self.values:
             out["values"] = self.values
         if row.kind == "rollout" and out["graphs"]["num_graphs"]:
-            prompts, samples, prompt_tokens, output = row.work
-            counts = launches_a_step(self.engine, prompts * samples, prompt_tokens + output)
-            out["launches"] = counts | {"us each": 1e3 * out["ms a step"] / counts["nodes"]}
+            out["launches"] = self.launches(row, out["ms a step"])
         if row.kind != "prefill":
             out["mismatch"] = mismatch(self.model, groups)
         return out
+
+    def launches(self, row: Row, ms_a_step: float) -> dict[str, float | str]:
+        """Launches of a step of all rows, and microseconds each; or why they were not counted."""
+        prompts, samples, prompt_tokens, output = row.work
+        try:
+            counts = launches_a_step(self.engine, prompts * samples, prompt_tokens + output)
+        except (AttributeError, AssertionError, RuntimeError) as problem:
+            return {"failed": repr(problem)[:500]}  # the row's other figures stand
+        return counts | {"us each": 1e3 * ms_a_step / counts["nodes"]}
 
     def limit_blocks(self, peak: int) -> None:
         """Leaves the engine the row's share of the blocks that the work takes at most."""
