@@ -1,10 +1,11 @@
-"""Each kernel of the training pass against torch eager, torch.compile and Liger, in one run.
+"""Each kernel of the training pass against torch eager, torch.compile, Liger and bitsandbytes.
 
     python benchmarks/kernels_compared.py OUTPUT.json
 
 Forward and backward pass together, at the shapes of a 7B model in bf16: RMSNorm alone and with a
-residual (frozen weight), rotary embedding of 32 heads, SwiGLU, and the frozen output head
-(log-probability of a label; the others also materialise their logits). Inputs are random, larger
+residual (frozen weight, and trained), rotary embedding of 32 heads, SwiGLU, and the frozen output
+head (log-probability of a label; the others also materialise their logits); decoding an NF4 matrix
+is forward only. Attention is in attention.py, products in nf4_matmul.py. Inputs are random, larger
 than the L2 cache and used in turn; times are medians of CUDA events around several calls; compile
 time is apart. A peer that cannot be imported is reported as absent.
 """
@@ -26,29 +27,33 @@ from torch.nn import functional as F
 from sparring.environment import describe_environment
 from sparring.kernels import capability_of
 from sparring.kernels.head import linear_logprob
+from sparring.kernels.nf4 import dequantize_nf4, quantize_nf4
 from sparring.kernels.norm import add_rms_norm, rms_norm
 from sparring.kernels.rope import rope
 from sparring.kernels.swiglu import swiglu
 
 ROWS, HEAD_ROWS, WIDTH, FFN, VOCABULARY, HEADS = 16384, 4096, 3584, 18944, 152064, 32
 CUDA = torch.device("cuda")
-Function = Callable[..., Tensor | tuple[Tensor, ...]]
+Function = Callable[..., Any]
 
 
 def normal(*shape: int, scale: float = 1.0) -> Tensor:
     return torch.randn(*shape, device=CUDA, dtype=torch.bfloat16) * scale
 
 
-def both(function: Function, inputs: list[Tensor], grads: list[Tensor]) -> None:
-    """One forward and one backward pass."""
+def both(function: Function, inputs: list[Any], grads: list[Tensor]) -> None:
+    """One forward and one backward pass; without gradients of outputs the forward pass alone."""
+    if not grads:
+        function(*inputs)
+        return
     leaves = [x.detach().requires_grad_() for x in inputs]
     outputs = function(*leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     torch.autograd.backward(outputs[: len(grads)], [g.to(outputs[0].dtype) for g in grads])
 
 
-def milliseconds(function: Function, sets: list[tuple[list[Tensor], list[Tensor]]]) -> float:
-    """Median time of one forward and backward pass, the sets of inputs in turn."""
+def milliseconds(function: Function, sets: list[tuple[list[Any], list[Tensor]]]) -> float:
+    """Median time of one pass of `both`, the sets of inputs in turn."""
     calls = (sets * 6)[:6]
     for inputs, grads in calls:
         both(function, inputs, grads)
@@ -125,6 +130,12 @@ def cases() -> dict[str, tuple[Function, Function, Function | None, list[Any]]]:
             None,
             sets(3, row, row, outputs=(row, row)),
         ),
+        "rms_norm, trained weight": (
+            lambda x, w: rms_norm(x, w, 1e-6),
+            hf_norm,
+            norm_function and (lambda x, w: norm_function.apply(x, w, 1e-6, 0.0, "llama", False)),
+            sets(3, row, (WIDTH,), outputs=(row,)),
+        ),
         "rope": (
             lambda x: rope(x, cos, sin),
             lambda x: hf_rope(x, cos, sin),
@@ -146,9 +157,40 @@ def cases() -> dict[str, tuple[Function, Function, Function | None, list[Any]]]:
     }
 
 
+def decoding() -> dict[str, Any]:
+    """Decoding a 7B's gate_up from NF4 with double quantisation, and bitsandbytes' time."""
+    matrices = [quantize_nf4(normal(2 * FFN, WIDTH, scale=0.02)) for _ in range(2)]
+    out = torch.empty(2 * FFN, WIDTH, device=CUDA, dtype=torch.bfloat16)
+    row: dict[str, Any] = {"kernel": "NF4 decoding"}
+    row["ours ms"] = milliseconds(
+        lambda index: dequantize_nf4(matrices[index], out=out), [([0], []), ([1], [])]
+    )
+    try:
+        row["bitsandbytes ms"] = bitsandbytes_decoding(out)
+    except Exception as problem:  # noqa: BLE001 - a peer's failure is a result too
+        return row | {"bitsandbytes ms": f"failed: {repr(problem)[:200]}"}
+    return row | {"best peer / ours": row["bitsandbytes ms"] / row["ours ms"]}
+
+
+def bitsandbytes_decoding(out: Tensor) -> float:
+    """Milliseconds that bitsandbytes takes for matrices of out's shape."""
+    from bitsandbytes import functional as peer
+
+    packed = [
+        peer.quantize_4bit(
+            normal(*out.shape, scale=0.02), quant_type="nf4", compress_statistics=True
+        )
+        for _ in range(2)
+    ]
+    return milliseconds(
+        lambda index: peer.dequantize_4bit(*packed[index], out=out), [([0], []), ([1], [])]
+    )
+
+
 def main() -> None:
     torch.manual_seed(0)
-    rows = []
+    rows = [decoding()]
+    print(rows[0], flush=True)
     for name, (ours, eager, ligers, sets) in cases().items():
         row: dict[str, Any] = {"kernel": name, "liger ms": "absent" if ligers is None else None}
         start = time.perf_counter()
