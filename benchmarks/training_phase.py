@@ -5,7 +5,9 @@
 Random weights of real shapes, LoRA of rank 16 on q, k, v and o with B drawn non-zero, distinct
 prompts, advantages drawn non-zero. A phase is groups on the host to adapters updated: packing,
 forward, backward, clipping and the optimizer. Peak is the allocator's largest reserved memory
-since the weights are in place. Three phases after one to warm up; all are reported.
+since the weights are in place. Three phases after one to warm up; all are reported. Rows that end
+in "plan" take the fastest settings that `sparring plan` finds for the whole step under their cap,
+and must not take more memory than it says.
 
 Under a cap of N GiB the allocator gets N - 1.0 GiB before its first allocation, and a row fails
 where the device then holds more than 1.0 GiB beside what the allocator reserved. Rows with the same
@@ -25,19 +27,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from shapes import SHAPES, build
+from shapes import ATTENTION, SHAPES, build
 
 from sparring.algorithms.losses import dapo
 from sparring.data.packing import pack_groups
 from sparring.environment import describe_environment
+from sparring.models.checkpoint import family_of
 from sparring.models.transformer import Decoder
+from sparring.train.cards import find_card
 from sparring.train.optimizer import build_optimizer
+from sparring.train.plan import propose
+from sparring.train.plan_job import Job, Settings, Trained, Work
 from sparring.train.step import train_step
 from sparring.types import Batch, Group, Prompt, Rollout
 
@@ -60,6 +66,8 @@ class Row:
     cap: float = 0.0
     runs: int = 3
     warm_up: tuple[int, int, int, int] | None = None
+    plan: bool = False
+    planned: dict[str, float] = field(default_factory=dict)
     must: dict[str, float] = field(default_factory=dict)
 
 
@@ -82,6 +90,12 @@ ROWS = [
         share=False, tile=0),
     Row(name="7b-nf4-24gib", model=B7, quantization="nf4", work=MAIN, tokens=4096,
         checkpointing="none", cap=24.0, must={"seconds": 2.4}),
+    Row(name="7b-nf4-24gib-plan", model=B7, quantization="nf4", work=MAIN, tokens=0, cap=24.0,
+        plan=True, must={"seconds": 2.4}),
+    Row(name="7b-nf4-24gib-32k-plan", model=B7, quantization="nf4", work=LONG, tokens=0, cap=24.0,
+        plan=True, runs=1, warm_up=(1, 1, 256, 2048), must={"seconds": 60.0}),
+    Row(name="7b-nf4-24gib-64k-plan", model=B7, quantization="nf4", work=LONGER, tokens=0, cap=24.0,
+        plan=True, runs=1, warm_up=(1, 1, 256, 2048)),
     Row(name="7b-nf4-24gib-32k", model=B7, quantization="nf4", work=LONG, tokens=33024,
         checkpointing="layers", cap=24.0, runs=1, warm_up=(1, 1, 256, 2048),
         must={"seconds": 60.0}),
@@ -110,7 +124,8 @@ ROWS = [
         checkpointing="selective", tile=64),
 ]  # fmt: skip
 SHOWN = (
-    "name", "all seconds", "peak GiB", "peak allocated GiB", "device used GiB", "beside GiB",
+    "name", "tokens", "checkpointing", "offload", "planned", "all seconds", "peak GiB",
+    "peak allocated GiB", "device used GiB", "beside GiB",
     "tokens a second", "mfu", "hardware utilisation", "missed",
 )  # fmt: skip
 AT_MOST = ("seconds", "peak GiB")
@@ -207,6 +222,31 @@ def measure(model: Decoder, row: Row, ceiling: float) -> dict[str, Any]:
     return found | verdict(row, found)
 
 
+def planned(row: Row) -> Row:
+    """The row with the settings that plan proposes for the whole step under its cap."""
+    shape = SHAPES[row.model]
+    model = Trained(
+        config=family_of(shape).config(shape), is_quantised=row.quantization == "nf4",
+        targets=frozenset(ATTENTION),
+    )  # fmt: skip
+    prompts, size, prompt_tokens, completion_tokens = row.work
+    work = Work(
+        prompts=prompts, group_size=size, prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+    )  # fmt: skip
+    plan = propose(
+        Job(policy=model, work=work), Settings(), budget=int(row.cap * GIB),
+        card=find_card("H200"), exact=True,
+    )  # fmt: skip
+    assert plan.seconds is not None, "a card is named"
+    chosen = plan.settings
+    return replace(
+        row, tokens=chosen.micro_batch_tokens, checkpointing=chosen.checkpointing,
+        offload=chosen.offload, tile=chosen.mlp_tile_tokens,
+        planned={"peak GiB": plan.training.reserved / GIB, "seconds": plan.seconds.training},
+    )  # fmt: skip
+
+
 def verdict(row: Row, found: dict[str, Any]) -> dict[str, Any]:
     """Whether the row keeps to its cap and reaches what it must."""
     missed = [
@@ -214,6 +254,8 @@ def verdict(row: Row, found: dict[str, Any]) -> dict[str, Any]:
         for key, limit in row.must.items()
         if key in found and (found[key] > limit if key in AT_MOST else found[key] < limit)
     ]
+    if row.planned and found["peak GiB"] > row.planned["peak GiB"]:
+        missed.append(f"peak {found['peak GiB']:.2f} GiB, planned {row.planned['peak GiB']:.2f}")
     if row.cap and found["beside GiB"] > 1.0:
         missed.append(f"{found['beside GiB']:.2f} GiB beside the allocator's, at most 1.0 allowed")
     return {"missed": missed}
@@ -295,6 +337,9 @@ def run(rows: Sequence[Row], profiled: bool) -> Iterator[dict[str, Any]]:
     torch.manual_seed(0)
     has_gpu = torch.cuda.is_available()
     ceiling = 0.0
+    if has_gpu and rows[0].plan:  # as every run on a GPU does (train/plan_recipe.py)
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+    rows = [planned(row) if row.plan else row for row in rows]
     if has_gpu and rows[0].cap:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction((rows[0].cap - 1.0) * GIB / total)
@@ -317,8 +362,8 @@ def run(rows: Sequence[Row], profiled: bool) -> Iterator[dict[str, Any]]:
             print(profile(model, row), file=sys.stderr, flush=True)
 
 
-def kind(row: Row) -> tuple[str, str, float]:
-    return row.model, row.quantization, row.cap
+def kind(row: Row) -> tuple[str, str, float, bool]:
+    return row.model, row.quantization, row.cap, row.plan
 
 
 def main() -> None:

@@ -66,6 +66,9 @@ rows and rules of decode steps, and requests that library calls make inside them
 STEPS_PLAYED = 2
 """After the second step the allocator holds all that a run ever makes it reserve."""
 BATCHES_PLAYED = 3
+TIGHT = 1.1
+"""Settings that only just fit must be faster by so much: at its limit the allocator gives pages
+back and takes them again."""
 PROPOSALS_TRIED = 4
 """Of the fastest training passes: the first whose rollout fits too is taken."""
 
@@ -74,13 +77,15 @@ PROPOSALS_TRIED = 4
 class Phase:
     """Bytes by part when most is there; total: what the card must have, context included.
 
-    played: what the model of the allocator reserves; reserved: with what it does not see.
+    played: what the model of the allocator reserves; reserved: with what it does not see. is_tight:
+    that would be more than the budget, and is counted up to it.
     """
 
     parts: Mapping[str, int]
     allocated: int
     played: int
     reserved: int
+    is_tight: bool = False
 
     @property
     def total(self) -> int:
@@ -250,7 +255,8 @@ def propose(
             refusal = error
             continue
         if training.total <= budget:
-            found.append((training_seconds(job, settings, card, batches), settings))
+            seconds = training_seconds(job, settings, card, batches)
+            found.append((seconds * (TIGHT if training.is_tight else 1.0), settings))
     found.sort(key=lambda pair: pair[0])
     for _, settings in found[:PROPOSALS_TRIED]:
         plans = []
@@ -273,15 +279,21 @@ def propose(
 def _candidates(
     job: Job, wanted: Settings, modes: Sequence[str], tokens: Sequence[int], may_offload: bool
 ) -> Iterator[Settings]:
-    """Settings to try; more tokens than a step has are no other setting."""
-    longest = job.work.num_tokens
-    useful = [n for n in tokens if n < longest] + [n for n in sorted(tokens) if n >= longest][:1]
-    for mode in modes:
-        for number in sorted(set(useful), reverse=True):
-            yield replace(wanted, checkpointing=mode, micro_batch_tokens=number)
-    if may_offload and "layers" in modes and not wanted.offload:
-        for number in useful:
-            yield replace(wanted, checkpointing="layers", micro_batch_tokens=number, offload=True)
+    """Settings to try; more tokens than a step has, or fewer than one sequence, are no others."""
+    longest, shortest = job.work.num_tokens, job.work.prompt_tokens + job.work.completion_tokens
+    ascending = sorted(tokens)
+    small = [n for n in ascending if n < min(shortest, longest)][-1:]
+    middle = [n for n in ascending if min(shortest, longest) <= n < longest]
+    large = [n for n in ascending if n >= longest][:1]
+    useful = [*large, *reversed(middle), *small]
+    for offload in (wanted.offload, True) if may_offload and not wanted.offload else (False,):
+        for mode in modes:
+            if offload and not wanted.offload and mode == "none":
+                continue
+            for number in useful:
+                yield replace(
+                    wanted, checkpointing=mode, micro_batch_tokens=number, offload=offload
+                )
 
 
 def _caching(job: Job, wanted: Settings) -> tuple[bool, ...]:
@@ -373,12 +385,16 @@ def _played(tape: Tape, start: int, budget: int | None, phase: str, settings: Se
         ) from refusal
     unseen, share = UNSEEN[phase]
     reserved = peak.reserved + unseen + int(share * peak.reserved)
-    if limit is not None and peak.reserved <= limit < reserved:
+    is_tight = limit is not None and peak.reserved <= limit < reserved
+    if limit is not None and is_tight:
         reserved = limit  # at its limit the allocator gives free pages back and goes on
     parts = dict(peak.parts)
     parts[SLACK] = reserved - peak.allocated
     parts[CONTEXT] = CONTEXT_BYTES
-    return Phase(parts=parts, allocated=peak.allocated, played=peak.reserved, reserved=reserved)
+    return Phase(
+        parts=parts, allocated=peak.allocated, played=peak.reserved, reserved=reserved,
+        is_tight=is_tight,
+    )  # fmt: skip
 
 
 def gib(num_bytes: float) -> str:

@@ -119,7 +119,10 @@ def _update_seconds(
     if model.is_full:
         device += model.num_linear * (12 if model.item == 2 else 8) / _bandwidth(card)
     if settings.offload and recomputes:
-        kept = rows * config.num_layers * config.width * model.item
+        a_row = config.width
+        if settings.checkpointing == "selective":
+            a_row += config.num_heads * config.head_size
+        kept = rows * config.num_layers * a_row * model.item
         device = max(1.02 * device, 2 * kept / BUS_BYTES_PER_SECOND)
     return max(device, config.num_layers * _launch_seconds(model, recomputes))
 

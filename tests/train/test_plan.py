@@ -21,6 +21,7 @@ from sparring.train.plan import MODES, micro_batches, predict, propose
 from sparring.train.plan_job import (
     ADAPTERS,
     CONTEXT,
+    GRAPHS,
     KV,
     OPTIMIZER,
     PARTS,
@@ -139,6 +140,63 @@ def test_a_proposal_fits_and_more_memory_is_never_slower() -> None:
         seconds.append(plan.seconds.training)
     assert seconds == sorted(seconds, reverse=True)
     assert seconds[0] > seconds[-1]
+
+
+def qwen_7b() -> Trained:
+    config = CONFIG | {
+        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064,
+        "tie_word_embeddings": False, "max_position_embeddings": 131072,
+    }  # fmt: skip
+    targets = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
+    return Trained(config=family_of(config).config(config), is_quantised=True, targets=targets)
+
+
+@pytest.mark.parametrize(
+    ("completion_tokens", "prompts", "mode", "offload"),
+    [(768, 4, "none", False), (32768, 1, "selective", False), (65536, 1, "selective", True)],
+)
+def test_what_is_proposed_for_seven_billion_parameters_on_24_gib(
+    completion_tokens: int, prompts: int, mode: str, offload: bool
+) -> None:
+    work = Work(
+        prompts=prompts, group_size=8, prompt_tokens=256, completion_tokens=completion_tokens
+    )
+    job = Job(policy=qwen_7b(), work=work)
+    plan = propose(job, Settings(), budget=24 * GIB, card=H200, exact=True)
+    assert plan.fits
+    assert not plan.training.is_tight
+    assert (plan.settings.checkpointing, plan.settings.offload) == (mode, offload)
+    plain = "none" if mode == "none" else "layers"
+    slower = replace(plan.settings, checkpointing=plain, micro_batch_tokens=2048, offload=True)
+    other = predict(job, slower, budget=24 * GIB, card=H200, exact=True)
+    assert plan.seconds.training <= other.seconds.training
+
+
+def test_keys_and_values_in_eight_bits_are_counted_with_their_scales(tmp_path: Path) -> None:
+    half, small = (
+        job_of(recipe_for(tmp_path, rollout={"kv_dtype": name})) for name in ("auto", "int8")
+    )
+    head = half.policy.config.head_size
+    assert half.policy.kv_bytes_per_token == 6 * 2 * 2 * head * 2
+    assert small.policy.kv_bytes_per_token == 6 * 2 * 2 * (head + 4)
+    plans = [predict(job, Settings(), budget=8 * GIB) for job in (half, small)]
+    sizes = [plan.settings.kv_bytes for plan in plans]
+    assert sizes[1] / sizes[0] == pytest.approx((head + 4) / (2 * head), rel=1e-3)
+
+
+def test_graphs_take_pages_of_their_own_and_grow_with_rows_and_contexts() -> None:
+    work = Work(prompts=1, group_size=8, prompt_tokens=256, completion_tokens=768)
+    settings, sizes = Settings(checkpointing="layers", offload=True), []
+    for changes in ({}, {"prompts": 32}, {"completion_tokens": 32768}):
+        job = Job(policy=qwen_7b(), work=replace(work, **changes))
+        plan = predict(job, settings, budget=40 * GIB)
+        assert plan.rollout is not None
+        sizes.append(plan.rollout.parts[GRAPHS])
+    assert all((size - 8 * 2**20) % (20 * 2**20) == 0 for size in sizes)
+    logits = 256 * 152064 * 4
+    assert logits < sizes[1] < logits + 2**28
+    assert sizes[0] <= sizes[2] < sizes[1]
 
 
 def test_nothing_fits_is_said_with_the_numbers() -> None:
