@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 
 from sparring import runlog
 from sparring.errors import Interrupted, RunError
+from sparring.recipe import Recipe
 from sparring.rollout.cuda_graph import GraphSteps
 from sparring.rollout.generation import Generation
 from sparring.rollout.steps import EagerSteps
@@ -85,7 +87,6 @@ def test_a_signal_while_decoding_writes_a_checkpoint(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = grpo_recipe(folder, run={"dir": str(tmp_path / "run")})
-    interrupt = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
     with monkeypatch.context() as patched:
         patched.setattr(EagerSteps, "run", at_call(30, EagerSteps.run, interrupt))
         with pytest.raises(Interrupted):
@@ -119,16 +120,71 @@ def test_other_errors_pass() -> None:
         raise ValueError("wrong")
 
 
+def no_memory_on_the_card() -> None:
+    """The allocator itself refuses, while the failing frame holds what must be free afterwards."""
+    held = torch.zeros(BALLAST, dtype=torch.uint8, device="cuda")
+    torch.empty(1 << 40, dtype=torch.uint8, device="cuda")
+    del held
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+BALLAST = 1 << 28
+ON_THE_CARD = {
+    "capture": (GraphSteps, "_compute", 1, no_memory_on_the_card),
+    "prefill": (Generation, "_prefill", 1, no_memory_on_the_card),
+    "decode": (GraphSteps, "run", 1, no_memory_on_the_card),
+    "backward": (torch.autograd, "backward", 1, no_memory_on_the_card),
+    "optimizer": (Optimizer, "step", 1, no_memory_on_the_card),
+    "interrupt while decoding": (GraphSteps, "run", 1, interrupt),
+}
+
+
+def card_recipe(folder: Path, run: Path) -> Recipe:
+    return grpo_recipe(folder, model={"dtype": "bfloat16"}, run={"dir": str(run)}, lora={"rank": 4})
+
+
+@pytest.fixture(scope="module")
+def whole_losses(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    run = tmp_path_factory.mktemp("whole") / "run"
+    grpo.train(card_recipe(folder, run))
+    return losses(run)
+
+
+def held_bytes() -> int:
+    """What is allocated on the card, but for the library's workspaces."""
+    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
+    return torch.cuda.memory_allocated()
+
+
 @pytest.mark.gpu
-def test_memory_that_ends_while_a_graph_is_captured(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("place", ON_THE_CARD)
+def test_on_a_card_memory_is_free_after_the_failure_and_the_run_goes_on(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    place: str,
+    whole_losses: list[float],
 ) -> None:
-    recipe = grpo_recipe(
-        folder, model={"dtype": "bfloat16"}, run={"dir": str(tmp_path / "run")}, lora={"rank": 4}
-    )
+    owner, name, number, fault = ON_THE_CARD[place]
+    recipe = card_recipe(folder, tmp_path / "run")
+    before = held_bytes()
     with monkeypatch.context() as patched:
-        patched.setattr(GraphSteps, "_compute", at_call(1, GraphSteps._compute, no_memory))
-        with pytest.raises(RunError, match="ran out of memory"):
+        patched.setattr(owner, name, at_call(number, getattr(owner, name), fault))
+        wanted = Interrupted if fault is interrupt else RunError
+        with pytest.raises(wanted) as failure:
             grpo.train(recipe)
+    if wanted is RunError:
+        message = str(failure.value)
+        assert message.count("ran out of memory") == 1
+        assert "--resume" in message
+    del failure
+    assert held_bytes() - before < BALLAST // 64
+    assert list((tmp_path / "run" / "checkpoints").iterdir())
     grpo.train(recipe, resume=True)
-    assert len(losses(tmp_path / "run")) == 4
+    assert losses(tmp_path / "run") == whole_losses
+    assert "CUDA Graph is empty" not in capsys.readouterr().err
