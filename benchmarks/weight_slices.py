@@ -4,8 +4,8 @@
 
 x W^T by slices of rows and dy W by slices of columns, as new tensors and added to old ones, with
 the decoding, for the four fused matrices of a 7B layer, against the library's product on the whole
-decoded matrix. Every size is timed in every round, so that a card's clock does not favour one; medians of the rounds. Data is
-random and larger than the L2 cache.
+decoded matrix. Every size is timed in every round, so that a card's clock does not favour one;
+medians of the rounds. Data is random and larger than the L2 cache.
 """
 
 from __future__ import annotations
