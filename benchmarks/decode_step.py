@@ -34,6 +34,7 @@ from sparring.kernels.few_rows import few_rows_triton, squares_of
 from sparring.kernels.matmul import Tile
 from sparring.kernels.sampling import draw_tokens
 from sparring.layout import DecodeLayout
+from sparring.models.few_rows import step_logits
 from sparring.models.transformer import Decoder, new_kv_pool
 from sparring.rollout.sampler import Sampling, draw_rules
 
@@ -78,15 +79,15 @@ class Step:
         none = torch.empty(0, dtype=torch.int64, device=device)
         self.rules = draw_rules(Sampling(max_completion_tokens=1), num_rows, none, device)
 
-    def hidden(self) -> torch.Tensor:
-        """Hidden states [R, D]."""
+    def logits(self) -> torch.Tensor:
+        """Logits [R, V]."""
         with torch.no_grad():
-            return self.model(self.tokens_R, self.positions_R, self.layout, self.pool)
+            return step_logits(
+                self.model, self.tokens_R, self.positions_R, self.layout, self.pool, adapter=None
+            )
 
-    def __call__(self) -> torch.Tensor:
-        logits_RV = self.model.logits(self.hidden())
-        self.drawn = draw_tokens(logits_RV, self.ids_R2, self.positions_R, self.rules)
-        return logits_RV
+    def __call__(self) -> None:
+        self.drawn = draw_tokens(self.logits(), self.ids_R2, self.positions_R, self.rules)
 
 
 def captured(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
@@ -116,11 +117,11 @@ def microseconds(graph: torch.cuda.CUDAGraph, replays: int = 40) -> float:
 
 
 def errors(model: Decoder, step: Step) -> dict[str, float]:
-    """Relative distance of the forms' hidden states from a float32 model's, and of each other."""
+    """Relative distance of the forms' logits from a float32 model's, and of each other."""
     found = {}
     for name in FORMS:
         with form(model, name):
-            found[name] = step.hidden().double()
+            found[name] = step.logits().double()
     wide = Decoder(model.config, device=model.device, dtype=torch.float32)
     wide.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
     wide.requires_grad_(False)
@@ -131,7 +132,7 @@ def errors(model: Decoder, step: Step) -> dict[str, float]:
         model.config, step.pool.data.shape[1], BLOCK_SIZE, torch.float32, model.device
     )
     twin.pool.data.copy_(step.pool.data)
-    want = twin.hidden().double()
+    want = twin.logits().double()
     out = {name: ((got - want).norm() / want.norm()).item() for name, got in found.items()}
     assert out["fused"] < 1.3 * out["library"], out
     return out
@@ -142,7 +143,7 @@ def same_bits(model: Decoder, step: Step) -> int:
     made = []
     for name in ("fused", "overlapped"):
         with form(model, name):
-            made.append(captured(step.hidden))
+            made.append(captured(step.logits))
     (plain, want), (early, got) = made
     wrong = torch.zeros((), dtype=torch.int64, device=model.device)
     for _ in range(REPLAYS):

@@ -9,20 +9,42 @@ NF4 without a decoded copy, bitwise mode.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from sparring.kernels.few_rows import MAX_ROWS, Norm, few_rows, overlaps, squares_of
+from sparring.kernels.few_rows import MAX_ROWS, Norm, Squares, few_rows, overlaps, squares_of
 from sparring.kernels.matmul import BLOCK
+from sparring.kernels.norm import rms_norm
+from sparring.layout import DecodeLayout, KVPool
 from sparring.models.attention import AttentionPlan
 from sparring.models.attention_paged_kernel import PagedKernelPlan
 from sparring.models.linear import Dense, Linear
 from sparring.models.quantised import Quantised
+from sparring.models.transformer import Decoder, DecoderLayer
 
-if TYPE_CHECKING:
-    from sparring.models.transformer import DecoderLayer
+
+def step_logits(
+    model: Decoder,
+    tokens_R: Tensor,
+    positions_R: Tensor,
+    layout: DecodeLayout,
+    kv_pool: KVPool,
+    *,
+    adapter: str | None,
+) -> Tensor:
+    """Logits [R, V] in float32 after each row's newest token [R], whose keys are written."""
+    x_RD, cos, sin, plan = model.begin(tokens_R, positions_R, layout, kv_pool, adapter)
+    layers = [layer for layer in model.layers if isinstance(layer, DecoderLayer)]
+    if not (model.fuses_few_rows and serves(x_RD, layers, plan, adapter)):
+        return model.logits(model.infer(x_RD, cos, sin, plan, adapter))
+    assert isinstance(plan, PagedKernelPlan), "`serves` says so"
+    x_RD, squares = run_layers(x_RD, layers, cos, sin, plan)
+    table, eps = model.head.table, model.config.norm_eps
+    if not isinstance(table, Tensor):
+        return model.logits(rms_norm(x_RD, model.norm, eps))
+    norm = Norm(weight=model.norm, eps=eps, squares=squares)
+    return few_rows(x_RD, table, norm=norm, out_dtype=torch.float32, capability=model.capability)[0]
 
 
 def serves(
@@ -36,8 +58,13 @@ def serves(
         and isinstance(plan, PagedKernelPlan)
         and plan.tiles is None
         and not plan.shares_prompts
-        and all(_is_plain(linear, adapter) for layer in layers for linear in layer.linears)
+        and all(_is_plain(linear, adapter) for layer in layers for linear in _linears(layer))
     )
+
+
+def _linears(layer: DecoderLayer) -> tuple[Linear, Linear, Linear, Linear]:
+    """The products in the order of their use."""
+    return layer.qkv, layer.output, layer.gate_up, layer.down
 
 
 def _is_plain(linear: Linear, adapter: str | None) -> bool:
@@ -60,13 +87,13 @@ def _weight_of(linear: Linear) -> Tensor | None:
 
 def run_layers(
     x_TD: Tensor, layers: Sequence[DecoderLayer], cos: Tensor, sin: Tensor, plan: PagedKernelPlan
-) -> Tensor:
-    """The residual stream [T, D] after all layers."""
+) -> tuple[Tensor, Squares]:
+    """The residual stream [T, D] after all layers, and its squares."""
     assert not torch.is_grad_enabled(), "a decode step has no gradient"
     capability = layers[0].qkv.capability
     x_TD, squares = x_TD.contiguous(), squares_of(x_TD)
     for layer in layers:
-        qkv, output, gate_up, down = (_weight_of(linear) for linear in layer.linears)
+        qkv, output, gate_up, down = (_weight_of(linear) for linear in _linears(layer))
         assert qkv is not None, "`serves` says so"
         assert output is not None, "`serves` says so"
         assert gate_up is not None, "`serves` says so"
@@ -101,4 +128,4 @@ def run_layers(
         x_TD, found = few_rows(hidden, down, layer.down.bias, residual=x_TD, capability=capability)
         assert found is not None, "a residual was given"
         squares = found
-    return x_TD
+    return x_TD, squares

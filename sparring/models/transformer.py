@@ -25,7 +25,6 @@ from sparring.models.attention import AttentionPlan, plan_attention
 from sparring.models.attention_paged_kernel import PagedKernelPlan
 from sparring.models.blocks import lora_mlp
 from sparring.models.checkpointing import MLP_TILE_TOKENS, Checkpointing
-from sparring.models.few_rows import run_layers, serves
 from sparring.models.linear import Dense, Linear, fix_order
 from sparring.models.lora import LoraAdapter, LoraConfig
 from sparring.models.quantised import Quantised
@@ -131,11 +130,6 @@ class DecoderLayer(nn.Module):
         summed_TD, normed_TD = self.after_attention(x_TD, attended, adapter)
         out: Tensor = summed_TD + self.mlp(normed_TD, adapter)
         return out
-
-    @property
-    def linears(self) -> tuple[Linear, Linear, Linear, Linear]:
-        """The products in the order of their use: qkv, output, gate and up, down."""
-        return self.qkv, self.output, self.gate_up, self.down
 
     @property
     def window(self) -> int:
@@ -330,6 +324,23 @@ class Decoder(nn.Module):
         adapter: "policy" = the trained adapter where there is one; any other name must exist; None
         = the base alone. A PagedLayout needs `kv_pool`, which is written to.
         """
+        x_TD, cos, sin, plan = self.begin(input_ids_T, positions_T, layout, kv_pool, adapter)
+        if not torch.is_grad_enabled():
+            return self.infer(x_TD, cos, sin, plan, adapter)
+        keeping = self.checkpointing.begin(len(self.layers))
+        for layer in self.layers:
+            x_TD = keeping.run(layer, x_TD, cos, sin, plan, adapter)
+        return rms_norm(x_TD, self.norm, self.config.norm_eps)
+
+    def begin(
+        self,
+        input_ids_T: Tensor,
+        positions_T: Tensor,
+        layout: Layout,
+        kv_pool: KVPool | None,
+        adapter: str | None,
+    ) -> tuple[Tensor, Tensor, Tensor, AttentionPlan]:
+        """What the layers take: embeddings [T, D], angles' cosines and sines, who sees whom."""
         assert adapter in (None, "policy") or adapter in self.lora, f"no adapter called {adapter!r}"
         plan = plan_attention(
             layout,
@@ -341,25 +352,16 @@ class Decoder(nn.Module):
             bitwise=self.is_bitwise,
         )
         cos, sin = rope_tables(self._frequencies.to(self.device), positions_T)
-        x_TD = self.embed.rows(input_ids_T)
-        if not torch.is_grad_enabled():
-            return self._infer(x_TD, cos, sin, plan, adapter)
-        keeping = self.checkpointing.begin(len(self.layers))
-        for layer in self.layers:
-            x_TD = keeping.run(layer, x_TD, cos, sin, plan, adapter)
-        return rms_norm(x_TD, self.norm, self.config.norm_eps)
+        return self.embed.rows(input_ids_T), cos, sin, plan
 
-    def _infer(
+    def infer(
         self, x_TD: Tensor, cos: Tensor, sin: Tensor, plan: AttentionPlan, adapter: str | None
     ) -> Tensor:
         """`forward` without gradient: every addition goes into the norm that follows it."""
         eps = self.config.norm_eps
-        layers = [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
-        if self.fuses_few_rows and serves(x_TD, layers, plan, adapter):
-            assert isinstance(plan, PagedKernelPlan), "`serves` says so"
-            return rms_norm(run_layers(x_TD, layers, cos, sin, plan), self.norm, eps)
         added: Tensor | None = None
-        for layer in layers:
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer), "layers are DecoderLayers"
             if added is None:
                 normed = rms_norm(x_TD, layer.attention_norm, eps)
             else:

@@ -27,6 +27,7 @@ from torch import Tensor
 from sparring.kernels.decode_state import advance, place
 from sparring.kernels.sampling import DrawRules, draw_tokens
 from sparring.layout import DecodeLayout, KVPool
+from sparring.models.few_rows import step_logits
 from sparring.models.quantised import cached_addresses, scratch_bytes
 from sparring.models.transformer import Decoder
 from sparring.rollout.block_pool import blocks_for
@@ -259,11 +260,11 @@ class GraphSteps:
             layout.kv_lengths_R,
             block_size=self._block_size,
         )
-        hidden_RD = self._model(
-            state.tokens_R, state.positions_R, layout, pool, adapter=self._adapter
+        logits_RV = step_logits(
+            self._model, state.tokens_R, state.positions_R, layout, pool, adapter=self._adapter
         )
         tokens_R, logprobs_R = draw_tokens(
-            self._model.logits(hidden_RD),
+            logits_RV,
             rows.sample_ids_R2[r],
             state.draws_R,
             self._rules[self._is_cut].of_rows(r),

@@ -132,10 +132,11 @@ def test_a_decoder_in_five_launches_a_layer(qk_norm):
             x = model.embed.rows(torch.arange(rows, device=DEVICE))
             plan = PagedKernelPlan.of_layout(layout, pool, CAPABILITY)
             if fuses:
-                x = run_layers(x, list(model.layers), cos, sin, plan)
+                x, squares = run_layers(x, list(model.layers), cos, sin, plan)
+                assert error(squares.parts.sum(0), x.float().square().sum(1)) < 1e-6
                 out = rms_norm(x, model.norm, config.norm_eps)
             else:
-                out = model._infer(x, cos, sin, plan, None)
+                out = model.infer(x, cos, sin, plan, None)
         found.append((out, pool.data))
     (want, kept), (got, written) = found
     assert error(got, want) < 1e-2
