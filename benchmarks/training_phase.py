@@ -5,7 +5,8 @@
 Random weights of real shapes, LoRA of rank 16 on q, k, v and o with B drawn non-zero, distinct
 prompts, advantages drawn non-zero. A phase is groups on the host to adapters updated: packing,
 forward, backward, clipping and the optimizer. Peak is the allocator's largest reserved memory
-since the weights are in place. Three phases after one to warm up; all are reported. Rows that end
+since the weights are in place, with expandable segments, as runs have them. Three phases after one
+to warm up; all are reported. Rows that end
 in "plan" take the fastest settings that `sparring plan` finds for the whole step under their cap,
 and must not take more memory than it says.
 
@@ -337,7 +338,7 @@ def run(rows: Sequence[Row], profiled: bool) -> Iterator[dict[str, Any]]:
     torch.manual_seed(0)
     has_gpu = torch.cuda.is_available()
     ceiling = 0.0
-    if has_gpu and rows[0].plan:  # as every run on a GPU does (train/plan_recipe.py)
+    if has_gpu:  # as every run on a GPU does (train/plan_recipe.py)
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     rows = [planned(row) if row.plan else row for row in rows]
     if has_gpu and rows[0].cap:
