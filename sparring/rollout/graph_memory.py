@@ -8,7 +8,7 @@ later finds its room, and so does the run before it. Nothing is computed here.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import torch
@@ -68,18 +68,19 @@ class GraphMemory:
         if self.has_room(num_bytes):
             return
         if self._keeper is None:
-            with self.allocating():
+            self._ask([1])  # what is captured inside must not load a kernel
+            self._keeper = self.capture(lambda: self._ask([1]))
+            with self.allocating():  # a pool must belong to a graph before it is lent
                 small = torch.ones(16, 16, dtype=torch.float16, device=self.device)
                 torch.mm(small, small)
                 del small
-
-        def ask() -> None:
-            pieces = [num_bytes] + [SMALL_BYTES] * SMALL_PIECES
-            held = [torch.empty(n, dtype=torch.uint8, device=self.device) for n in pieces]
-            held[-1].zero_()
-
-        self._keeper = self.capture(ask)
+        self._keeper = self.capture(lambda: self._ask([num_bytes, *[SMALL_BYTES] * SMALL_PIECES]))
         self._reserved = num_bytes
+
+    def _ask(self, sizes: Sequence[int]) -> None:
+        """Have so many bytes at once, for a moment."""
+        held = [torch.empty(size, dtype=torch.uint8, device=self.device) for size in sizes]
+        held[-1].zero_()
 
     @contextmanager
     def allocating(self) -> Iterator[None]:
