@@ -30,6 +30,7 @@ from sparring.kernels.paged_plan import DecodeWorkspace, PrefillTiles, split_of
 from sparring.kernels.paged_prefill import paged_prefill_triton
 from sparring.kernels.rope import rope_triton
 from sparring.kernels.rotate_write import rotate_write_triton
+from sparring.kernels.shared_decode import chunk_of, shared_splits
 from sparring.kernels.split_attention import split_attention_paged
 from sparring.layout import KVPool
 
@@ -48,6 +49,10 @@ VARIANTS = [
 ]  # fmt: skip
 VARIED = ("7B", "1.5B", "0.5B")
 VARIED_CASES = ((8, 1024), (32, 640), (128, 512), (256, 768))
+SHARED_CASES = (
+    (32, 8, 256, 384), (128, 8, 256, 256), (256, 8, 256, 512), (128, 16, 1024, 64),
+    (128, 16, 1024, 512),
+)  # fmt: skip
 EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)
 Sizes = tuple[int, int, int, int, int]
 SHIPPED = paged_attention.split_of, paged_attention.form_of
@@ -189,27 +194,42 @@ def decode_row(
 
 
 def shared_prompts() -> list[dict[str, object]]:
-    """Groups of 16 rows over one prompt of 1,024 tokens: every split once a row, once a chunk."""
+    """Groups of rows over one prompt: every split once a row, and once for neighbours."""
     rows = []
+    capability = capability_of(CUDA)
     for name, (heads, kv_heads, size) in SHAPES.items():
-        for num_rows, own in ((32, 64), (128, 64), (128, 512)):
-            lengths = [1024 + own] * num_rows
-            pool, tables, lengths_R = pool_of(lengths, (heads, kv_heads, size), 6)
-            tables[:, : 1024 // BLOCK] = tables[::16, : 1024 // BLOCK].repeat_interleave(16, 0)
-            split = paged_attention.split_of(capability_of(CUDA), size)["SPLIT"]
-            q, most = normal(num_rows, heads, size), -(-lengths[0] // split)
-            outputs, row = [], {"shape": name, "rows": num_rows, "own tokens": own}
-            for shares in (False, True):
+        for num_rows, group, prompt, own in SHARED_CASES:
+            lengths = [prompt + own] * num_rows
+            layers = 24 if num_rows * own < 32768 else 8
+            pool, tables, lengths_R = pool_of(lengths, (heads, kv_heads, size), layers)
+            whole = prompt // BLOCK
+            tables[:, :whole] = tables[::group, :whole].repeat_interleave(group, 0)
+            split = paged_attention.split_of(capability, size)["SPLIT"]
+            most = -(-lengths[0] // split)
+            counted = partial(
+                shared_splits, tables, lengths_R, chunk=chunk_of(heads // kv_heads),
+                block_size=BLOCK, split=split, max_splits=most,
+            )  # fmt: skip
+            qkv = normal(num_rows, (heads + 2 * kv_heads) * size)
+            angles = normal(num_rows, size // 2, dtype=torch.float32)
+            norms = [normal(size), normal(size)] if name.startswith("Qwen3") else [None, None]
+            slots = tables[:, (lengths[0] - 1) // BLOCK].long() * BLOCK + (lengths[0] - 1) % BLOCK
+            outputs: list[torch.Tensor] = []
+            row: dict[str, object] = {
+                "shape": name, "rows": num_rows, "group": group, "prompt": prompt, "own": own,
+                **paged_attention.form_of(capability, num_rows * kv_heads),
+            }  # fmt: skip
+            for what, shared_R in (("us", None), ("us, computed once", counted())):
                 call = partial(
-                    paged_attention.paged_decode_triton, q, pool, tables_RN=tables,
-                    lengths_R=lengths_R, max_splits=most, capability=capability_of(CUDA),
+                    paged_attention.rotate_decode_triton, qkv, angles.cos(), angles.sin(), *norms,
+                    1e-6, slots, pool, tables_RN=tables, lengths_R=lengths_R, max_splits=most,
+                    capability=capability, shared_R=shared_R,
                     workspace=DecodeWorkspace.new(num_rows, heads, kv_heads, size, most, CUDA),
-                    shares_prompts=shares,
                 )  # fmt: skip
                 outputs.append(call(layer=0))
-                micros = replayed([partial(call, layer=layer) for layer in range(6)] * 2)
-                row["us, computed once" if shares else "us"] = round(micros, 2)
-            row["bits equal"] = torch.equal(*outputs)
+                row[what] = round(replayed([partial(call, layer=i) for i in range(layers)]), 2)
+            row["us to count"] = round(replayed([counted] * 24), 2)
+            row["bits equal"] = torch.equal(*outputs) and not bool(outputs[0].isnan().any())
             rows.append(row)
     return rows
 

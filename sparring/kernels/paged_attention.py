@@ -27,13 +27,12 @@ from sparring.kernels.rotate_write import (
     rotated_heads,
     to_eight_bits,
 )
-from sparring.kernels.shared_decode import _shared_kernel, shared_mates
+from sparring.kernels.shared_decode import chunk_of, finish, shared_program
 from sparring.kernels.splits import (
     LOG2_E,
     OPTIONS,
     ask_ahead,
     inverse,
-    merge_factors,
     paged_split,
     paged_splits,
     scales_of,
@@ -81,59 +80,47 @@ def read_slots(kv_pool: KVPool, layer: int, blocks: Tensor, places: Tensor) -> T
     return found.float() * kv_pool.scales[layer][blocks, :, :, places].unsqueeze(-1)
 
 
-@jit
-def _merge_row(
-    out_ptr, partial_ptr, states_ptr, low, high, GROUP: tl.constexpr, E: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """Splits low..high of a row and key head, four loads under way at once, merged in order."""
-    members = tl.arange(0, BLOCK_M)
-    columns = tl.arange(0, BLOCK_E)
-    inside = (members < GROUP)[:, None] & (columns < E)[None, :]
-    to = members[:, None] * E + columns[None, :]
-    acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
-    peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    for first in range(low, high, 4):
-        for i in tl.static_range(4):
-            there = (members < GROUP) & (first + i < high)
-            state_at = states_ptr + (first + i) * (2 * GROUP) + members
-            peak_new = tl.load(state_at, there, other=-float("inf"), cache_modifier=".cg")
-            total_new = tl.load(state_at + GROUP, there, other=0.0, cache_modifier=".cg")
-            acc_new = tl.load(
-                partial_ptr + (first + i) * (GROUP * E) + to, inside & (first + i < high),
-                other=0.0, cache_modifier=".cg",
-            )  # fmt: skip
-            peak, keep, add = merge_factors(peak, peak_new)
-            total = tl.fma(total_new, add, total * keep)
-            acc = tl.fma(acc_new, add[:, None], acc * keep[:, None])
-    out = acc * inverse(total)[:, None]
-    tl.store(out_ptr + to, rounded(out, out_ptr.dtype.element_ty), mask=inside)
-
-
 @jit(do_not_specialize=["layer", "num_blocks", "num_slots", "table_stride", "window"])
 def _decode_kernel(
-    q_ptr, address_ptr, tables_ptr, lengths_ptr, out_ptr, partial_ptr, states_ptr, tickets_ptr,
-    cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, slots_ptr, stride_t, table_stride, layer, num_blocks,
-    num_slots, scale, window, eps,
+    q_ptr, address_ptr, tables_ptr, lengths_ptr, shared_ptr, out_ptr, partial_ptr, states_ptr,
+    tickets_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, slots_ptr, stride_t, table_stride, layer,
+    num_blocks, num_slots, scale, window, eps,
     K: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr, B: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, HAS_WINDOW: tl.constexpr,
     KV_DTYPE: tl.constexpr, LIMIT: tl.constexpr, SHARED: tl.constexpr, ROTATES: tl.constexpr,
     HAS_NORM: tl.constexpr, OVERLAPS: tl.constexpr, SPAN: tl.constexpr, AHEAD: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     if OVERLAPS:  # in a chain of launches, see few_rows.py
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
-    split = tl.program_id(2) * SPAN
+    part = tl.program_id(2)
+    pool_ptr = tl.multiple_of(tl.load(address_ptr).to(tl.pointer_type(KV_DTYPE)), 16)
+    k_ptr = pool_ptr + (layer.to(tl.int64) * num_blocks * (2 * K) + kv_head) * (B * E)
+    scales_ptr = scales_of(address_ptr, layer, num_blocks, kv_head, K, B, LIMIT)
+    shared = 0
+    if SHARED > 1:
+        slices = (num_slots + SHARED - 2) // SHARED  # of parts: every split but one may be shared
+        if part < slices:
+            shared_program(
+                q_ptr, k_ptr, scales_ptr, tables_ptr, lengths_ptr, shared_ptr, out_ptr, partial_ptr,
+                states_ptr, tickets_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, row, kv_head,
+                part, stride_t, table_stride, num_slots, tl.num_programs(0), scale, eps, K, GROUP,
+                E, B, BLOCK_E, BLOCK_M, BLOCK_N, SPLIT, LIMIT, SHARED, BLOCK_W, ROTATES, HAS_NORM,
+                SPAN, AHEAD,
+            )  # fmt: skip
+            return
+        part -= slices
+        shared = tl.load(shared_ptr + row)
+    split = part * SPAN
     length = tl.load(lengths_ptr + row)
     members = tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_E)
     inside = (columns < E)[:, None] & (members < GROUP)[None, :]
     flat = (row * K + kv_head) * (GROUP * E)
     to = members[None, :] * E + columns[:, None]
-    pool_ptr = tl.multiple_of(tl.load(address_ptr).to(tl.pointer_type(KV_DTYPE)), 16)
     if length <= 0:
         if split == 0:
             zeros = tl.zeros([BLOCK_E, BLOCK_M], out_ptr.dtype.element_ty)
@@ -143,26 +130,15 @@ def _decode_kernel(
     first_split = first_key // SPLIT
     num_splits = (length + SPLIT - 1) // SPLIT
     end_split = tl.minimum(split + SPAN, num_splits)
-    split = tl.maximum(split, first_split)
+    split = tl.maximum(split, tl.maximum(first_split, shared))
     if split >= end_split:
         return
-    if SHARED > 0:  # more than one row's splits are done already where they are the same
-        chunk = row // SHARED * SHARED
-        mates = chunk + tl.arange(0, SHARED)
-        end = split * SPLIT + SPLIT
-        num_rows = tl.num_programs(0)
-        same = shared_mates(lengths_ptr, tables_ptr, table_stride, mates, chunk, num_rows, end, B)
-        mine = tl.sum((same & (mates == row)).to(tl.int32), axis=0)
-        if (mine > 0) & (tl.sum(same.to(tl.int32), axis=0) > 1):
-            return
-    k_ptr = pool_ptr + (layer.to(tl.int64) * num_blocks * (2 * K) + kv_head) * (B * E)
     v_ptr = k_ptr + K * B * E
     tables_ptr += row * table_stride
     low = tl.maximum(split * SPLIT, first_key // BLOCK_N * BLOCK_N)
     high = tl.minimum(length, end_split * SPLIT)
     if AHEAD > 0:
         ask_ahead(k_ptr, v_ptr, tables_ptr, low, high, 2 * K * B * E, B, E, BLOCK_N, AHEAD)
-    scales_ptr = scales_of(address_ptr, layer, num_blocks, kv_head, K, B, LIMIT)
     if ROTATES:  # the row's query heads, then its new key and value
         is_query, is_value = members < GROUP, members > GROUP
         heads = tl.where(is_query, kv_head * GROUP + members, K * GROUP + kv_head)
@@ -191,9 +167,9 @@ def _decode_kernel(
     else:
         q = tl.load(q_ptr + flat + to, mask=inside, other=0.0)
     positions = tl.zeros([BLOCK_M], tl.int32) + (length - 1)
-    place = (row * K + kv_head) * num_slots
-    partial_ptr += place * (GROUP * E)
-    states_ptr += place * (2 * GROUP)
+    pair = row * K + kv_head
+    partial_at = partial_ptr + pair * num_slots * (GROUP * E)
+    states_at = states_ptr + pair * num_slots * (2 * GROUP)
     is_whole = (split == first_split) & (end_split == num_splits)
     if SPAN == 1:
         acc, peak, total = paged_split(
@@ -202,7 +178,7 @@ def _decode_kernel(
         )  # fmt: skip
     else:
         acc, total = paged_splits(
-            q, positions, k_ptr, v_ptr, scales_ptr, tables_ptr, partial_ptr, states_ptr, low, high,
+            q, positions, k_ptr, v_ptr, scales_ptr, tables_ptr, partial_at, states_at, low, high,
             length, scale, window, is_whole == 0, 2 * K * B * E, B, E, GROUP, BLOCK_E, BLOCK_M,
             BLOCK_N, SPLIT, HAS_WINDOW, LIMIT,
         )  # fmt: skip
@@ -211,19 +187,15 @@ def _decode_kernel(
         tl.store(out_ptr + flat + to, rounded(out, out_ptr.dtype.element_ty), mask=inside)
         return
     if SPAN == 1:
-        tl.store(partial_ptr + split * (GROUP * E) + to, acc, mask=inside)
-        state_at = states_ptr + split * (2 * GROUP) + members
+        tl.store(partial_at + split * (GROUP * E) + to, acc, mask=inside)
+        state_at = states_at + split * (2 * GROUP) + members
         tl.store(state_at, peak, mask=members < GROUP)
         tl.store(state_at + GROUP, total, mask=members < GROUP)
     tl.debug_barrier()  # every thread has stored before one of them tells
-    ticket_at = tickets_ptr + row * K + kv_head
-    done = tl.atomic_add(ticket_at, 1, sem="acq_rel", scope="gpu")
-    if done == (num_splits - 1) // SPAN - first_split // SPAN:
-        _merge_row(
-            out_ptr + flat, partial_ptr, states_ptr, first_split, num_splits, GROUP, E, BLOCK_E,
-            BLOCK_M,
-        )  # fmt: skip
-        tl.store(ticket_at, 0)
+    finish(
+        out_ptr, partial_ptr, states_ptr, tickets_ptr, pair, num_slots, first_split, num_splits,
+        shared, GROUP, E, BLOCK_E, BLOCK_M, SPAN,
+    )  # fmt: skip
 
 
 def paged_decode_triton(
@@ -238,44 +210,31 @@ def paged_decode_triton(
     window: int = 0,
     out: Tensor | None = None,
     workspace: DecodeWorkspace | None = None,
-    shares_prompts: bool = False,
+    shared_R: Tensor | None = None,
 ) -> Tensor:
     """`paged_decode_reference` in one launch, fit for capture.
 
     tables_RN, lengths_R: int32. max_splits: (length + SPLIT - 1) // SPLIT of the longest row that
     may come. workspace: for at least R rows of exactly max_splits splits; None makes one.
-    shares_prompts: a launch before it computes the splits of a prompt once for neighbouring rows
-    of its group; not with a window.
+    shared_R: `shared_splits` of these rows, which are then computed once for neighbours of a group;
+    not with a window.
     """
     rows, num_heads, size = q_RHE.shape
     num_kv_heads = kv_pool.data.shape[3]
     out, workspace = _prepared(
         q_RHE, num_heads, kv_pool, tables_RN, lengths_R, max_splits, out, workspace
     )
-    sizes = split_of(capability, size)
-    constants = constants_of(kv_pool.data, num_heads) | sizes | OPTIONS
-    chunk = 0
-    q_RHE, scale = q_RHE.contiguous(), LOG2_E / math.sqrt(size)
-    if shares_prompts and not window and max_splits > 1 and sizes["SPLIT"] % constants["B"] == 0:
-        chunk = rows_together(constants["GROUP"])
-    if chunk and rows:
-        _shared_kernel[(triton.cdiv(rows, chunk), num_kv_heads, max_splits - 1)](
-            q_RHE, kv_pool.address, tables_RN, lengths_R, workspace.partial, workspace.states,
-            workspace.tickets, tables_RN.stride(0), layer, kv_pool.num_blocks, rows, max_splits,
-            scale, ROWS=chunk,
-            **constants | {"BLOCK_M": max(16, triton.next_power_of_2(chunk * constants["GROUP"]))},
-        )  # fmt: skip
+    constants = constants_of(kv_pool.data, num_heads) | split_of(capability, size) | OPTIONS
     if rows:
-        form = _form(capability, rows, constants)
-        if chunk:
-            form["SPAN"] = 1
-        grid = (rows, num_kv_heads, triton.cdiv(max_splits, form["SPAN"]))
+        form = _form(capability, rows, constants, shared_R, window)
+        grid = (rows, num_kv_heads, _parts(max_splits, form))
         _decode_kernel[grid](
-            q_RHE, kv_pool.address, tables_RN, lengths_R, out, workspace.partial,
-            workspace.states, workspace.tickets, *[workspace.states] * 4, tables_RN, 0,
-            tables_RN.stride(0), layer, kv_pool.num_blocks, max_splits, scale, window, 0.0,
-            SHARED=chunk, HAS_WINDOW=window > 0, ROTATES=False, HAS_NORM=False, OVERLAPS=False,
-            **form, **constants,
+            q_RHE.contiguous(), kv_pool.address, tables_RN, lengths_R,
+            lengths_R if shared_R is None else shared_R, out, workspace.partial, workspace.states,
+            workspace.tickets, *[workspace.states] * 4, tables_RN, 0, tables_RN.stride(0), layer,
+            kv_pool.num_blocks, max_splits, LOG2_E / math.sqrt(size), window, 0.0,
+            HAS_WINDOW=window > 0, ROTATES=False, HAS_NORM=False, OVERLAPS=False, **form,
+            **constants,
         )  # fmt: skip
     return out
 
@@ -298,6 +257,7 @@ def rotate_decode_triton(
     window: int = 0,
     out: Tensor | None = None,
     workspace: DecodeWorkspace | None = None,
+    shared_R: Tensor | None = None,
     overlaps: bool = False,
 ) -> Tensor:
     """`rotate_write` and `paged_decode_triton` of its queries in one launch, the same bits.
@@ -318,14 +278,15 @@ def rotate_decode_triton(
     if overlaps:
         constants["launch_pdl"] = True
     if rows:
-        form = _form(capability, rows, constants)
-        grid = (rows, num_kv_heads, triton.cdiv(max_splits, form["SPAN"]))
+        form = _form(capability, rows, constants, shared_R, window)
+        grid = (rows, num_kv_heads, _parts(max_splits, form))
         _decode_kernel[grid](
-            qkv_RC, kv_pool.address, tables_RN, lengths_R, out, workspace.partial,
-            workspace.states, workspace.tickets, cos.contiguous(), sin.contiguous(),
+            qkv_RC, kv_pool.address, tables_RN, lengths_R,
+            lengths_R if shared_R is None else shared_R, out, workspace.partial, workspace.states,
+            workspace.tickets, cos.contiguous(), sin.contiguous(),
             q_norm if has_norm else cos, k_norm if has_norm else cos, slots_R, qkv_RC.stride(0),
             tables_RN.stride(0), layer, kv_pool.num_blocks, max_splits, LOG2_E / math.sqrt(size),
-            window, eps, SHARED=0, HAS_WINDOW=window > 0, ROTATES=True, HAS_NORM=has_norm,
+            window, eps, HAS_WINDOW=window > 0, ROTATES=True, HAS_NORM=has_norm,
             OVERLAPS=overlaps, **form, **constants,
         )  # fmt: skip
     return out
@@ -356,17 +317,29 @@ def _prepared(
     return out, workspace
 
 
-def _form(capability: Capability, rows: int, constants: dict[str, object]) -> dict[str, int]:
-    """`form_of` for so many rows; tiles are asked for ahead where each lies in one block."""
+def _form(
+    capability: Capability,
+    rows: int,
+    constants: dict[str, object],
+    shared_R: Tensor | None,
+    window: int,
+) -> dict[str, int]:
+    """How programs share the work of so many rows: `form_of`, and SHARED rows of a chunk."""
     form = dict(form_of(capability, rows * constants["K"]))
-    if constants["B"] % constants["BLOCK_N"] or constants["BLOCK_E"] != constants["E"]:
-        form["AHEAD"] = 0
-    return form
+    if constants["B"] % constants["BLOCK_N"]:
+        form["AHEAD"] = 0  # a tile lies in several blocks
+    chunk = 1 if shared_R is None else chunk_of(constants["GROUP"])
+    assert chunk == 1 or not window, "a window's rows share no splits"
+    width = triton.next_power_of_2(chunk * constants["GROUP"])
+    return form | {"SHARED": chunk, "BLOCK_W": max(16, width)}
 
 
-def rows_together(group: int) -> int:
-    """Neighbouring rows whose prompt is computed once: a power of two, 64 query heads at most."""
-    return 0 if group > 32 else 1 << (64 // group).bit_length() - 1
+def _parts(max_splits: int, form: dict[str, int]) -> int:
+    """Programs a row and key head: for shared splits, of which SHARED rows have one each, and own
+    ones.
+    """
+    shared = triton.cdiv(max_splits - 1, form["SHARED"]) if form["SHARED"] > 1 else 0
+    return shared + triton.cdiv(max_splits, form["SPAN"])
 
 
 def constants_of(data: Tensor, num_heads: int) -> dict[str, object]:

@@ -46,6 +46,18 @@ def form_of(capability: Capability, num_pairs: int) -> dict[str, int]:
     return {"SPAN": span, "AHEAD": ahead}
 
 
+SHARING: dict[int, int] = {}
+"""By architecture: rows times key heads from which a prompt's splits are computed once for
+neighbouring rows of its group.
+"""
+
+
+def sharing_pays(capability: Capability, num_pairs: int) -> bool:
+    """Whether decoding computes prompts once for neighbours (shared_decode.py); changes no bit."""
+    least = SHARING.get(capability.arch)
+    return least is not None and num_pairs >= least
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DecodeWorkspace:
     """Where the splits of rows meet; one serves every layer, and every step of a captured graph.

@@ -149,9 +149,9 @@ def rotated_heads(
     row_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, heads, there, is_query, is_value, eps,
     E: tl.constexpr, BLOCK_E: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
-    """Heads [M] of one token, [M, BLOCK_E]: what the kernel above makes of them, for a kernel that
-    goes on with them; M BLOCK_E must be at least the norm's tile. Every column finds its partner in
-    the other half of the head.
+    """Heads [M], [M, BLOCK_E]: what the kernel above makes of them, for a kernel that goes on with
+    them; M BLOCK_E must be at least the norm's tile. Every column finds its partner in the other
+    half of the head. row_ptr, cos_ptr, sin_ptr: of one token, or [M, 1] of as many tokens.
     """
     HALF: tl.constexpr = E // 2
     columns = tl.arange(0, BLOCK_E)
@@ -178,10 +178,10 @@ def rotated_heads(
         a = rounded(a * own, dtype).to(tl.float32)
         b = rounded(b * theirs, dtype).to(tl.float32)
     angles = tl.where(is_first, columns, columns - HALF)
-    cos = tl.load(cos_ptr + angles, mask=columns < E, other=0.0)
-    sin = tl.load(sin_ptr + angles, mask=columns < E, other=0.0)
-    sin = tl.where(is_first, -sin, sin)
-    turned = tl.fma(a, cos[None, :], b * sin[None, :])
+    cos = tl.load(cos_ptr + angles[None, :], mask=(columns < E)[None, :], other=0.0)
+    sin = tl.load(sin_ptr + angles[None, :], mask=(columns < E)[None, :], other=0.0)
+    sin = tl.where(is_first[None, :], -sin, sin)
+    turned = tl.fma(a, cos, b * sin)
     return rounded(tl.where(is_value[:, None], x, turned), dtype)
 
 

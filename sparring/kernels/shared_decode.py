@@ -1,71 +1,186 @@
 """Decoding's splits that lie wholly inside a shared prompt, computed once for several rows.
 
-Rows go in chunks of `ROWS` neighbours. Within a chunk, the rows whose table holds the same block at
-the end of a split as the chunk's first row share that split (a prompt's blocks are shared from the
-front), provided it is not their last one; where two or more do, one program computes it for all of
-them, their query heads side by side, and leaves (acc, peak, total) where decoding would have. The
-decode kernel that follows asks the same question and leaves those splits out. How many queries a
-program holds changes no bit (splits.py), so neither does this. It finds out on the device: nothing
-about groups is an argument. Bytes: a shared split's keys once a chunk, not once a row.
+Rows go in chunks of neighbours. Within a chunk, the rows whose table holds the same block at the
+end of a split as the chunk's first row share that split (a prompt's blocks are shared from the
+front), provided it is not their last one. `shared_splits` counts, once a step and on the device,
+how many leading splits of each row are shared so; nothing about groups is an argument. In the
+decode launch (paged_attention.py) one program then computes such a split for all rows of its chunk,
+their query heads side by side, and counts as done in each of them; those rows' own programs leave
+it out. How many queries a program holds changes no bit (splits.py), so neither does this. Bytes: a
+shared split's keys once a chunk, not once a row.
 """
 
 from __future__ import annotations
 
-from sparring.kernels import jit, tl
-from sparring.kernels.splits import paged_split, scales_of
+import torch
+from torch import Tensor
+
+from sparring.kernels import jit, rounded, tl, triton
+from sparring.kernels.rotate_write import rotated_heads
+from sparring.kernels.splits import ask_ahead, inverse, merge_factors, paged_split
+
+MAX_CHUNK = 8
+"""Most rows of a chunk: groups are rarely smaller, and a chunk looks for one prompt alone."""
+
+
+def chunk_of(group: int) -> int:
+    """Neighbouring rows whose prompt is computed once: a power of two, 32 query heads at most; 1
+    where that is none.
+    """
+    return min(MAX_CHUNK, 1 << max(1, 32 // group).bit_length() - 1)
+
+
+@jit(do_not_specialize=["table_stride", "num_rows"])
+def _shared_splits_kernel(
+    tables_ptr, lengths_ptr, shared_ptr, table_stride, num_rows,
+    ROWS: tl.constexpr, B: tl.constexpr, SPLIT: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    leader = tl.program_id(0) * ROWS
+    rows = leader + tl.arange(0, ROWS)
+    ends = (tl.arange(0, BLOCK_S) + 1) * SPLIT
+    last = ends // B - 1
+    lengths = tl.load(lengths_ptr + rows, mask=rows < num_rows, other=0)
+    goes_on = lengths[:, None] > ends[None, :]
+    at = tables_ptr + rows[:, None].to(tl.int64) * table_stride + last[None, :]
+    theirs = tl.load(at, mask=goes_on, other=-1)
+    leads = tl.load(lengths_ptr + leader) > ends
+    at = tables_ptr + leader.to(tl.int64) * table_stride + last
+    block = tl.load(at, mask=leads, other=-2)
+    same = (theirs == block[None, :]).to(tl.int32)
+    shared = tl.where((tl.sum(same, axis=0) > 1)[None, :], same, 0)
+    tl.store(shared_ptr + rows, tl.sum(shared, axis=1), mask=rows < num_rows)
+
+
+def shared_splits(
+    tables_RN: Tensor,
+    lengths_R: Tensor,
+    *,
+    chunk: int,
+    block_size: int,
+    split: int,
+    max_splits: int,
+) -> Tensor:
+    """How many leading splits of each row [R] int32 are computed together with neighbours."""
+    rows = len(lengths_R)
+    shared_R = torch.empty(rows, dtype=torch.int32, device=lengths_R.device)
+    if rows:
+        _shared_splits_kernel[(triton.cdiv(rows, chunk),)](
+            tables_RN, lengths_R, shared_R, tables_RN.stride(0), rows, ROWS=chunk, B=block_size,
+            SPLIT=split, BLOCK_S=triton.next_power_of_2(max_splits), num_warps=1,
+        )  # fmt: skip
+    return shared_R
 
 
 @jit
-def shared_mates(
-    lengths_ptr, tables_ptr, table_stride, rows, leader, num_rows, end, B: tl.constexpr
+def _merge_row(
+    out_ptr, partial_ptr, states_ptr, low, high, GROUP: tl.constexpr, E: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Which of `rows` [M] share the split that ends at key `end` with row `leader`."""
-    last = end // B - 1
-    length = tl.load(lengths_ptr + rows, mask=rows < num_rows, other=0)
-    theirs = tl.load(
-        tables_ptr + rows * table_stride + last, mask=(rows < num_rows) & (length > end), other=-1
-    )
-    leads = tl.load(lengths_ptr + leader) > end
-    block = tl.load(tables_ptr + leader * table_stride + last, mask=leads, other=-2)
-    return theirs == block
+    """Splits low..high of a row and key head, four loads under way at once, merged in order."""
+    members = tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_E)
+    inside = (members < GROUP)[:, None] & (columns < E)[None, :]
+    to = members[:, None] * E + columns[None, :]
+    acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
+    peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for first in range(low, high, 4):
+        for i in tl.static_range(4):
+            there = (members < GROUP) & (first + i < high)
+            state_at = states_ptr + (first + i) * (2 * GROUP) + members
+            peak_new = tl.load(state_at, there, other=-float("inf"), cache_modifier=".cg")
+            total_new = tl.load(state_at + GROUP, there, other=0.0, cache_modifier=".cg")
+            acc_new = tl.load(
+                partial_ptr + (first + i) * (GROUP * E) + to, inside & (first + i < high),
+                other=0.0, cache_modifier=".cg",
+            )  # fmt: skip
+            peak, keep, add = merge_factors(peak, peak_new)
+            total = tl.fma(total_new, add, total * keep)
+            acc = tl.fma(acc_new, add[:, None], acc * keep[:, None])
+    out = acc * inverse(total)[:, None]
+    tl.store(out_ptr + to, rounded(out, out_ptr.dtype.element_ty), mask=inside)
 
 
-@jit(do_not_specialize=["layer", "num_blocks", "table_stride", "num_rows", "max_splits"])
-def _shared_kernel(
-    q_ptr, address_ptr, tables_ptr, lengths_ptr, partial_ptr, states_ptr, tickets_ptr,
-    table_stride, layer, num_blocks, num_rows, max_splits, scale,
+@jit
+def finish(
+    out_ptr, partial_ptr, states_ptr, tickets_ptr, pair, num_slots, first_split, num_splits, shared,
+    GROUP: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
+    SPAN: tl.constexpr,
+):  # fmt: skip
+    """Tells that one of the programs of `pair` (a row and key head) is done; the last one merges.
+
+    What it computed is in the workspace and a barrier has passed. shared: the row's leading splits
+    that programs for several rows compute, one each; its own programs take SPAN splits each.
+    """
+    done = tl.atomic_add(tickets_ptr + pair, 1, sem="acq_rel", scope="gpu")
+    first_own = tl.maximum(first_split, shared)
+    if done == shared + (num_splits - 1) // SPAN - first_own // SPAN:
+        place = pair * num_slots
+        _merge_row(
+            out_ptr + pair * (GROUP * E), partial_ptr + place * (GROUP * E),
+            states_ptr + place * (2 * GROUP), first_split, num_splits, GROUP, E, BLOCK_E, BLOCK_M,
+        )  # fmt: skip
+        tl.store(tickets_ptr + pair, 0)
+
+
+@jit
+def shared_program(
+    q_ptr, k_ptr, scales_ptr, tables_ptr, lengths_ptr, shared_ptr, out_ptr, partial_ptr, states_ptr,
+    tickets_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, row, kv_head, part, stride_t,
+    table_stride, num_slots, num_rows, scale, eps,
     K: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr, B: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr,
-    KV_DTYPE: tl.constexpr, LIMIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, LIMIT: tl.constexpr,
+    SHARED: tl.constexpr, BLOCK_W: tl.constexpr, ROTATES: tl.constexpr, HAS_NORM: tl.constexpr,
+    SPAN: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    leader = tl.program_id(0).to(tl.int64) * ROWS
-    kv_head = tl.program_id(1)
-    split = tl.program_id(2)
-    places = tl.arange(0, BLOCK_M)
+    """One split for those rows of a chunk of SHARED that share it, if any do.
+
+    The chunk's programs of one `part` (one for each of its rows) take SHARED splits, one each.
+    """
+    leader = row // SHARED * SHARED
+    split = (part * SHARED + row % SHARED).to(tl.int32)
+    places = tl.arange(0, BLOCK_W)
     rows = leader + places // GROUP
     members = places % GROUP
-    end = split * SPLIT + SPLIT
-    same = shared_mates(lengths_ptr, tables_ptr, table_stride, rows, leader, num_rows, end, B)
-    same = same & (places < ROWS * GROUP)
-    if tl.sum(same.to(tl.int32), axis=0) < 2 * GROUP:
-        return
-    columns = tl.arange(0, BLOCK_E)
-    inside = (columns < E)[:, None] & same[None, :]
-    heads = rows * K + kv_head
-    at = (heads * GROUP + members)[None, :] * E + columns[:, None]
-    q = tl.load(q_ptr + at, mask=inside, other=0.0)
-    pool_ptr = tl.multiple_of(tl.load(address_ptr).to(tl.pointer_type(KV_DTYPE)), 16)
-    k_ptr = pool_ptr + (layer.to(tl.int64) * num_blocks * (2 * K) + kv_head) * (B * E)
-    acc, peak, total = paged_split(
-        q, tl.zeros([BLOCK_M], tl.int32) + end, k_ptr, k_ptr + K * B * E,
-        scales_of(address_ptr, layer, num_blocks, kv_head, K, B, LIMIT),
-        tables_ptr + leader * table_stride, split * SPLIT, end, end, scale, 0, 2 * K * B * E, B, E,
-        BLOCK_E, BLOCK_M, BLOCK_N, False, LIMIT,
-    )  # fmt: skip
-    slots = heads * max_splits + split
-    to = (slots * GROUP + members)[None, :] * E + columns[:, None]
-    tl.store(partial_ptr + to, acc, mask=inside)
-    state_at = states_ptr + slots * (2 * GROUP) + members
-    tl.store(state_at, peak, mask=same)
-    tl.store(state_at + GROUP, total, mask=same)
-    tl.atomic_add(tickets_ptr + heads, 1, mask=same & (members == 0))
+    known = (places < SHARED * GROUP) & (rows < num_rows)
+    joins = known & (tl.load(shared_ptr + rows, mask=known, other=0) > split)
+    if tl.sum(joins.to(tl.int32), axis=0) > 0:
+        columns = tl.arange(0, BLOCK_E)
+        inside = (columns < E)[:, None] & joins[None, :]
+        tables_ptr += leader * table_stride
+        low = split * SPLIT
+        end = low + SPLIT
+        v_ptr = k_ptr + K * B * E
+        if AHEAD > 0:
+            ask_ahead(k_ptr, v_ptr, tables_ptr, low, end, 2 * K * B * E, B, E, BLOCK_N, AHEAD)
+        pairs = rows * K + kv_head
+        if ROTATES:
+            turn = rows[:, None] * (E // 2)
+            new = rotated_heads(
+                q_ptr + rows[:, None] * stride_t, cos_ptr + turn, sin_ptr + turn, q_norm_ptr,
+                k_norm_ptr, kv_head * GROUP + members, joins, places >= 0, places < 0, eps, E,
+                BLOCK_E, HAS_NORM,
+            )  # fmt: skip
+            q = tl.trans(new)
+        else:
+            at = (pairs * GROUP + members)[None, :] * E + columns[:, None]
+            q = tl.load(q_ptr + at, mask=inside, other=0.0)
+        acc, peak, total = paged_split(
+            q, tl.zeros([BLOCK_W], tl.int32) + end, k_ptr, v_ptr, scales_ptr, tables_ptr, low, end,
+            end, scale, 0, 2 * K * B * E, B, E, BLOCK_E, BLOCK_W, BLOCK_N, False, LIMIT,
+        )  # fmt: skip
+        slots = pairs * num_slots + split
+        to = (slots * GROUP + members)[None, :] * E + columns[:, None]
+        tl.store(partial_ptr + to, acc, mask=inside)
+        state_at = states_ptr + slots * (2 * GROUP) + members
+        tl.store(state_at, peak, mask=joins)
+        tl.store(state_at + GROUP, total, mask=joins)
+        tl.debug_barrier()  # every thread has stored before one of them tells
+        for mate in range(leader, tl.minimum(leader + SHARED, num_rows)):
+            shared = tl.load(shared_ptr + mate)
+            if shared > split:
+                num_splits = (tl.load(lengths_ptr + mate) + SPLIT - 1) // SPLIT
+                finish(
+                    out_ptr, partial_ptr, states_ptr, tickets_ptr, mate * K + kv_head, num_slots, 0,
+                    num_splits, shared, GROUP, E, BLOCK_E, BLOCK_M, SPAN,
+                )  # fmt: skip

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from sparring.kernels import Capability
 from sparring.kernels.paged_attention import paged_decode_triton, rotate_decode_triton
-from sparring.kernels.paged_plan import DecodeWorkspace, PrefillTiles, split_of
+from sparring.kernels.paged_plan import DecodeWorkspace, PrefillTiles, sharing_pays, split_of
 from sparring.kernels.paged_prefill import paged_prefill_triton
 from sparring.kernels.rotate_write import num_heads_of, rotate_write_triton, write_slots
+from sparring.kernels.shared_decode import chunk_of, shared_splits
 from sparring.kernels.split_attention import split_attention_paged
 from sparring.layout import DecodeLayout, KVPool, PagedLayout
 
@@ -25,7 +26,7 @@ class PagedKernelPlan:
     the longest row that may come (`max_splits_for`). workspace: where splits meet; None: made at
     the first use. tiles: of a prefill step, None when every row has one new token. bitwise: prefill
     gives the bits that decoding gives. shares_prompts: decoding computes a prompt's splits once for
-    neighbouring rows of its group, in launches of their own; no bit changes.
+    neighbouring rows of its group, where no window is; no bit changes.
     """
 
     def __init__(
@@ -48,7 +49,8 @@ class PagedKernelPlan:
         self.tables_RN, self.lengths_R, self.slots_T = tables_RN, lengths_R, slots_T
         self.max_splits, self.workspace, self.tiles = max_splits, workspace, tiles
         self.capability, self.bitwise = capability, bitwise
-        self.shares_prompts = shares_prompts
+        self.shares_prompts = shares_prompts and tiles is None
+        self._shared_R: Tensor | None = None
 
     @classmethod
     def of_layout(
@@ -72,6 +74,9 @@ class PagedKernelPlan:
                 capability=capability,
                 workspace=workspace,
                 bitwise=bitwise,
+                shares_prompts=sharing_pays(
+                    capability, len(layout.kv_lengths_R) * int(kv_pool.data.shape[3])
+                ),
             )
         is_decode = layout.cu_seqlens == tuple(range(len(layout.kv_lengths) + 1))
         tiles = PrefillTiles(layout.cu_seqlens, layout.kv_lengths, layout.slots_T.device)
@@ -118,7 +123,8 @@ class PagedKernelPlan:
 
         A decode step is one launch. overlaps: see kernels/few_rows.py; of a decode step only.
         """
-        if self.tiles is None and not self.shares_prompts:
+        if self.tiles is None:
+            num_heads = num_heads_of(qkv_TC, self.pool)
             return rotate_decode_triton(
                 qkv_TC,
                 cos,
@@ -134,7 +140,8 @@ class PagedKernelPlan:
                 max_splits=self.max_splits,
                 capability=self.capability,
                 window=window,
-                workspace=self._decode_workspace(num_heads_of(qkv_TC, self.pool)),
+                workspace=self._decode_workspace(num_heads),
+                shared_R=self._shared_splits(num_heads, window),
                 overlaps=overlaps,
             )
         q_THE = rotate_write_triton(
@@ -164,8 +171,27 @@ class PagedKernelPlan:
             capability=self.capability,
             window=window,
             workspace=self._decode_workspace(q_THE.shape[1]),
-            shares_prompts=self.shares_prompts,
+            shared_R=self._shared_splits(q_THE.shape[1], window),
         )
+
+    def _shared_splits(self, num_heads: int, window: int) -> Tensor | None:
+        """Counted at the first use, for every layer; None where rows share nothing."""
+        num_kv_heads, block_size, size = self.pool.data.shape[3:]
+        chunk = chunk_of(num_heads // num_kv_heads)
+        split = split_of(self.capability, size)["SPLIT"]
+        is_possible = chunk > 1 and self.max_splits > 1 and split % block_size == 0
+        if not self.shares_prompts or window or not is_possible:
+            return None
+        if self._shared_R is None:
+            self._shared_R = shared_splits(
+                self.tables_RN,
+                self.lengths_R,
+                chunk=chunk,
+                block_size=block_size,
+                split=split,
+                max_splits=self.max_splits,
+            )
+        return self._shared_R
 
     def _decode_workspace(self, num_heads: int) -> DecodeWorkspace:
         if self.workspace is None:

@@ -14,6 +14,7 @@ from sparring.kernels import (
 )
 from sparring.kernels.attention_plan import tile_of
 from sparring.kernels.paged_plan import split_of
+from sparring.kernels.shared_decode import chunk_of
 from sparring.kernels.splits import OPTIONS as SPLIT_OPTIONS
 from tests.kernels.test_compile import ARCHS, POINTERS, check, triton
 
@@ -21,7 +22,7 @@ POINTERS = {
     **POINTERS,
     **dict.fromkeys(("q_norm_ptr", "k_norm_ptr", "qkv_ptr"), "*bf16"),
     **dict.fromkeys(("partial_ptr", "states_ptr"), "*fp32"),
-    **dict.fromkeys(("tables_ptr", "lengths_ptr", "tickets_ptr"), "*i32"),
+    **dict.fromkeys(("tables_ptr", "lengths_ptr", "shared_ptr", "tickets_ptr"), "*i32"),
     **dict.fromkeys(("slots_ptr", "address_ptr"), "*i64"),
 }
 SIZES = [128, *(pytest.param(n, marks=pytest.mark.slow) for n in (64, 80, 256))]
@@ -38,9 +39,9 @@ def paged_constants(size: int, block_size: int) -> dict[str, object]:
 @pytest.mark.parametrize("block_size", [64, pytest.param(16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("span", [1, 4])
 def test_paged_decode(span, block_size, size, arch):
-    constants = paged_constants(size, block_size) | {"BLOCK_M": 16, "SHARED": 8} | SPLIT_OPTIONS
+    constants = paged_constants(size, block_size) | {"BLOCK_M": 16} | SPLIT_OPTIONS
     constants |= {"SPAN": span, "AHEAD": 2 if arch >= 90 and block_size == 64 else 0}
-    constants["SHARED"] = 8 if span == 1 else 0
+    constants |= {"SHARED": chunk_of(7), "BLOCK_W": 32}
     constants |= {"ROTATES": block_size == 64, "HAS_NORM": True, "OVERLAPS": arch >= 90}
     constants |= split_of(Capability(arch=arch, tensor_dots=True), size)
     found, ptx = check(paged_attention._decode_kernel, POINTERS, constants, arch, products=True)
@@ -48,16 +49,9 @@ def test_paged_decode(span, block_size, size, arch):
     assert "cp.async.cg.shared.global" in ptx, "keys are under way while others are used"
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("size", SIZES)
-def test_shared_decode(size, arch):
-    constants = paged_constants(size, 64) | {"BLOCK_M": 64, "ROWS": 8} | SPLIT_OPTIONS
-    constants |= split_of(Capability(arch=arch, tensor_dots=True), size)
-    del constants["HAS_WINDOW"]
-    found, _ = check(
-        shared_decode._shared_kernel, POINTERS, constants, arch, products=True, stack_limit=256
-    )
-    assert found == {90: {"wgmma.mma"}, 100: {"tcgen05.mma"}}.get(arch, {"mma.sync"})
+def test_shared_splits():
+    constants = {"ROWS": 8, "B": 64, "SPLIT": 256, "BLOCK_S": 16, "num_warps": 1}
+    check(shared_decode._shared_splits_kernel, POINTERS, constants, 90)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -112,10 +106,11 @@ EIGHT_BITS = [
     [pytest.param(*case, marks=[] if case[1] == 90 else pytest.mark.slow) for case in EIGHT_BITS],
 )
 def test_paged_attention_in_eight_bits(dtype, arch, limit):
-    constants = paged_constants(128, 64) | {"BLOCK_M": 16, "SHARED": 0} | SPLIT_OPTIONS
+    constants = paged_constants(128, 64) | {"BLOCK_M": 16, "SHARED": 1} | SPLIT_OPTIONS
     constants |= {"KV_DTYPE": getattr(triton.language, dtype), "LIMIT": limit}
     constants |= split_of(Capability(arch=arch, tensor_dots=True), 128)
     constants |= {"ROTATES": True, "HAS_NORM": False, "OVERLAPS": False, "SPAN": 4, "AHEAD": 0}
+    constants |= {"BLOCK_W": 16}
     check(paged_attention._decode_kernel, POINTERS, constants, arch, products=True, stack_limit=64)
     constants = paged_constants(128, 64)
     constants |= {"KV_DTYPE": getattr(triton.language, dtype), "LIMIT": limit}

@@ -10,15 +10,16 @@ import itertools
 import pytest
 import torch
 
-from sparring.kernels import capability_for, capability_of
+from sparring.kernels import capability_for, capability_of, paged_attention
 from sparring.kernels.attention import (
     shared_attention_kept,
     shared_attention_reference,
     shared_attention_triton,
 )
 from sparring.kernels.attention_plan import SharedPlan
-from sparring.kernels.paged_attention import paged_decode_triton
+from sparring.kernels.paged_attention import paged_decode_triton, rotate_decode_triton
 from sparring.kernels.paged_plan import DecodeWorkspace, PrefillTiles, split_of
+from sparring.kernels.shared_decode import chunk_of, shared_splits
 from sparring.kernels.split_attention import split_attention_paged
 from sparring.layout import KVPool
 from tests.kernels.test_triton import DEVICE, LIMIT, _poisoned, check, error, pytestmark, random
@@ -30,6 +31,7 @@ CAPABILITY = capability_of(DEVICE) if CAN_RUN else capability_for(90)
 SPLIT, TILE = (split_of(CAPABILITY, 128)[name] for name in ("SPLIT", "BLOCK_N"))
 BORDERS = [n + d for n in (TILE, SPLIT) for d in (-1, 0, 1)]
 SLOW = pytest.mark.slow
+IS_CPU = DEVICE.type == "cpu"
 
 
 def plan_of(cu_seqlens, parents):
@@ -150,7 +152,7 @@ def test_gradients_of_the_bitwise_forward():
     )
 
 
-def run_shared(heads, kv_heads, size, lengths, shared, block_size=16):
+def run_shared(monkeypatch, heads, kv_heads, size, lengths, shared, block_size=16):
     """Rows of which row r holds the first shared[r][1] blocks of row shared[r][0]."""
     keys = [
         tuple(random(max(1, n), kv_heads, size, dtype=torch.bfloat16, seed=2 * r + i)
@@ -164,36 +166,60 @@ def run_shared(heads, kv_heads, size, lengths, shared, block_size=16):
     lengths_R = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
     most = -(-max(lengths) // SPLIT) + 1
     workspace = DecodeWorkspace.new(len(lengths), heads, kv_heads, size, most, DEVICE)
+    counted = shared_splits(
+        tables, lengths_R, chunk=chunk_of(heads // kv_heads), block_size=block_size, split=SPLIT,
+        max_splits=most,
+    )  # fmt: skip
+    qkv = random(len(lengths), (heads + 2 * kv_heads) * size, dtype=torch.bfloat16, seed=98)
+    angles = random(len(lengths), size // 2, dtype=torch.float32, seed=1)
+    norms = [random(size, dtype=torch.bfloat16, seed=n) for n in (2, 3)]
+    last = (lengths_R.long() - 1).clamp_min(0)
+    slots = tables.gather(1, last[:, None] // block_size).long()[:, 0] * block_size
+    slots += last % block_size
+    for row, (_, blocks) in shared.items():
+        if lengths[row] <= blocks * block_size:
+            slots[row] = 0  # what several rows read is not written; block 0 is nobody's
+    rotation = (angles.cos(), angles.sin(), *norms, 1e-6, slots)
+    how = {"max_splits": most, "capability": CAPABILITY, "workspace": workspace}
+    rotate_decode_triton(qkv, *rotation, pool, 1, tables, lengths_R, **how)  # it writes
     outputs = []
-    for shares_prompts in (False, True, True):
-        workspace.partial.fill_(float("nan"))
-        outputs.append(
-            paged_decode_triton(
-                q, pool, 1, tables, lengths_R, max_splits=most, capability=CAPABILITY,
-                workspace=workspace, shares_prompts=shares_prompts,
+    for span in (1, 2):
+        monkeypatch.setattr(
+            paged_attention, "form_of", lambda *_, n=span: {"SPAN": n, "AHEAD": 0 if IS_CPU else 2}
+        )
+        for shared_R in (None, counted, counted):
+            workspace.partial.fill_(float("nan"))
+            workspace.states.fill_(float("nan"))
+            plain = paged_decode_triton(q, pool, 1, tables, lengths_R, shared_R=shared_R, **how)
+            rotated = rotate_decode_triton(
+                qkv, *rotation, pool, 1, tables, lengths_R, shared_R=shared_R, **how
             )
-        )  # fmt: skip
-        assert not workspace.tickets.any(), "every ticket is given back"
-    assert not outputs[0].isnan().any()
-    assert torch.equal(outputs[1], outputs[0]), "a prompt computed once changes no bit"
-    assert torch.equal(outputs[2], outputs[0])
+            outputs.append((plain, rotated))
+            assert not workspace.tickets.any(), "every ticket is given back"
+    assert not outputs[0][0].isnan().any()
+    assert not outputs[0][1].isnan().any()
+    for plain, rotated in outputs[1:]:
+        assert torch.equal(plain, outputs[0][0]), "a prompt computed once changes no bit"
+        assert torch.equal(rotated, outputs[0][1])
+    return counted.tolist()
 
 
-def test_prompts_computed_once_for_their_group():
+def test_prompts_computed_once_for_their_group(monkeypatch):
     s, b = SPLIT, 16
     lengths = (2 * s + 3, s + 1, 0, 2 * s + 20, s, 3, s + 9, 2 * s)
     # rows 1 to 4 hold row 0's prompt of one split and a block; rows 6 and 7 share only each other's
     shared = {1: (0, s // b), 3: (0, s // b + 1), 4: (0, s // b), 7: (6, s // b)}
-    run_shared(7, 1, 64, lengths, shared)
+    # row 4 has no split but its last; rows 6 and 7 begin no chunk of four
+    assert run_shared(monkeypatch, 7, 1, 64, lengths, shared) == [1, 1, 0, 1, 0, 0, 0, 0]
 
 
 @SLOW
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(28, 4, 128), (14, 2, 64), (16, 8, 128)])
-def test_groups_of_rows(heads, kv_heads, size):
+def test_groups_of_rows(heads, kv_heads, size, monkeypatch):
     s = SPLIT
     lengths = [2 * s + 5 + i for i in range(5)] + [s - 1] * 2 + [3 * s + i for i in range(4)]
     shared = dict.fromkeys(range(1, 5), (0, 2 * s // 16))
     shared |= dict.fromkeys(range(8, 11), (7, 2 * s // 16))
-    run_shared(heads, kv_heads, size, lengths, shared)
+    assert sum(run_shared(monkeypatch, heads, kv_heads, size, lengths, shared)) > 6
     moved = {row + 1: (leader + 1, n) for row, (leader, n) in shared.items()}
-    run_shared(heads, kv_heads, size, [0, *lengths], moved)
+    run_shared(monkeypatch, heads, kv_heads, size, [0, *lengths], moved)

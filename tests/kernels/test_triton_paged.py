@@ -381,3 +381,31 @@ def test_keys_and_values_in_eight_bits(kv_dtype):
     filled = paged_prefill_triton(q, pools[0], 1, tables, tiles, capability=CAPABILITY)
     wanted = paged_prefill_reference(q.double(), pools[0], 1, tables, bounds, lengths)
     assert error(filled, wanted) < LIMIT[dtype]
+
+
+def test_a_plan_that_computes_prompts_once():
+    """The same bits through PagedKernelPlan; a layer with a window shares nothing."""
+    heads, kv_heads, size, block_size, dtype = 4, 2, 64, 16, torch.bfloat16
+    lengths = (SPLIT + 9, SPLIT + 1, 5, SPLIT + 20)
+    _, tables = paged(lengths, kv_heads, size, block_size, dtype)
+    for row in (1, 3):
+        tables[row, : SPLIT // block_size] = tables[0, : SPLIT // block_size]
+    data = random(1, int(tables.max()) + 1, 2, kv_heads, block_size, size, dtype=dtype)
+    pool = KVPool(data=data, address=torch.tensor([data.data_ptr()], device=DEVICE))
+    lengths_R = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    last = lengths_R.long() - 1
+    slots = tables.gather(1, last[:, None] // block_size).long()[:, 0] * block_size
+    qkv = random(4, (heads + 2 * kv_heads) * size, dtype=dtype)
+    angles = random(4, size // 2, dtype=torch.float32, seed=1)
+    turned = (angles.cos(), angles.sin(), None, None, 1e-6, 0)
+    outputs = []
+    for shares_prompts in (False, True):
+        with torch.no_grad():
+            plan = PagedKernelPlan(
+                pool, tables_RN=tables, lengths_R=lengths_R, slots_T=slots + last % block_size,
+                max_splits=2, capability=CAPABILITY, shares_prompts=shares_prompts,
+            )  # fmt: skip
+            outputs.append([plan.attend_rotated(qkv, *turned, window) for window in (0, 7)])
+        assert (plan._shared_R is not None) == shares_prompts
+    assert plan._shared_R.tolist() == [1, 1, 0, 1]
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
