@@ -15,8 +15,10 @@ from sparring.train.plan_job import Job, Settings, Trained, Work, trained_sizes
 from sparring.train.plan_training import MicroBatch
 
 MATMUL_SHARE, HEAD_SHARE = 0.86, 0.77
-ATTENTION_FORWARD_SHARE, ATTENTION_BACKWARD_SHARE = 0.42, 0.30
-"""Of the card's tensor peak (for the H200 the measured 801 TFLOP/s)."""
+ATTENTION_FORWARD_SHARE, ATTENTION_BACKWARD_SHARE = 0.54, 0.40
+SHORT_TOKENS = 450
+"""Of the card's tensor peak (for the H200 the measured 801 TFLOP/s); attention of n tokens reaches
+n / (n + SHORT_TOKENS) of its share: tiles on the diagonal are half empty."""
 SKINNY_SHARE = 0.6
 """Of the bandwidth, that products with an adapter's narrow matrices reach."""
 BANDWIDTH_SHARE = 0.88
@@ -26,7 +28,7 @@ views: a layer costs so many of each, and below that the card waits (three recip
 host; others may be faster)."""
 STEP_SECONDS = 0.02
 """A step's packing, clipping and reading of metrics."""
-DECODE_LAYER_SECONDS, DECODE_ROW_SECONDS = 29e-6, 3e-6
+DECODE_LAYER_SECONDS, DECODE_ROW_SECONDS = 29e-6, 2e-6
 """Starts of kernels in a captured decode step, and what a row costs in sampling and the host."""
 DECODE_SHARE = 0.94
 """Of a copy's bandwidth, that products of a few rows reach."""
@@ -107,7 +109,7 @@ def _update_seconds(
     if model.is_quantised:
         passes = 3 if recomputes else 2
         device += passes * model.num_linear * (NF4_BYTES + 2) / _bandwidth(card)
-    attention = _attention_flops(model, batch)
+    attention = _attention_work(model, batch)
     forwards = 2 if settings.checkpointing == "layers" else 1
     device += forwards * attention / (card.flops * ATTENTION_FORWARD_SHARE)
     device += 2.5 * attention / (card.flops * ATTENTION_BACKWARD_SHARE)
@@ -152,7 +154,7 @@ def _pass_seconds(
     device = 2.0 * model.num_linear * batch.rows / (card.flops * MATMUL_SHARE)
     if model.is_quantised:
         device += model.num_linear * (NF4_BYTES + 2) / _bandwidth(card)
-    device += _attention_flops(model, batch) / (card.flops * ATTENTION_FORWARD_SHARE)
+    device += _attention_work(model, batch) / (card.flops * ATTENTION_FORWARD_SHARE)
     bytes_a_row = config.num_layers * _forward_bytes(model)
     device += batch.rows * bytes_a_row / _bandwidth(card)
     if with_head:
@@ -168,13 +170,15 @@ def _optimizer_seconds(model: Trained, card: Card) -> float:
     return numbers * 38 / _bandwidth(card)
 
 
-def _attention_flops(model: Trained, batch: MicroBatch) -> float:
-    """Of a forward pass: 4 H E for each query and key that meet."""
+def _attention_work(model: Trained, batch: MicroBatch) -> float:
+    """FLOP of a forward pass, 4 H E for each query and key that meet, and what short tiles add."""
     config, pairs = model.config, 0.0
     completions = sum(samples for _, samples in batch.groups)
     own = batch.loss_rows / max(1, completions)
     for prompt, samples in batch.groups:
-        pairs += prompt * prompt / 2 + samples * (prompt * own + own * own / 2)
+        met = prompt * prompt / 2 + samples * (prompt * own + own * own / 2)
+        length = max(prompt, own if samples else 1.0)
+        pairs += met * (1 + SHORT_TOKENS / length)
     return 4.0 * config.num_heads * config.head_size * config.num_layers * pairs
 
 
