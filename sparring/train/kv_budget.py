@@ -20,6 +20,7 @@ from sparring.train.plan import KV_SHARE, gib, rollout_phase
 from sparring.train.plan_job import (
     ADAPTERS,
     CONTEXT_BYTES,
+    OPTIMIZER,
     WEIGHTS,
     Job,
     Settings,
@@ -97,7 +98,8 @@ def _left(device: torch.device, memory: Memory) -> int:
 
 
 def _beside(trained: Trained, work: Work, arch: int) -> int:
-    """What a rollout takes beside the weights, keys and values."""
+    """What a rollout takes beside what is there already, keys and values."""
     settings = Settings(kv_bytes=1, max_running=work.prompts, caches_weights=False)
     phase = rollout_phase(Job(policy=trained, work=work), settings, budget=None, arch=arch)
-    return phase.reserved - phase.parts.get(WEIGHTS, 0) - phase.parts.get(ADAPTERS, 0)
+    there = (WEIGHTS, ADAPTERS, OPTIMIZER)
+    return phase.reserved - sum(phase.parts.get(part, 0) for part in there)

@@ -6,14 +6,18 @@ import pytest
 import torch
 
 from sparring.errors import MemoryBudgetError
-from sparring.models.checkpoint import build_model
+from sparring.models.checkpoint import build_model, family_of
 from sparring.models.transformer import Decoder, kv_bytes_per_token
 from sparring.train import kv_budget as module
 from sparring.train.kv_budget import kv_budget
-from sparring.train.plan_job import CONTEXT_BYTES
+from sparring.train.plan_job import CONTEXT_BYTES, Trained
 from tests.models.tiny import CONFIGS
 
 MIB = 2**20
+QWEN_7B = CONFIGS["qwen2"] | {
+    "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+    "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -53,6 +57,20 @@ def test_a_budget_bounds_it_and_fewer_rows_run_where_it_is_small(
     assert rows[-1] < 512
     with pytest.raises(MemoryBudgetError, match="one completion need"):
         kv_budget(model, memory=MIB // 8, **asked)
+
+
+@pytest.mark.parametrize("rank", [0, 16])
+def test_what_is_loaded_is_not_counted_again(rank: int) -> None:
+    config = family_of(QWEN_7B).config(QWEN_7B)
+    beside = {
+        rows: module._beside(
+            Trained(config=config, rank=rank), module._work(rows, 100, 1000), arch=90
+        )
+        for rows in (1, 64)
+    }
+    graphs = 64 * config.vocab_size * 4
+    assert graphs < beside[64] - beside[1] < 1.2 * 2**30  # and a prefill of 6,400 tokens
+    assert beside[1] < 0.3 * 2**30
 
 
 def test_eight_bits_take_less(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
