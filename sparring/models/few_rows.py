@@ -16,6 +16,7 @@ from torch import Tensor
 from sparring.kernels.few_rows import MAX_ROWS, Norm, Squares, few_rows, overlaps, squares_of
 from sparring.kernels.matmul import BLOCK
 from sparring.kernels.norm import rms_norm
+from sparring.kernels.step_start import start_step
 from sparring.layout import DecodeLayout, KVPool
 from sparring.models.attention import AttentionPlan
 from sparring.models.attention_paged_kernel import PagedKernelPlan
@@ -34,12 +35,18 @@ def step_logits(
     adapter: str | None,
 ) -> Tensor:
     """Logits [R, V] in float32 after each row's newest token [R], whose keys are written."""
-    x_RD, cos, sin, plan = model.begin(tokens_R, positions_R, layout, kv_pool, adapter)
+    plan = model.plan(layout, kv_pool, adapter)
     layers = [layer for layer in model.layers if isinstance(layer, DecoderLayer)]
-    if not (model.fuses_few_rows and serves(x_RD, layers, plan, adapter)):
-        return model.logits(model.infer(x_RD, cos, sin, plan, adapter))
+    if not (model.fuses_few_rows and serves(model, len(tokens_R), plan, adapter)):
+        cos, sin = model.angles(positions_R)
+        return model.logits(model.infer(model.embed.rows(tokens_R), cos, sin, plan, adapter))
     assert isinstance(plan, PagedKernelPlan), "`serves` says so"
-    x_RD, squares = run_layers(x_RD, layers, cos, sin, plan)
+    if isinstance(model.embed, Dense):
+        given = start_step(model.embed.weight, tokens_R, positions_R, model.frequencies_E2)
+    else:
+        x_RD = model.embed.rows(tokens_R)
+        given = (x_RD, squares_of(x_RD), *model.angles(positions_R))
+    x_RD, squares = run_layers(layers, *given, plan)
     table, eps = model.head.table, model.config.norm_eps
     if not isinstance(table, Tensor):
         return model.logits(rms_norm(x_RD, model.norm, eps))
@@ -47,14 +54,13 @@ def step_logits(
     return few_rows(x_RD, table, norm=norm, out_dtype=torch.float32, capability=model.capability)[0]
 
 
-def serves(
-    x_TD: Tensor, layers: Sequence[DecoderLayer], plan: AttentionPlan, adapter: str | None
-) -> bool:
-    """Whether a step's rows x [T, D] can be computed here, attended to by `plan`."""
+def serves(model: Decoder, num_rows: int, plan: AttentionPlan, adapter: str | None) -> bool:
+    """Whether a step of so many rows, attended to by `plan`, can be computed here."""
+    layers = [layer for layer in model.layers if isinstance(layer, DecoderLayer)]
     return (
-        x_TD.is_cuda
-        and x_TD.element_size() == 2
-        and 0 < len(x_TD) <= MAX_ROWS
+        model.device.type == "cuda"
+        and model.dtype.itemsize == 2
+        and 0 < num_rows <= MAX_ROWS
         and isinstance(plan, PagedKernelPlan)
         and plan.tiles is None
         and not plan.shares_prompts
@@ -86,12 +92,16 @@ def _weight_of(linear: Linear) -> Tensor | None:
 
 
 def run_layers(
-    x_TD: Tensor, layers: Sequence[DecoderLayer], cos: Tensor, sin: Tensor, plan: PagedKernelPlan
+    layers: Sequence[DecoderLayer],
+    x_TD: Tensor,
+    squares: Squares,
+    cos: Tensor,
+    sin: Tensor,
+    plan: PagedKernelPlan,
 ) -> tuple[Tensor, Squares]:
     """The residual stream [T, D] after all layers, and its squares."""
     assert not torch.is_grad_enabled(), "a decode step has no gradient"
     capability = layers[0].qkv.capability
-    x_TD, squares = x_TD.contiguous(), squares_of(x_TD)
     for layer in layers:
         qkv, output, gate_up, down = (_weight_of(linear) for linear in _linears(layer))
         assert qkv is not None, "`serves` says so"

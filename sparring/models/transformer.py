@@ -250,7 +250,7 @@ class Decoder(nn.Module):
         assert not isinstance(head, HostTable), "the head is read whole, on the device"
         self.head: Dense | EightBitTable = head
         frequencies = inverse_frequencies(config.rope, config.head_size)
-        self._frequencies = frequencies.to(device)
+        self.frequencies_E2 = frequencies.to(device)
 
     def _table(
         self, device: torch.device, dtype: torch.dtype, *, is_embedding: bool
@@ -324,7 +324,9 @@ class Decoder(nn.Module):
         adapter: "policy" = the trained adapter where there is one; any other name must exist; None
         = the base alone. A PagedLayout needs `kv_pool`, which is written to.
         """
-        x_TD, cos, sin, plan = self.begin(input_ids_T, positions_T, layout, kv_pool, adapter)
+        plan = self.plan(layout, kv_pool, adapter)
+        cos, sin = self.angles(positions_T)
+        x_TD = self.embed.rows(input_ids_T)
         if not torch.is_grad_enabled():
             return self.infer(x_TD, cos, sin, plan, adapter)
         keeping = self.checkpointing.begin(len(self.layers))
@@ -332,17 +334,10 @@ class Decoder(nn.Module):
             x_TD = keeping.run(layer, x_TD, cos, sin, plan, adapter)
         return rms_norm(x_TD, self.norm, self.config.norm_eps)
 
-    def begin(
-        self,
-        input_ids_T: Tensor,
-        positions_T: Tensor,
-        layout: Layout,
-        kv_pool: KVPool | None,
-        adapter: str | None,
-    ) -> tuple[Tensor, Tensor, Tensor, AttentionPlan]:
-        """What the layers take: embeddings [T, D], angles' cosines and sines, who sees whom."""
+    def plan(self, layout: Layout, kv_pool: KVPool | None, adapter: str | None) -> AttentionPlan:
+        """Who sees whom, for every layer of a pass."""
         assert adapter in (None, "policy") or adapter in self.lora, f"no adapter called {adapter!r}"
-        plan = plan_attention(
+        return plan_attention(
             layout,
             kv_pool,
             self.device,
@@ -351,8 +346,10 @@ class Decoder(nn.Module):
             capability=self.capability,
             bitwise=self.is_bitwise,
         )
-        cos, sin = rope_tables(self._frequencies.to(self.device), positions_T)
-        return self.embed.rows(input_ids_T), cos, sin, plan
+
+    def angles(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [T, E / 2] of tokens at these positions."""
+        return rope_tables(self.frequencies_E2.to(self.device), positions_T)
 
     def infer(
         self, x_TD: Tensor, cos: Tensor, sin: Tensor, plan: AttentionPlan, adapter: str | None

@@ -30,6 +30,7 @@ from sparring.kernels import (
     norm,
     rope,
     sampling,
+    step_start,
     swiglu,
 )
 from sparring.kernels.attention_plan import tile_of
@@ -305,6 +306,15 @@ def test_few_rows(which, index, arch):
         before = ptx[: ptx.index("griddepcontrol.wait")]
         assert "prefetch.global.L2" in before
         assert not re.search(r"(ld|st|atom|red|cp\.async)\S*\.global|ld\.volatile", before)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_start_of_a_step(arch):
+    pointers = {**POINTERS, **dict.fromkeys(("ids_ptr", "positions_ptr"), "*i64")}
+    pointers |= {"table_ptr": "*bf16", "frequencies_ptr": "*fp32"}
+    constants = {"D": 3584, "HALF": 64, **step_start.tile_of(3584, 64)}
+    # large angles are reduced in a table on the stack
+    check(step_start._start_kernel, pointers, constants, arch, stack_limit=64)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

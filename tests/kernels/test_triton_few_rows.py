@@ -13,10 +13,11 @@ import torch
 from sparring.kernels import capability_of, few_rows
 from sparring.kernels.few_rows import Norm, few_rows_reference, few_rows_triton, squares_of
 from sparring.kernels.norm import rms_norm
+from sparring.kernels.step_start import start_step, start_step_reference, start_step_triton
 from sparring.layout import DecodeLayout
 from sparring.models.attention_paged_kernel import PagedKernelPlan
 from sparring.models.few_rows import run_layers
-from sparring.models.rope import RopeConfig, rope_tables
+from sparring.models.rope import RopeConfig, inverse_frequencies
 from sparring.models.transformer import Decoder, TransformerConfig, new_kv_pool
 
 pytest.importorskip("triton")
@@ -104,6 +105,19 @@ def test_a_chain_of_layers_finds_its_own_squares():
     assert error(y, want) < 2 * LIMIT[dtype]
 
 
+def test_the_start_of_a_step():
+    table = random(50, 72, dtype=torch.bfloat16, seed=1)
+    ids = torch.tensor([0, 49, 7, 7, 3], device=DEVICE)
+    positions = torch.tensor([0, 1, 500, 4095, 131071], device=DEVICE)
+    frequencies = inverse_frequencies(RopeConfig(theta=1e6), 24).to(DEVICE)
+    want = start_step_reference(table, ids, positions, frequencies)
+    got = start_step_triton(table, ids, positions, frequencies)
+    assert torch.equal(got[0], want[0])
+    assert error(got[1].parts, want[1].parts) < 1e-6
+    for table_got, table_want in zip(got[2:], want[2:], strict=True):
+        assert (table_got - table_want).abs().max() < 3e-7
+
+
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_a_decoder_in_five_launches_a_layer(qk_norm):
     """The layers' own forward and the folded one, over the same keys and values."""
@@ -127,16 +141,17 @@ def test_a_decoder_in_five_launches_a_layer(qk_norm):
             max_kv_length=16,
         )
         positions = torch.full((rows,), context - 1, device=DEVICE)
-        cos, sin = rope_tables(model._frequencies.to(DEVICE), positions)
+        tokens = torch.arange(rows, device=DEVICE)
         with torch.no_grad():
-            x = model.embed.rows(torch.arange(rows, device=DEVICE))
             plan = PagedKernelPlan.of_layout(layout, pool, CAPABILITY)
+            cos, sin = model.angles(positions)
             if fuses:
-                x, squares = run_layers(x, list(model.layers), cos, sin, plan)
+                start = start_step(model.embed.weight, tokens, positions, model.frequencies_E2)
+                x, squares = run_layers(list(model.layers), *start, plan)
                 assert error(squares.parts.sum(0), x.float().square().sum(1)) < 1e-6
                 out = rms_norm(x, model.norm, config.norm_eps)
             else:
-                out = model.infer(x, cos, sin, plan, None)
+                out = model.infer(model.embed.rows(tokens), cos, sin, plan, None)
         found.append((out, pool.data))
     (want, kept), (got, written) = found
     assert error(got, want) < 1e-2
