@@ -7,7 +7,7 @@ CPU runs in a second: it shows that a row runs, and measures nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -38,7 +38,13 @@ class Row:
     bitwise: bool = False
     cuda_graphs: bool = True
     steps_per_sync: int = 16
+    kv_dtype: Literal["auto", "int8", "fp8"] = "auto"
     runs: int = 3
+
+    def kv_bytes_per_token(self, model: Decoder) -> int:
+        """Bytes of a token's keys and values, scales included."""
+        kept = {"auto": model.dtype, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+        return kv_bytes_per_token(model.config, kept[self.kv_dtype])
 
 
 SMALL, LARGE = "qwen2.5-1.5b", "qwen2.5-7b"
@@ -55,6 +61,8 @@ ROWS: dict[str, Row] = {
     "1.5b 32x8x256x1024": Row(model=SMALL, work=(32, 8, 256, 1024)),
     "7b 4x8x256x768": Row(model=LARGE, work=(4, 8, 256, 768)),
     "7b 16x8x256x512": Row(model=LARGE, work=(16, 8, 256, 512)),
+    "7b 16x8x256x512 int8": Row(model=LARGE, work=(16, 8, 256, 512), kv_dtype="int8"),
+    "7b 16x8x256x512 fp8": Row(model=LARGE, work=(16, 8, 256, 512), kv_dtype="fp8"),
     "7b 32x8x256x1024": Row(model=LARGE, work=(32, 8, 256, 1024)),
     "7b nf4 fused 4x8x256x768": Row(**NF4, work=(4, 8, 256, 768)),
     "7b nf4 cached 4x8x256x768": Row(**NF4, work=(4, 8, 256, 768), caches_weights=True),
@@ -90,6 +98,7 @@ def tiny(row: Row) -> Row:
         max_running=max(3, row.max_running // 25),
         micro_batch_tokens=256,
         steps_per_sync=4,
+        kv_dtype="auto",  # 8 bits need a GPU
     )
 
 
@@ -136,15 +145,13 @@ def mean_context(row: Row) -> float:
     return row.work[2] + row.work[3] / 2
 
 
-def seconds_a_step(
-    model: Decoder, rows: float, context: float, bandwidth: float, rate: float
-) -> float:
-    """The limit of one decode step of `rows` rows that each attend to `context` tokens.
+def seconds_a_step(row: Row, model: Decoder, bandwidth: float, rate: float) -> float:
+    """The limit of one decode step of all the row's sequences at their mean context.
 
     Every weight is read once or every product computed, whichever takes longer; keys and values are
     read by every row; what is sampled costs nothing. bandwidth in bytes, rate in FLOP a second.
     """
-    config = model.config
+    config, rows = model.config, row.work[0] * row.work[1]
     parameters = sum(
         linear.base.shape[0] * linear.base.shape[1] for linear in model.linears().values()
     )
@@ -153,5 +160,5 @@ def seconds_a_step(
     return (
         max(parameters * a_weight / bandwidth, 2 * parameters * rows / rate)
         + max(2 * head / bandwidth, 2 * head * rows / rate)
-        + rows * context * kv_bytes_per_token(config, model.dtype) / bandwidth
+        + rows * mean_context(row) * row.kv_bytes_per_token(model) / bandwidth
     )

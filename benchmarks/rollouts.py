@@ -43,7 +43,6 @@ from benchmarks.rollout_rows import (
     ROWS,
     Row,
     limits_of,
-    mean_context,
     prompts_of,
     same_rows,
     seconds_a_step,
@@ -52,7 +51,7 @@ from benchmarks.rollout_rows import (
 from benchmarks.shapes import build
 from sparring.algorithms.losses import dapo
 from sparring.data.packing import pack_groups
-from sparring.models.transformer import Decoder, kv_bytes_per_token
+from sparring.models.transformer import Decoder
 from sparring.rollout.block_pool import blocks_for
 from sparring.rollout.engine import KERNEL_BLOCK_SIZE, Engine
 from sparring.rollout.sampler import Sampling
@@ -100,7 +99,7 @@ def engine_for(row: Row, model: Decoder, prompts: list[Prompt]) -> Engine:
     longest = max(len(p.token_ids) for p in prompts) + max(map(max, limits))
     return Engine(
         model,
-        kv_bytes=tokens * kv_bytes_per_token(model.config, model.dtype),
+        kv_bytes=tokens * row.kv_bytes_per_token(model),
         stop_ids=(),
         decode=lambda _: "",
         max_tokens=longest,
@@ -108,6 +107,7 @@ def engine_for(row: Row, model: Decoder, prompts: list[Prompt]) -> Engine:
         cuda_graphs=row.cuda_graphs,
         steps_per_sync=row.steps_per_sync,
         caches_weights=row.caches_weights,
+        kv_dtype=row.kv_dtype,
     )
 
 
@@ -352,15 +352,9 @@ class Measurement:
         return found
 
     def share_of_limit(self, rate: float) -> dict[str, float]:
+        bandwidth, matmul = self.ceilings["bandwidth"], self.ceilings["matmul"]
         prompts, samples, _, _ = self.row.work
-        limit = seconds_a_step(
-            self.model,
-            prompts * samples,
-            mean_context(self.row),
-            self.ceilings["bandwidth"],
-            self.ceilings["matmul"],
-        )
-        most = prompts * samples / limit
+        most = prompts * samples / seconds_a_step(self.row, self.model, bandwidth, matmul)
         return {"limit tokens/s": most, "share of limit": rate / most}
 
 
