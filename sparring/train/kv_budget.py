@@ -99,6 +99,8 @@ def _left(device: torch.device, memory: Memory) -> int:
 
 def _beside(trained: Trained, work: Work, arch: int) -> int:
     """What a rollout takes beside what is there already, keys and values."""
+    if trained.is_full:  # an adapter on nothing: no masters, no moments
+        trained = replace(trained, rank=1, targets=frozenset())
     settings = Settings(kv_bytes=1, max_running=work.prompts, caches_weights=False)
     phase = rollout_phase(Job(policy=trained, work=work), settings, budget=None, arch=arch)
     there = (WEIGHTS, ADAPTERS, OPTIMIZER)
