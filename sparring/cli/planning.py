@@ -14,6 +14,7 @@ from sparring.errors import UserError
 if TYPE_CHECKING:
     from sparring.recipe import Recipe
     from sparring.train.cards import Card
+    from sparring.train.plan import Plan
     from sparring.train.plan_job import Job
 
 MEASURED = "H200"
@@ -47,12 +48,15 @@ def plan(
         job = job_of(recipe, algorithm=algorithm or None, prompt_tokens=prompt_tokens)  # type: ignore[arg-type]
         asked, best = plan_recipe(recipe, job, budget=budget, card=chosen)
         if as_json:
-            plans = {"recipe": asked, "proposal": best}
+            plans: dict[str, Plan | None] = {"recipe": asked, "proposal": best}
             emit({k: None if v is None else as_dict(v) for k, v in plans.items()}, sys.stdout)
             return
         _say_job(recipe, job, prompt_tokens)
-        lines = [] if asked is None else plan_lines(asked, "the recipe as it stands")
-        if best is not None:
+        lines = plan_lines(asked, "the recipe as it stands")
+        if best is not None and best.settings == asked.settings:
+            lines += ["no settings are faster; to paste:"]
+            lines += [f"  {line}" for line in proposal_lines(best)]
+        elif best is not None:
             lines += plan_lines(best, f"the fastest that fits into {budget / 2**30:g} GiB")  # type: ignore[operator]
             lines += ["to paste:", *(f"  {line}" for line in proposal_lines(best))]
         else:
@@ -61,7 +65,7 @@ def plan(
             from sparring.train.plan import predict
             from sparring.train.plan_table import algorithm_jobs, table_lines
 
-            settings = (best or asked).settings  # type: ignore[union-attr]
+            settings = (best or asked).settings
             found = {name: predict(j, settings) for name, j in algorithm_jobs(job).items()}
             lines.append("the training phase by algorithm and critic, same settings:")
             lines += table_lines({name: plan.training for name, plan in found.items()})

@@ -21,7 +21,7 @@ from sparring.models.nf4_files import stored_as_nf4
 from sparring.models.transformer import Decoder
 from sparring.recipe import Recipe
 from sparring.train.cards import Card, all_cards, find_card
-from sparring.train.plan import MODES, Plan, gib, predict, propose
+from sparring.train.plan import MICRO_BATCH_TOKENS, MODES, Plan, gib, predict, propose
 from sparring.train.plan_job import CONTEXT_BYTES, Job, Settings, Trained, Work, trained_as
 from sparring.train.policy import MAX_RUNNING, Policy, pick_device, set_memory_saving, work_of
 
@@ -169,22 +169,20 @@ def settings_of(recipe: Recipe) -> Settings:
 
 def plan_recipe(
     recipe: Recipe, job: Job, *, budget: int | None, card: Card
-) -> tuple[Plan | None, Plan | None]:
-    """The plan of the recipe as it stands, and the fastest that fits the budget.
+) -> tuple[Plan, Plan | None]:
+    """The plan of the recipe as a run takes it, and the fastest that fits the budget.
 
-    The first is None where the recipe leaves the choice to a budget that is there, the second where
-    there is no budget ("auto" is then 8192 tokens, no checkpoints). Raises MemoryBudgetError where
-    nothing fits.
+    What the recipe leaves out or "auto" is what a run would decide; values that it gives and that
+    do not fit make the first a plan that does not fit. The second is None where there is no budget
+    ("auto" is then 8192 tokens, no checkpoints). Raises MemoryBudgetError where nothing fits.
     """
     wanted = settings_of(recipe)
-    asked = None
-    is_open = not recipe.train.micro_batch_tokens or recipe.train.checkpointing == "auto"
-    if budget is None or not is_open:
-        try:
-            asked = predict(job, wanted, budget=budget, card=card)
-        except MemoryBudgetError:
-            asked = replace(predict(job, wanted, card=card), budget=budget)
-    best = None if budget is None else propose(job, wanted, budget=budget, card=card)
+    if budget is None:
+        return predict(job, wanted, card=card), None
+    best = propose(job, wanted, budget=budget, card=card)
+    asked = _fitting(recipe, job, budget, card)
+    if asked is None:
+        asked = replace(predict(job, wanted, card=card), budget=budget)
     return asked, best
 
 
@@ -261,29 +259,48 @@ def hold_budget(
 
 def _chosen(recipe: Recipe, job: Job, budget: int, card: Card) -> Plan:
     """The recipe's own settings where they fit, its open ones decided; else MemoryBudgetError."""
-    wanted = settings_of(recipe)
-    train = recipe.train
-    if train.micro_batch_tokens and train.checkpointing != "auto":
+    found = _fitting(recipe, job, budget, card)
+    if found is not None:
+        return found
+    train, wanted = recipe.train, settings_of(recipe)
+    best = propose(job, wanted, budget=budget, card=card)
+    lines = "\n".join(proposal_lines(best))
+    raise MemoryBudgetError(
+        f"micro_batch_tokens = {train.micro_batch_tokens or 'auto'} with checkpointing ="
+        f' "{train.checkpointing}" do not fit into {gib(budget)}: they take'
+        f" {gib(predict(job, wanted, card=card).total)}. The fastest that"
+        f' fits (or write "auto"):\n{lines}'
+    )
+
+
+def _fitting(recipe: Recipe, job: Job, budget: int, card: Card) -> Plan | None:
+    """What a run takes, or None where values that the recipe gives do not fit.
+
+    "auto" is the fastest that fits. A key that is left out has its default where that fits, and is
+    as good as "auto" where it does not.
+    """
+    train, wanted = recipe.train, settings_of(recipe)
+    given = train.model_fields_set
+    modes = MODES if train.checkpointing == "auto" else (train.checkpointing,)
+    tokens = (train.micro_batch_tokens,) if train.micro_batch_tokens else MICRO_BATCH_TOKENS
+    attempts = [(modes, tokens)]
+    if not {"checkpointing", "micro_batch_tokens"} <= given:
+        attempts.append(
+            (
+                modes if "checkpointing" in given else MODES,
+                tokens if "micro_batch_tokens" in given else MICRO_BATCH_TOKENS,
+            )
+        )
+    for modes, tokens in attempts:
+        is_open = len(modes) > 1 or len(tokens) > 1
         try:
             return propose(
-                job, wanted, budget=budget, card=card, modes=(train.checkpointing,),
-                tokens=(train.micro_batch_tokens,), may_offload=False,
+                job, wanted, budget=budget, card=card, modes=modes, tokens=tokens,
+                may_offload=is_open,
             )  # fmt: skip
         except MemoryBudgetError:
-            reason = f"they take {gib(predict(job, wanted, card=card).total)}"
-        best = propose(job, wanted, budget=budget, card=card)
-        lines = "\n".join(proposal_lines(best))
-        raise MemoryBudgetError(
-            f"micro_batch_tokens = {train.micro_batch_tokens} with checkpointing ="
-            f' "{train.checkpointing}" do not fit into {gib(budget)}: {reason}. The fastest that'
-            f' fits (or write "auto"):\n{lines}'
-        )
-    modes = MODES if train.checkpointing == "auto" else (train.checkpointing,)
-    if train.micro_batch_tokens:
-        return propose(
-            job, wanted, budget=budget, card=card, modes=modes, tokens=(train.micro_batch_tokens,)
-        )
-    return propose(job, wanted, budget=budget, card=card, modes=modes)
+            continue
+    return None
 
 
 def proposal_lines(plan: Plan) -> list[str]:
@@ -354,8 +371,7 @@ def cost_of(recipe: Recipe, algorithm: Algorithm, card: Card) -> tuple[str, dict
         asked, best = plan_recipe(recipe, job, budget=budget, card=card)
     except (CheckpointError, MemoryBudgetError) as error:
         return f"memory and time of the run are not told: {error}", {}
-    plan = asked if asked is not None and asked.fits else best
-    assert plan is not None, "a budget gives a proposal"
+    plan = asked if asked.fits or best is None else best
     assert plan.seconds is not None, "a card is named"
     source = "measured card" if card.is_measured else "estimate"
     words = (

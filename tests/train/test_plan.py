@@ -303,7 +303,7 @@ def test_on_a_card_settings_that_do_not_fit_are_refused_with_those_that_do(
     tmp_path: Path, card: dict[str, Any]
 ) -> None:
     rollout = {"prompts_per_step": 32, "max_completion_tokens": 300}
-    train = {"micro_batch_tokens": 32768}
+    train = {"micro_batch_tokens": 32768, "checkpointing": "none"}
     recipe = recipe_for(tmp_path, rollout=rollout, train=train, run={"memory": "3GiB"})
     with pytest.raises(MemoryBudgetError) as refusal:
         fit_memory(recipe, "grpo", print)
@@ -327,11 +327,10 @@ def load_lines(path: Path) -> dict[str, Any]:
 def test_a_recipe_that_does_not_fit_is_shown_beside_one_that_does(tmp_path: Path) -> None:
     recipe = recipe_for(
         tmp_path, rollout={"prompts_per_step": 32, "max_completion_tokens": 300},
-        train={"micro_batch_tokens": 32768},
+        train={"micro_batch_tokens": 32768, "checkpointing": "none"},
     )  # fmt: skip
     job = job_of(recipe)
     asked, best = plan_recipe(recipe, job, budget=3 * GIB, card=find_card("4090"))
-    assert asked is not None
     assert best is not None
     assert not asked.fits
     assert best.fits
@@ -339,6 +338,27 @@ def test_a_recipe_that_does_not_fit_is_shown_beside_one_that_does(tmp_path: Path
     assert "does NOT fit" in text
     assert "RTX 4090 (estimate)" in text
     assert json.loads(json.dumps(as_dict(best)))["card"]["is_measured"] is False
+
+
+def test_what_a_recipe_leaves_out_is_its_default_where_that_fits_and_open_elsewhere(
+    tmp_path: Path, card: dict[str, Any]
+) -> None:
+    rollout = {"prompts_per_step": 32, "max_completion_tokens": 300}
+    roomy = fit_memory(recipe_for(tmp_path, rollout=rollout), "grpo", print)
+    assert (roomy.train.micro_batch_tokens, roomy.train.checkpointing) == (8192, "none")
+    silent = recipe_for(tmp_path, rollout=rollout, run={"memory": "1800MiB"})
+    decided = fit_memory(silent, "grpo", print)
+    assert (decided.train.micro_batch_tokens, decided.train.checkpointing) != (8192, "none")
+    asked, best = plan_recipe(silent, job_of(silent), budget=1800 * 2**20, card=find_card("4090"))
+    assert asked.fits
+    assert asked.settings.checkpointing == decided.train.checkpointing
+    assert best is not None
+    assert best.settings == asked.settings
+    tokens = recipe_for(
+        tmp_path, rollout=rollout, train={"micro_batch_tokens": 4096}, run={"memory": "1800MiB"}
+    )
+    assert fit_memory(tokens, "grpo", print).train.micro_batch_tokens == 4096
+    assert card["share"] < 1.0
 
 
 @pytest.mark.shared
