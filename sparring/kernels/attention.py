@@ -30,7 +30,7 @@ from torch import Tensor
 from sparring.kernels import dot, jit, rounded, tl, triton, uses_triton
 from sparring.kernels.attention_plan import SharedPlan, tile_of
 from sparring.kernels.split_attention import split_attention_packed
-from sparring.kernels.splits import LOG2_E
+from sparring.kernels.splits import LOG2_E, whole_level
 
 __all__ = ["shared_attention", "shared_attention_reference", "shared_attention_triton"]
 
@@ -86,19 +86,19 @@ def _attend_range(
             inside = (keys >= 0)[:, None] & (columns < E)[None, :]
             k = tl.load(at_k, mask=inside, other=0.0)
             v = tl.load(at_v, mask=inside, other=0.0)
-        s = dot(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_N], tl.float32)) * scale
+        s = dot(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_N], tl.float32))
         if MASKED:
             distance = rows[:, None] + base - keys[None, :]
             seen = (distance >= 0) & (keys < num_keys)[None, :]
             if HAS_WINDOW:
                 seen = seen & (distance < window)
             s = tl.where(seen, s, -float("inf"))
-        above = tl.maximum(peak, tl.max(s, axis=1))
+        above = tl.maximum(peak, whole_level(tl.max(s, axis=1) * scale))
         level = tl.where(above == -float("inf"), 0.0, above)
-        p = tl.exp2(s - level[:, None])
+        p = rounded(tl.exp2(tl.fma(s, scale, -level[:, None])), v_ptr.dtype.element_ty)
         shrink = tl.exp2(peak - level)
-        total = total * shrink + tl.sum(p, axis=1)
-        acc = dot(rounded(p, v_ptr.dtype.element_ty), v, acc * shrink[:, None])
+        total = total * shrink + tl.sum(p.to(tl.float32), axis=1)
+        acc = dot(p, v, acc * shrink[:, None])
         peak = above
     return acc, peak, total
 

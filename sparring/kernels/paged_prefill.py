@@ -20,7 +20,7 @@ from sparring.kernels import Capability, dot, jit, rounded, tl
 from sparring.kernels.attention_plan import tile_of
 from sparring.kernels.paged_attention import constants_of, read_slots
 from sparring.kernels.paged_plan import PrefillTiles
-from sparring.kernels.splits import LOG2_E, scales_of, widened
+from sparring.kernels.splits import LOG2_E, scales_of, whole_level, widened
 from sparring.layout import KVPool
 
 __all__ = ["paged_prefill_reference", "paged_prefill_triton"]
@@ -94,7 +94,7 @@ def _paged_range(
             scale_at = scales_ptr + at_scale
             k_scale = tl.load(scale_at, mask=keys < num_keys, other=0.0)
             v_scale = tl.load(scale_at + STRIDE // E // 2, mask=keys < num_keys, other=0.0)
-        s = dot(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_N], tl.float32)) * scale
+        s = dot(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_N], tl.float32))
         if LIMIT > 0:
             s = s * k_scale[None, :]
         if MASKED:
@@ -103,14 +103,17 @@ def _paged_range(
             if HAS_WINDOW:
                 seen = seen & (distance < window)
             s = tl.where(seen, s, -float("inf"))
-        above = tl.maximum(peak, tl.max(s, axis=1))
+        above = tl.maximum(peak, whole_level(tl.max(s, axis=1) * scale))
         level = tl.where(above == -float("inf"), 0.0, above)
-        p = tl.exp2(s - level[:, None])
+        p = tl.exp2(tl.fma(s, scale, -level[:, None]))
         shrink = tl.exp2(peak - level)
-        total = total * shrink + tl.sum(p, axis=1)
         if LIMIT > 0:
-            p = p * v_scale[None, :]
-        acc = dot(rounded(p, q.dtype), v, acc * shrink[:, None])
+            total = total * shrink + tl.sum(p, axis=1)
+            used = rounded(p * v_scale[None, :], q.dtype)
+        else:
+            used = rounded(p, q.dtype)
+            total = total * shrink + tl.sum(used.to(tl.float32), axis=1)
+        acc = dot(used, v, acc * shrink[:, None])
         peak = above
         after = start + BLOCK_N
         block = tl.load(table_ptr + after // B, mask=after < high, other=0).to(tl.int64)

@@ -55,6 +55,17 @@ def widened(x, dtype: tl.constexpr):
 
 
 @jit
+def whole_level(s):
+    """The next whole number from s on, which probabilities 2^(s - level) are counted from.
+
+    Levels of two tilings then differ by a power of two, which no rounding sees: a probability in 16
+    bits has the same digits in every kernel, whatever its running maximum was. Totals are of the
+    rounded ones, so that a key alone gives its value unchanged.
+    """
+    return tl.ceil(s)
+
+
+@jit
 def merge_factors(peak, peak_new):
     """(peak of both, factor of the old, factor of the new), all [M]; -inf marks an empty side."""
     above = tl.maximum(peak, peak_new)
@@ -84,14 +95,17 @@ def _softmax_step(
     if HAS_WINDOW:
         seen = seen & (keys[:, None] > positions[None, :] - window)
     s = tl.where(seen, s, -float("inf"))
-    above = tl.maximum(peak, tl.max(s, axis=0) * scale)
+    above = tl.maximum(peak, whole_level(tl.max(s, axis=0) * scale))
     level = tl.where(above == -float("inf"), 0.0, above)
     p = tl.exp2(tl.fma(s, scale, -level[None, :]))
     shrink = tl.exp2(peak - level)
-    total = tl.fma(total, shrink[None, :], p)
     if IS_SCALED:
-        p = p * v_scale[:, None]
-    acc = product(tl.trans(v), rounded(p, q.dtype), acc * shrink[None, :])
+        total = tl.fma(total, shrink[None, :], p)
+        used = rounded(p * v_scale[:, None], q.dtype)
+    else:
+        used = rounded(p, q.dtype)
+        total = tl.fma(total, shrink[None, :], used.to(tl.float32))
+    acc = product(tl.trans(v), used, acc * shrink[None, :])
     return acc, above, total
 
 

@@ -19,6 +19,7 @@ from sparring.kernels.attention import (
 from sparring.kernels.attention_plan import SharedPlan
 from sparring.kernels.paged_attention import paged_decode_triton, rotate_decode_triton
 from sparring.kernels.paged_plan import DecodeWorkspace, PrefillTiles, split_of
+from sparring.kernels.paged_prefill import paged_prefill_triton
 from sparring.kernels.shared_decode import chunk_of, shared_splits
 from sparring.kernels.split_attention import split_attention_paged
 from sparring.layout import KVPool
@@ -110,6 +111,29 @@ def agree(prompt, completions, heads, kv_heads, size, dtype, block_size=16, wind
         window=window,
     )  # fmt: skip
     assert error(shared, want) < LIMIT[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_default_kernels_round_where_decoding_does(dtype):
+    """Their tiles begin elsewhere, so running maxima differ; the rounded probabilities must not."""
+    prompt, own = TILE // 2 + 5, TILE + 9
+    total = prompt + own
+    q = random(total, 2, 64, dtype=dtype) * 4
+    k, v = (random(total, 1, 64, dtype=dtype, seed=s) for s in (1, 2))
+    plan = SharedPlan((0, prompt, total), (-1, 0), device=DEVICE, capability=CAPABILITY)
+    trained = shared_attention_triton(q, k, v, plan)
+    pool, tables = pool_of([(k, v)], 16, dtype)
+    places = torch.arange(total, device=DEVICE)
+    decoded = paged_decode_triton(
+        q, pool, 1, tables[[0] * total], (places + 1).int(), max_splits=-(-total // SPLIT),
+        capability=CAPABILITY,
+    )  # fmt: skip
+    filled = paged_prefill_triton(
+        q, pool, 1, tables, PrefillTiles([0, total], [total], DEVICE), capability=CAPABILITY
+    )
+    for name, out in (("training", trained), ("prefill", filled)):
+        share = (out != decoded).float().mean().item()
+        assert share < 0.005, f"{share:.2%} of {name}'s numbers differ from decoding's"
 
 
 @pytest.mark.parametrize("prompt", [SPLIT - 1, *(pytest.param(n, marks=SLOW) for n in BORDERS)])
