@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import rollout_start
+from benchmarks import rollout_start, schedule
 from benchmarks.rollout_rows import ROWS, limits_of, prompts_of, same_rows, tiny
 from benchmarks.rollouts import run_all, told
 
@@ -79,3 +79,15 @@ def test_the_engines_start_is_measured_over_every_bucket() -> None:
     assert found["start seconds"] > found["every bucket seconds"] > 0
     assert set(found["launches"]) == {"1"}
     assert "FAILED" not in rollout_start.told("warm", found)
+
+
+@pytest.mark.parametrize("seed", schedule.SEEDS[:2])
+def test_ragged_lengths_keep_the_rows_full_and_scarce_memory_recomputes_little(seed: int) -> None:
+    work = schedule.drawn(seed)
+    free = schedule.simulate(work, 10**6, guess=128.0)
+    assert free["crowded rows"] >= 0.9 * schedule.MOST
+    assert free["preemptions"] == 0
+    scarce = schedule.simulate(work, free["peak blocks"] // 4, guess=128.0)
+    assert 0 < scarce["recomputed"] <= 0.15
+    assert scarce["peak blocks"] <= free["peak blocks"] // 4
+    assert scarce["steps"] * (free["peak blocks"] // 4) >= work.block_steps()
