@@ -33,6 +33,14 @@ from sparring.kernels.nf4 import (
 )
 from sparring.kernels.nf4_matmul import nf4_matmul, takes
 
+
+def slice_length(other: int, size: int, most_bytes: int, item: int) -> int:
+    """Rows (or columns) of a slice: a multiple of STEP, and all slices alike if it goes."""
+    fitting = max(STEP, most_bytes // (other * item) // STEP * STEP)
+    count = -(-size // fitting)
+    return min(size, -(-size // (count * STEP)) * STEP)
+
+
 Part = NF4Matrix | Tensor
 """One original matrix: packed, or left in the compute dtype."""
 
@@ -174,7 +182,8 @@ class Quantised(nn.Module):
         if self._plain is not None or num_rows <= self._fused_rows():
             return 0
         num_outputs, num_inputs = self.shape
-        return self._step(num_inputs, num_outputs, SLICE_BYTES) * num_inputs * self.dtype.itemsize
+        item = self.dtype.itemsize
+        return slice_length(num_inputs, num_outputs, SLICE_BYTES, item) * num_inputs * item
 
     def decoded_copy(self) -> Tensor | None:
         """All rows as an ordinary tensor, where there is one."""
@@ -222,7 +231,7 @@ class Quantised(nn.Module):
         if self.decoded_copy() is not None:
             yield slice(0, num_outputs), self.dense()
             return
-        step = self._step(num_inputs, num_outputs, SLICE_BYTES)
+        step = slice_length(num_inputs, num_outputs, SLICE_BYTES, self.dtype.itemsize)
         scratch = torch.empty(step, num_inputs, dtype=self.dtype, device=self.device)
         start = 0
         for part in self._stored():
@@ -241,7 +250,7 @@ class Quantised(nn.Module):
         if self.decoded_copy() is not None or num_inputs % BLOCK:
             yield slice(0, num_inputs), self.dense()
             return
-        step = self._step(num_outputs, num_inputs, COLUMN_SLICE_BYTES)
+        step = slice_length(num_outputs, num_inputs, COLUMN_SLICE_BYTES, self.dtype.itemsize)
         scratch = torch.empty(num_outputs * step, dtype=self.dtype, device=self.device)
         for first in range(0, num_inputs, step):
             columns = slice(first, min(first + step, num_inputs))
@@ -259,12 +268,6 @@ class Quantised(nn.Module):
     def _stored(self) -> list[Part]:
         """What lies in memory, in the order of rows."""
         return self.parts() if self._whole is None else [self._whole]
-
-    def _step(self, other: int, size: int, most_bytes: int) -> int:
-        """Rows (or columns) of a slice: a multiple of STEP, and all slices alike if it goes."""
-        fitting = max(STEP, most_bytes // (other * self.dtype.itemsize) // STEP * STEP)
-        count = -(-size // fitting)
-        return min(size, -(-size // (count * STEP)) * STEP)
 
     def cache(self) -> None:
         """Keep the decoded weight, the same numbers in 16 bits, until `uncache`."""

@@ -59,7 +59,7 @@ KV_SHARE = 0.98
 """Of what is left in the rollout phase: the rest is for requests of odd sizes."""
 UNSEEN: Mapping[str, tuple[int, float]] = {
     "rollout": (32 * MIB, 0.005),
-    "training": (48 * MIB, 0.01),
+    "training": (64 * MIB, 0.01),
 }
 """Reserved beyond what is played, in bytes and as a share, by phase: half-filled pages of loading,
 rows and rules of decode steps, and requests that library calls make inside themselves."""

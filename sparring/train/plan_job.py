@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from sparring.models.lora import PROJECTIONS
-from sparring.models.quantised import SLICE_BYTES
+from sparring.models.quantised import COLUMN_SLICE_BYTES, SLICE_BYTES, slice_length
 from sparring.models.transformer import HEAD_CHUNK_ROWS, Decoder, TransformerConfig
 from sparring.train.tape import Tape
 
@@ -165,10 +165,19 @@ class LinearSize:
         """Bytes of its decoded matrix where it is in NF4, else 0: nothing is decoded."""
         return self.inputs * self.outputs * item if self.is_quantised else 0
 
-    def decoded_slice(self, item: int) -> int:
-        """Bytes of the slice of rows that is decoded at once where that will do."""
-        rows = max(64, SLICE_BYTES // (self.inputs * item) // 64 * 64)
-        return min(rows, self.outputs) * self.inputs * item if self.is_quantised else 0
+    def decoded_rows(self, item: int) -> int:
+        """Bytes of the slice of rows that is decoded at once, for a product."""
+        if not self.is_quantised:
+            return 0
+        return slice_length(self.inputs, self.outputs, SLICE_BYTES, item) * self.inputs * item
+
+    def decoded_columns(self, item: int) -> int:
+        """Bytes of the slice of columns that is decoded at once, for a gradient by the input."""
+        if not self.is_quantised:
+            return 0
+        return (
+            slice_length(self.outputs, self.inputs, COLUMN_SLICE_BYTES, item) * self.outputs * item
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -48,7 +48,7 @@ def take_graphs(
     rows = row_bucket(rows, rows)
     scratch = 0
     if not settings.caches_weights and rows > FUSED_ROWS.get(arch, 64):
-        scratch = max(size.decoded_slice(model.item) for size in model.linears().values())
+        scratch = max(size.decoded_rows(model.item) for size in model.linears().values())
     longest = work.prompt_tokens + work.completion_tokens
     step = step_bytes(
         model.config, rows, context_bucket(longest, longest), item=model.item, scratch=scratch
@@ -86,7 +86,7 @@ def _prefill(
         size = model.linears()[name]
         y = tape.take(WORKING, tokens * size.outputs * item)
         if not settings.caches_weights and size.is_quantised:
-            tape.brief(DECODED, size.decoded_slice(item))
+            tape.brief(DECODED, size.decoded_rows(item))
         return y
 
     heads = tokens * config.num_heads * config.head_size * item

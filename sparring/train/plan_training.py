@@ -190,12 +190,12 @@ class TrainingTape:
         tape, size = self.tape, self.linears[name]
         if not size.adapted:
             y = tape.take(WORKING, rows * size.outputs * self.item)
-            with tape.during(DECODED, size.decoded_slice(self.item)):
+            with tape.during(DECODED, size.decoded_rows(self.item)):
                 return y
         xa = self._taken_xa(name, rows)
         y = tape.take(WORKING, rows * size.outputs * self.item)
         if size.is_quantised:
-            tape.brief(DECODED, size.decoded(self.item))
+            tape.brief(DECODED, size.decoded_rows(self.item))
         if keeps:
             kept.numbers[f"{name}_xa"] = xa
         else:
@@ -391,8 +391,10 @@ class TrainingTape:
         if not size.adapted:
             if not needs_input:
                 return None, None
-            with tape.during(DECODED, size.decoded(self.item)):
-                return tape.take(WORKING, dx_bytes), None
+            plain = tape.take(WORKING, dx_bytes)
+            if size.is_quantised:
+                tape.brief(DECODED, size.decoded_columns(self.item))
+            return plain, None
         t = self._taken_xa(name, rows)
         db = tape.take(GRADIENTS, sum(size.adapted) * rank * 4)
         for outputs in size.adapted:
@@ -402,7 +404,7 @@ class TrainingTape:
         if needs_input:
             dx = tape.take(WORKING, dx_bytes)
             if size.is_quantised:
-                tape.brief(DECODED, size.decoded(self.item))
+                tape.brief(DECODED, size.decoded_columns(self.item))
         return dx, t
 
     def _a_gradient(self, name: str) -> None:

@@ -142,14 +142,29 @@ ON_THE_CARD = {
 }
 
 
+VARIED = """
+def varied(completions):
+    return [sum(map(ord, text)) % 17 / 17 for text in completions]
+"""
+
+
 def card_recipe(folder: Path, run: Path) -> Recipe:
-    return grpo_recipe(folder, model={"dtype": "bfloat16"}, run={"dir": str(run)}, lora={"rank": 4})
+    """Every step has a signal, so that each of them reaches the optimizer."""
+    (folder / "varied.py").write_text(VARIED)
+    return grpo_recipe(
+        folder,
+        model={"dtype": "bfloat16"},
+        run={"dir": str(run)},
+        lora={"rank": 4},
+        reward=[{"name": f"{folder}/varied.py:varied"}],
+    )
 
 
 @pytest.fixture(scope="module")
 def whole_losses(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     run = tmp_path_factory.mktemp("whole") / "run"
     grpo.train(card_recipe(folder, run))
+    assert all(record.metrics["gradient_norm"] > 0 for record in runlog.read_steps(run))
     return losses(run)
 
 
