@@ -63,7 +63,7 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def build(
-    name: str,
+    shape: str | dict[str, Any],
     *,
     quantization: str = "none",
     dtype: torch.dtype = torch.bfloat16,
@@ -73,14 +73,15 @@ def build(
 ) -> Decoder:
     """A model of that shape; matrices normal (0.02), norms 1, biases normal, adapters' B not zero.
 
-    quantization: "none" or "nf4". lora_rank: of an adapter on q, k, v and o; 0: none, and every
-    weight of an unquantised model is trained.
+    shape: a name of SHAPES, or such a config itself. quantization: "none" or "nf4". lora_rank: of
+    an adapter on q, k, v and o; 0: none, and every weight of an unquantised model is trained.
     """
     assert quantization in ("none", "nf4"), f"quantization is {quantization!r}: none or nf4"
     device = torch.device(device)
     generator = torch.Generator(device).manual_seed(seed)
     is_quantised = quantization == "nf4"
-    model = build_model(SHAPES[name], device=device, dtype=dtype, is_quantised=is_quantised)
+    config = SHAPES[shape] if isinstance(shape, str) else shape
+    model = build_model(config, device=device, dtype=dtype, is_quantised=is_quantised)
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             if path.endswith("norm"):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 import sparring
 from sparring.data.packing import pack_groups
@@ -57,19 +58,29 @@ def test_log_probabilities_of_real_checkpoints(
         Group(prompt=p, rollouts=tuple(r), rewards_G=torch.ones(16), reward_parts={})
         for p, r in zip(prompts, rollouts, strict=True)
     ]
-    gaps = []
+    scores: dict[bool, list[Tensor]] = {False: [], True: []}
+    sampled = []
     with torch.no_grad():
         for batch in pack_groups(
             groups, [torch.ones(16)] * len(groups), max_tokens=4096, temperature=1.0
         ):
             batch = to_device(batch, model.device)
-            gap = model.score(batch).logprobs_T - batch.sampler_logprobs_T
-            gaps.append(gap[batch.loss_mask_T].double())
-    gap = torch.cat(gaps)
+            assert batch.sampler_logprobs_T is not None
+            sampled.append(batch.sampler_logprobs_T[batch.loss_mask_T])
+            for order in scores:
+                model.set_bitwise(order)
+                scores[order].append(model.score(batch).logprobs_T[batch.loss_mask_T])
+    gap = (torch.cat(scores[is_bitwise]) - torch.cat(sampled)).double()
     mean, divergence = gap.abs().mean().item(), (gap.exp() - 1 - gap).mean().item()
-    print(f"{name} bitwise {is_bitwise}: {len(gap)} tokens, mean {mean:.5f}, KL {divergence:.2e}")
-    assert len(gap) > 1000
-    assert mean <= 0.005
-    assert divergence <= 1e-4
+    orders = (torch.cat(scores[False]) - torch.cat(scores[True])).double()
+    figures = (
+        f"{name} bitwise {is_bitwise}: {len(gap)} tokens, mean {mean:.5f} (must 0.005), KL"
+        f" {divergence:.2e} (must 1e-4), largest {gap.abs().max():.4f}; two orders of the trainer"
+        f": mean {orders.abs().mean():.5f}, KL {(orders.exp() - 1 - orders).mean():.2e}"
+    )
+    print(figures)
+    assert len(gap) > 1000, figures
+    assert mean <= 0.005, figures
+    assert divergence <= 1e-4, figures
     if is_bitwise:
-        assert gap.abs().max().item() == 0.0
+        assert gap.abs().max().item() == 0.0, figures
