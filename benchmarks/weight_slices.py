@@ -35,7 +35,8 @@ MATRICES = {
     "gate_up": ((18944, 18944), 3584),
     "down": ((3584,), 18944),
 }
-SIZES = (32, 48, 64, 80, 96, 112, 128, 144, 192, 288)
+SIZES = (48, 64, 80, 96, 112, 128, 144, 288)
+COLUMNS = (768, 1024, 1280, 1792, 2560)
 ROUNDS, CALLS = 5, 3
 
 
@@ -94,6 +95,27 @@ def measure(name: str, rows: int) -> dict[str, Any]:
     return found
 
 
+def by_columns(name: str, rows: int) -> dict[str, Any]:
+    """Milliseconds of dy W on a plain matrix, whole and so many columns of the result at a time."""
+    part_rows, inputs = MATRICES[name]
+    dy, weight = normal(rows, sum(part_rows)), normal(sum(part_rows), inputs, scale=0.02)
+    dx = normal(rows, inputs)
+    times: dict[int, list[float]] = {columns: [] for columns in (inputs, *COLUMNS)}
+
+    def product(columns: int) -> None:
+        for first in range(0, inputs, columns):
+            here = slice(first, first + columns)
+            torch.mm(dy, weight[:, here], out=dx[:, here])
+
+    for round_number in range(ROUNDS + 1):
+        for columns in times:
+            took = milliseconds(lambda columns=columns: product(columns))
+            if round_number:
+                times[columns].append(took)
+    found = {columns: round(statistics.median(values), 3) for columns, values in times.items()}
+    return {"matrix": name, "rows": rows, "plain dx by columns": found}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path)
@@ -105,6 +127,7 @@ def main() -> None:
         "environment": describe_environment(),
     }
     result["lines"] = [measure(name, rows) for rows in asked.rows for name in MATRICES]
+    result["lines"] += [by_columns(name, rows) for rows in asked.rows for name in MATRICES]
     for line in result["lines"]:
         print(line, flush=True)
     asked.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -48,12 +48,14 @@ Part = NF4Matrix | Tensor
 FUSED_ROWS = {80: 64, 86: 128, 89: 256, 90: 128, 100: 64, 120: 256}
 """Rows up to which the fused kernel is taken, by architecture."""
 
-SLICE_BYTES = 64 * 2**20
-"""Most bytes of decoded weights at a time where a product decodes rows to memory."""
+SLICE_BYTES = 96 * 2**20
+"""Most bytes of decoded weights at a time where a product decodes rows to memory; a 7B's gate_up
+takes 3.07 ms so on an H200, 3.42 by 64 MiB and 3.38 by 144.
+"""
 
-COLUMN_SLICE_BYTES = 144 * 2**20
+COLUMN_SLICE_BYTES = 96 * 2**20
 """The same where it decodes columns, for a gradient by the input, which is added up over all rows
-at once, so that it is rounded once.
+at once, so that it is rounded once; 2.82 ms, 2.94 and 3.47.
 """
 
 STEP = 256
