@@ -43,9 +43,8 @@ SHAPES = {
 }
 ROWS, CONTEXTS, BLOCK = (8, 32, 128, 256), (512, 1024, 4096), 64
 VARIANTS = [
-    (256, 64, 3, 1, 0), (256, 64, 2, 1, 0), (256, 64, 3, 1, 2), (256, 64, 2, 1, 2),
-    (256, 64, 3, 2, 2), (256, 64, 3, 4, 0), (256, 64, 3, 4, 2), (256, 64, 2, 4, 2),
-    (512, 64, 3, 1, 2), (512, 64, 3, 2, 2),
+    (256, 64, 3, 1), (256, 64, 3, 2), (256, 64, 3, 4), (256, 64, 3, 8), (256, 64, 2, 4),
+    (512, 64, 3, 1), (512, 64, 3, 2),
 ]  # fmt: skip
 VARIED = ("7B", "1.5B", "0.5B")
 VARIED_CASES = ((8, 1024), (32, 640), (128, 512), (256, 768))
@@ -54,21 +53,18 @@ SHARED_CASES = (
     (128, 16, 1024, 512),
 )  # fmt: skip
 EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)
-Sizes = tuple[int, int, int, int, int]
-SHIPPED = paged_attention.split_of, paged_attention.form_of
+Sizes = tuple[int, int, int, int]
+SHIPPED = paged_attention.split_of, paged_attention.span_of
 
 
 def choose(sizes: Sizes | None) -> None:
-    """Make the decode kernel use (split, key tile, stages, splits a program, tiles asked for
-    ahead), or what ships.
-    """
-    paged_attention.split_of, paged_attention.form_of = SHIPPED
+    """Make the decode kernel use (split, key tile, stages, splits a program), or what ships."""
+    paged_attention.split_of, paged_attention.span_of = SHIPPED
     if sizes is not None:
-        split, tile, stages, span, ahead = sizes
+        split, tile, stages, span = sizes
         chosen = {"SPLIT": split, "BLOCK_N": tile, "num_stages": stages}
-        form = {"SPAN": span, "AHEAD": ahead}
         paged_attention.split_of = lambda *_: chosen  # type: ignore[assignment]
-        paged_attention.form_of = lambda *_: form  # type: ignore[assignment]
+        paged_attention.span_of = lambda *_: span  # type: ignore[assignment]
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -183,12 +179,12 @@ def decode_row(
     row: dict[str, object] = {
         "shape": name, "kv": str(dtype).removeprefix("torch."), "rows": rows, "context": context,
         **split,
-        **paged_attention.form_of(capability, rows * kv_heads), "us": round(micros, 2),
+        "span": paged_attention.span_of(capability, rows * kv_heads), "us": round(micros, 2),
         "GB/s": round(rate), "share of copy": round(rate / copy_gbs, 3),
     }  # fmt: skip
     if sizes is not None:
         got = call(layer=0, out=torch.full_like(out, float("nan")))
-        choose((*sizes[:3], 1, 0))
+        choose((*sizes[:3], 1))
         row["bits equal"] = torch.equal(got, call(layer=0, out=torch.full_like(out, float("nan"))))
     return row
 
@@ -217,7 +213,7 @@ def shared_prompts() -> list[dict[str, object]]:
             outputs: list[torch.Tensor] = []
             row: dict[str, object] = {
                 "shape": name, "rows": num_rows, "group": group, "prompt": prompt, "own": own,
-                **paged_attention.form_of(capability, num_rows * kv_heads),
+                "span": paged_attention.span_of(capability, num_rows * kv_heads),
             }  # fmt: skip
             for what, shared_R in (("us", None), ("us, computed once", counted())):
                 call = partial(

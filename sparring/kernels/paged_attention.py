@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sparring.kernels import Capability, jit, rounded, tl, triton
-from sparring.kernels.paged_plan import DecodeWorkspace, form_of, split_of
+from sparring.kernels.paged_plan import DecodeWorkspace, span_of, split_of
 from sparring.kernels.rotate_write import (
     kv_dtype_of,
     num_heads_of,
@@ -31,7 +31,6 @@ from sparring.kernels.shared_decode import chunk_of, finish, shared_program
 from sparring.kernels.splits import (
     LOG2_E,
     OPTIONS,
-    ask_ahead,
     inverse,
     paged_split,
     paged_splits,
@@ -88,8 +87,7 @@ def _decode_kernel(
     K: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr, B: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, HAS_WINDOW: tl.constexpr,
     KV_DTYPE: tl.constexpr, LIMIT: tl.constexpr, SHARED: tl.constexpr, ROTATES: tl.constexpr,
-    HAS_NORM: tl.constexpr, OVERLAPS: tl.constexpr, SPAN: tl.constexpr, AHEAD: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    HAS_NORM: tl.constexpr, OVERLAPS: tl.constexpr, SPAN: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     if OVERLAPS:  # in a chain of launches, see few_rows.py
         tl.extra.cuda.gdc_wait()
@@ -109,7 +107,7 @@ def _decode_kernel(
                 states_ptr, tickets_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, row, kv_head,
                 part, stride_t, table_stride, num_slots, tl.num_programs(0), scale, eps, K, GROUP,
                 E, B, BLOCK_E, BLOCK_M, BLOCK_N, SPLIT, LIMIT, SHARED, BLOCK_W, ROTATES, HAS_NORM,
-                SPAN, AHEAD,
+                SPAN,
             )  # fmt: skip
             return
         part -= slices
@@ -137,8 +135,6 @@ def _decode_kernel(
     tables_ptr += row * table_stride
     low = tl.maximum(split * SPLIT, first_key // BLOCK_N * BLOCK_N)
     high = tl.minimum(length, end_split * SPLIT)
-    if AHEAD > 0:
-        ask_ahead(k_ptr, v_ptr, tables_ptr, low, high, 2 * K * B * E, B, E, BLOCK_N, AHEAD)
     if ROTATES:  # the row's query heads, then its new key and value
         is_query, is_value = members < GROUP, members > GROUP
         heads = tl.where(is_query, kv_head * GROUP + members, K * GROUP + kv_head)
@@ -324,14 +320,12 @@ def _form(
     shared_R: Tensor | None,
     window: int,
 ) -> dict[str, int]:
-    """How programs share the work of so many rows: `form_of`, and SHARED rows of a chunk."""
-    form = dict(form_of(capability, rows * constants["K"]))
-    if constants["B"] % constants["BLOCK_N"]:
-        form["AHEAD"] = 0  # a tile lies in several blocks
+    """How programs share the work of so many rows: splits one takes, and rows of a chunk."""
     chunk = 1 if shared_R is None else chunk_of(constants["GROUP"])
     assert chunk == 1 or not window, "a window's rows share no splits"
     width = triton.next_power_of_2(chunk * constants["GROUP"])
-    return form | {"SHARED": chunk, "BLOCK_W": max(16, width)}
+    span = span_of(capability, rows * constants["K"])
+    return {"SPAN": span, "SHARED": chunk, "BLOCK_W": max(16, width)}
 
 
 def _parts(max_splits: int, form: dict[str, int]) -> int:

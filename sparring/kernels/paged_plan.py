@@ -30,23 +30,24 @@ def split_of(capability: Capability, head_size: int) -> dict[str, int]:
     return {"SPLIT": SPLIT, "BLOCK_N": 64, "num_stages": 3 if is_large else 2}
 
 
-FORMS: dict[int, tuple[tuple[int, int, int], ...]] = {}
-"""By architecture: (rows times key heads from which it holds, SPAN, AHEAD), ascending."""
+SPANS = {90: ((128, 4),)}
+"""By architecture: (rows times key heads from which it holds, splits of a program), ascending. From
+some point on fewer programs that load without a break are faster than more of them.
+"""
 
 
-def form_of(capability: Capability, num_pairs: int) -> dict[str, int]:
-    """How decode programs share the work of `num_pairs` rows times key heads; it changes no bit.
-
-    SPAN: splits that one program takes, a power of two. AHEAD: tiles asked for before all else.
+def span_of(capability: Capability, num_pairs: int) -> int:
+    """Splits that one decode program takes, a power of two, for `num_pairs` rows times key heads;
+    it changes no bit.
     """
-    span, ahead = 1, 0
-    for least, *form in FORMS.get(capability.arch, ()):
+    span = 1
+    for least, splits in SPANS.get(capability.arch, ()):
         if num_pairs >= least:
-            span, ahead = form
-    return {"SPAN": span, "AHEAD": ahead}
+            span = splits
+    return span
 
 
-SHARING: dict[int, int] = {}
+SHARING = {90: 512}
 """By architecture: rows times key heads from which a prompt's splits are computed once for
 neighbouring rows of its group.
 """

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparring.kernels import jit, rounded, tl, triton
 from sparring.kernels.rotate_write import rotated_heads
-from sparring.kernels.splits import ask_ahead, inverse, merge_factors, paged_split
+from sparring.kernels.splits import inverse, merge_factors, paged_split
 
 MAX_CHUNK = 8
 """Most rows of a chunk: groups are rarely smaller, and a chunk looks for one prompt alone."""
@@ -131,7 +131,7 @@ def shared_program(
     K: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr, B: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, LIMIT: tl.constexpr,
     SHARED: tl.constexpr, BLOCK_W: tl.constexpr, ROTATES: tl.constexpr, HAS_NORM: tl.constexpr,
-    SPAN: tl.constexpr, AHEAD: tl.constexpr,
+    SPAN: tl.constexpr,
 ):  # fmt: skip
     """One split for those rows of a chunk of SHARED that share it, if any do.
 
@@ -151,13 +151,12 @@ def shared_program(
         low = split * SPLIT
         end = low + SPLIT
         v_ptr = k_ptr + K * B * E
-        if AHEAD > 0:
-            ask_ahead(k_ptr, v_ptr, tables_ptr, low, end, 2 * K * B * E, B, E, BLOCK_N, AHEAD)
         pairs = rows * K + kv_head
         if ROTATES:
-            turn = rows[:, None] * (E // 2)
+            tokens = tl.where(joins, rows, leader)[:, None]  # no angles are read past the last row
+            turn = tokens * (E // 2)
             new = rotated_heads(
-                q_ptr + rows[:, None] * stride_t, cos_ptr + turn, sin_ptr + turn, q_norm_ptr,
+                q_ptr + tokens * stride_t, cos_ptr + turn, sin_ptr + turn, q_norm_ptr,
                 k_norm_ptr, kv_head * GROUP + members, joins, places >= 0, places < 0, eps, E,
                 BLOCK_E, HAS_NORM,
             )  # fmt: skip

@@ -221,42 +221,6 @@ def paged_splits(
 
 
 @jit
-def ask_ahead(
-    k_ptr, v_ptr, table_ptr, low, high, STRIDE: tl.constexpr, B: tl.constexpr, E: tl.constexpr,
-    BLOCK_N: tl.constexpr, TILES: tl.constexpr,
-):  # fmt: skip
-    """Asks for the first TILES tiles of low..high, to be in the L2 cache when they are loaded.
-
-    One instruction a tile of keys or of values (bulk prefetch, from sm_90 on); a tile lies in one
-    block. Only the first warp asks.
-    """
-    tiles = tl.arange(0, 32)
-    start = low + tiles * BLOCK_N
-    wanted = (tiles < TILES) & (start < high)
-    block = tl.load(table_ptr + start // B, mask=wanted, other=0).to(tl.int64)
-    at = block * STRIDE + (start % B) * E
-    BYTES: tl.constexpr = BLOCK_N * E * k_ptr.dtype.element_ty.primitive_bitwidth // 8
-    num_bytes = tl.where(wanted, BYTES, 0)
-    tl.inline_asm_elementwise(
-        """{
-        .reg .pred p;
-        .reg .u32 t;
-        mov.u32 t, %tid.x;
-        setp.lt.u32 p, t, 32;
-        setp.ne.and.u32 p, $3, 0, p;
-        @p cp.async.bulk.prefetch.L2.global [$1], $3;
-        @p cp.async.bulk.prefetch.L2.global [$2], $3;
-        mov.u32 $0, 0;
-        }""",
-        "=r,l,l,r",
-        [(k_ptr + at).to(tl.int64), (v_ptr + at).to(tl.int64), num_bytes],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@jit
 def packed_split(
     q, positions, k_ptr, v_ptr, stride_kt, stride_vt, parent_start, parent_length, start, low,
     high, num_keys, scale, window, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,

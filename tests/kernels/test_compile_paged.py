@@ -40,8 +40,7 @@ def paged_constants(size: int, block_size: int) -> dict[str, object]:
 @pytest.mark.parametrize("span", [1, 4])
 def test_paged_decode(span, block_size, size, arch):
     constants = paged_constants(size, block_size) | {"BLOCK_M": 16} | SPLIT_OPTIONS
-    constants |= {"SPAN": span, "AHEAD": 2 if arch >= 90 and block_size == 64 else 0}
-    constants |= {"SHARED": chunk_of(7), "BLOCK_W": 32}
+    constants |= {"SPAN": span, "SHARED": chunk_of(7), "BLOCK_W": 32}
     constants |= {"ROTATES": block_size == 64, "HAS_NORM": True, "OVERLAPS": arch >= 90}
     constants |= split_of(Capability(arch=arch, tensor_dots=True), size)
     found, ptx = check(paged_attention._decode_kernel, POINTERS, constants, arch, products=True)
@@ -109,7 +108,7 @@ def test_paged_attention_in_eight_bits(dtype, arch, limit):
     constants = paged_constants(128, 64) | {"BLOCK_M": 16, "SHARED": 1} | SPLIT_OPTIONS
     constants |= {"KV_DTYPE": getattr(triton.language, dtype), "LIMIT": limit}
     constants |= split_of(Capability(arch=arch, tensor_dots=True), 128)
-    constants |= {"ROTATES": True, "HAS_NORM": False, "OVERLAPS": False, "SPAN": 4, "AHEAD": 0}
+    constants |= {"ROTATES": True, "HAS_NORM": False, "OVERLAPS": False, "SPAN": 4}
     constants |= {"BLOCK_W": 16}
     check(paged_attention._decode_kernel, POINTERS, constants, arch, products=True, stack_limit=64)
     constants = paged_constants(128, 64)

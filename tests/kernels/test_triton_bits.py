@@ -32,7 +32,6 @@ CAPABILITY = capability_of(DEVICE) if CAN_RUN else capability_for(90)
 SPLIT, TILE = (split_of(CAPABILITY, 128)[name] for name in ("SPLIT", "BLOCK_N"))
 BORDERS = [n + d for n in (TILE, SPLIT) for d in (-1, 0, 1)]
 SLOW = pytest.mark.slow
-IS_CPU = DEVICE.type == "cpu"
 
 
 def plan_of(cu_seqlens, parents):
@@ -208,9 +207,7 @@ def run_shared(monkeypatch, heads, kv_heads, size, lengths, shared, block_size=1
     rotate_decode_triton(qkv, *rotation, pool, 1, tables, lengths_R, **how)  # it writes
     outputs = []
     for span in (1, 2):
-        monkeypatch.setattr(
-            paged_attention, "form_of", lambda *_, n=span: {"SPAN": n, "AHEAD": 0 if IS_CPU else 2}
-        )
+        monkeypatch.setattr(paged_attention, "span_of", lambda *_, n=span: n)
         for shared_R in (None, counted, counted):
             workspace.partial.fill_(float("nan"))
             workspace.states.fill_(float("nan"))

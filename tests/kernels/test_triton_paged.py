@@ -213,7 +213,7 @@ def test_a_captured_graph_follows_a_pool_that_moved():
     [(0, 64), (SPLIT + 9, 64), *(pytest.param(0, n, marks=SLOW) for n in (128,))],
 )
 def test_how_programs_share_the_splits_changes_no_bit(window, size, span, monkeypatch):
-    """Programs of one split and of several, with keys asked for ahead where the card can."""
+    """Programs of one split and of several."""
     heads, kv_heads, dtype = 6, 2, torch.bfloat16
     lengths = (1, 0, SPLIT, SPLIT + 1, 2 * SPLIT - 7, 3 * SPLIT, 9 * SPLIT + 5)
     rows, most = len(lengths), 10
@@ -223,8 +223,8 @@ def test_how_programs_share_the_splits_changes_no_bit(window, size, span, monkey
     last = (lengths_R.long() - 1).clamp_min(0)
     workspace = DecodeWorkspace.new(rows, heads, kv_heads, size, most, DEVICE)
     found = []
-    for form in ({"SPAN": 1, "AHEAD": 0}, {"SPAN": span, "AHEAD": 0 if INTERPRETED else 2}):
-        monkeypatch.setattr(paged_attention, "form_of", lambda *_, chosen=form: chosen)
+    for splits in (1, span):
+        monkeypatch.setattr(paged_attention, "span_of", lambda *_, n=splits: n)
         pool, tables = paged(lengths, kv_heads, size, 64, dtype)
         slots = tables.gather(1, last[:, None] // 64).long()[:, 0] * 64 + last % 64
         pool.data[:, slots // 64, :, :, slots % 64] = float("nan")
