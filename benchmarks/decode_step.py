@@ -47,7 +47,7 @@ FORMS = ("library", "fused", "overlapped")
 def form(model: Decoder, name: str) -> Iterator[None]:
     """The model computes few rows in that form."""
     kept = few_rows.PDL_ARCH
-    model.fuses_few_rows = name != "library"
+    model.max_folded_rows = 0 if name == "library" else few_rows.MAX_ROWS
     few_rows.PDL_ARCH = kept if name == "overlapped" else 1000
     try:
         yield

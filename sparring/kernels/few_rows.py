@@ -59,6 +59,11 @@ TILES = {
 PREFETCHED_BYTES = 16 << 20
 """Of a matrix, asked for before its launch may begin: what the L2 cache keeps until then."""
 
+FASTER_ROWS: dict[int, int] = {}
+"""By architecture: rows up to which a step of these is faster than of the library's products, as
+measured (docs/benchmarks); cards that are not here were not measured and keep the library.
+"""
+
 PDL_ARCH = 90
 """From this compute capability on a launch may begin while the one before it runs."""
 
@@ -224,6 +229,11 @@ def tile_of(capability: Capability, num_rows: int) -> Tile:
     if not capability.tensor_dots:
         return INTERPRETED_TILE
     return first_that_holds(TILES.get(capability.arch, TILES[0]), num_rows)
+
+
+def max_folded_rows(capability: Capability) -> int:
+    """Rows up to which a decode step is computed in this form."""
+    return min(FASTER_ROWS.get(capability.arch, 0), MAX_ROWS) if capability.tensor_dots else 0
 
 
 def overlaps(capability: Capability) -> bool:

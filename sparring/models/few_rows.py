@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparring.kernels.few_rows import MAX_ROWS, Norm, Squares, few_rows, overlaps, squares_of
+from sparring.kernels.few_rows import Norm, Squares, few_rows, overlaps, squares_of
 from sparring.kernels.matmul import BLOCK
 from sparring.kernels.norm import rms_norm
 from sparring.kernels.step_start import start_step
@@ -37,7 +37,7 @@ def step_logits(
     """Logits [R, V] in float32 after each row's newest token [R], whose keys are written."""
     plan = model.plan(layout, kv_pool, adapter)
     layers = [layer for layer in model.layers if isinstance(layer, DecoderLayer)]
-    if not (model.fuses_few_rows and serves(model, len(tokens_R), plan, adapter)):
+    if not serves(model, len(tokens_R), plan, adapter):
         cos, sin = model.angles(positions_R)
         return model.logits(model.infer(model.embed.rows(tokens_R), cos, sin, plan, adapter))
     assert isinstance(plan, PagedKernelPlan), "`serves` says so"
@@ -60,7 +60,7 @@ def serves(model: Decoder, num_rows: int, plan: AttentionPlan, adapter: str | No
     return (
         model.device.type == "cuda"
         and model.dtype.itemsize == 2
-        and 0 < num_rows <= MAX_ROWS
+        and 0 < num_rows <= model.max_folded_rows
         and isinstance(plan, PagedKernelPlan)
         and plan.tiles is None
         and not plan.shares_prompts

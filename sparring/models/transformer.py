@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sparring.errors import CheckpointError, UserError
 from sparring.kernels import Capability, capability_of
+from sparring.kernels.few_rows import max_folded_rows
 from sparring.kernels.head import head_logits, linear_logprob
 from sparring.kernels.norm import add_rms_norm, rms_norm
 from sparring.kernels.rope import rope
@@ -217,7 +218,8 @@ class Decoder(nn.Module):
     Parameters are uninitialised after construction: models/checkpoint.py fills them, or
     `init_weights`. is_quantised: the layers' matrices are in NF4; they are frozen. capability: what
     kernels may use, asked of the device where it is left out; everything below reads this value.
-    storage: of embedding and head; an embedding on the host is one for a GPU alone.
+    storage: of embedding and head; an embedding on the host is one for a GPU alone. An attribute,
+    max_folded_rows: rows up to which a decode step takes the form of models/few_rows.py.
     """
 
     def __init__(
@@ -237,7 +239,7 @@ class Decoder(nn.Module):
         self.config, self.is_quantised = config, is_quantised
         self.head_chunk_rows = HEAD_CHUNK_ROWS
         self.is_bitwise = False
-        self.fuses_few_rows = False
+        self.max_folded_rows = max_folded_rows(self.capability)
         self.lora: dict[str, LoraConfig] = {}
         self.checkpointing = Checkpointing("none", device=device)
         self.embed = self._table(device, dtype, is_embedding=True)
