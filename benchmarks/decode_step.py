@@ -1,7 +1,7 @@
 """A decode step of few rows on a GPU: launches, microseconds a launch, and which form is fastest.
 
     python -m benchmarks.decode_step OUTPUT.json [--models qwen2.5-1.5b ...] [--rows 8 16 32]
-    python -m benchmarks.decode_step OUTPUT.json --products     tiles and segments, each product
+    python -m benchmarks.decode_step OUTPUT.json --search       the form of each product
 
 Random weights of real shapes. A step runs from the rows' tokens to the next ones in a captured
 graph, at a context of 512 tokens in keys and values that are random; forms of it: "library" (the
@@ -15,7 +15,6 @@ is in the L2 cache from the step before.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import subprocess
 import sys
@@ -29,8 +28,8 @@ import torch
 from benchmarks.launches import counted
 from benchmarks.rollouts import environment
 from benchmarks.shapes import SHAPES, build
-from sparring.kernels import capability_of, few_rows
-from sparring.kernels.few_rows import few_rows_triton, squares_of
+from sparring.kernels import few_rows
+from sparring.kernels.few_rows import Form
 from sparring.kernels.matmul import Tile
 from sparring.kernels.sampling import draw_tokens
 from sparring.layout import DecodeLayout
@@ -44,7 +43,7 @@ FORMS = ("library", "fused", "overlapped")
 
 
 @contextmanager
-def form(model: Decoder, name: str) -> Iterator[None]:
+def form_of_step(model: Decoder, name: str) -> Iterator[None]:
     """The model computes few rows in that form."""
     kept = few_rows.PDL_ARCH
     model.max_folded_rows = 0 if name == "library" else few_rows.MAX_ROWS
@@ -119,7 +118,7 @@ def errors(model: Decoder, step: Step) -> dict[str, float]:
     """Relative distance of the forms' logits from a float32 model's, and of each other."""
     found = {}
     for name in FORMS:
-        with form(model, name):
+        with form_of_step(model, name):
             found[name] = step.logits().double()
     wide = Decoder(model.config, device=model.device, dtype=torch.float32)
     wide.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
@@ -141,7 +140,7 @@ def same_bits(model: Decoder, step: Step, replays: int) -> int:
     """Of so many replays with other tokens, how many differ overlapped and not."""
     made = []
     for name in ("fused", "overlapped"):
-        with form(model, name):
+        with form_of_step(model, name):
             made.append(captured(step.logits))
     (plain, want), (early, got) = made
     wrong = torch.zeros((), dtype=torch.int64, device=model.device)
@@ -166,7 +165,7 @@ def profiled(graph: torch.cuda.CUDAGraph) -> list[tuple[str, int, float]]:
 def by_prefetch(model: Decoder, step: Step) -> dict[int, float]:
     """Microseconds of an overlapped step by what each product asks for before its turn."""
     kept, found = few_rows.PREFETCHED_BYTES, {}
-    with form(model, "overlapped"):
+    with form_of_step(model, "overlapped"):
         for mebibytes in (0, 4, 8, 12, 16, 24, 32):
             few_rows.PREFETCHED_BYTES = mebibytes << 20
             found[mebibytes] = microseconds(captured(step)[0])
@@ -188,7 +187,7 @@ def steps(name: str, rows: list[int], replays: int) -> dict[str, Any]:
         out["replays that differ"] = f"{wrong} of {replays}"
         print(f"{name} {num_rows} rows: {wrong} of {replays} replays differ", flush=True)
         for each in FORMS:
-            with form(model, each):
+            with form_of_step(model, each):
                 graph, _ = captured(step)
             counts, time = counted(graph), microseconds(graph)
             out[each] = {"us": time, "us a launch": time / counts["nodes"], **counts}
@@ -204,124 +203,114 @@ def steps(name: str, rows: list[int], replays: int) -> dict[str, Any]:
     return result
 
 
-TILES = {
-    16: [
-        Tile(64, 16, 4, 4), Tile(64, 16, 4, 3), Tile(32, 16, 4, 4), Tile(128, 16, 4, 3),
-        Tile(32, 16, 4, 3, block_k=256), Tile(16, 16, 4, 3, block_k=256),
-        Tile(16, 16, 2, 4, block_k=256),
-    ],
-    32: [
-        Tile(64, 32, 4, 4), Tile(64, 32, 4, 3), Tile(32, 32, 4, 4), Tile(128, 32, 4, 3),
-        Tile(32, 32, 4, 3, block_k=256), Tile(16, 32, 4, 3, block_k=256),
-    ],
-    128: [
-        Tile(128, 128, 8, 4, block_k=64), Tile(128, 128, 8, 3), Tile(64, 128, 4, 4, block_k=64),
-        Tile(64, 128, 4, 3), Tile(128, 128, 4, 4, block_k=64),
-    ],
-}  # fmt: skip
-PIECES = (None, 1, 2, 4)
+def start_forms(num_rows: int) -> dict[str, Form | None]:
+    """Where the search begins."""
+    t = 16 if num_rows <= 16 else 32
+    small = Form(Tile(16, t, 4, 4, block_k=256))
+    return {
+        "qkv": small, "output": small, "gate_up": Form(Tile(32, t, 4, 4)),
+        "down": Form(Tile(32, t, 4, 4), 9), "head": None,
+    }  # fmt: skip
 
 
-def product_calls(
-    model: Decoder,
-    num_rows: int,
-    tile: Tile,
-    which: str,
-    pieces: int | None,
-    overlap: bool,
-    folds_norm: bool,
-) -> Callable[[], None]:
-    """All layers' products of one kind, one after the other."""
-    config, capability = model.config, capability_of(model.device)
-    weights = weights_of(model, which)
-    width = weights[0][0].shape[1]
-    x = torch.randn(num_rows, width, device=model.device).bfloat16()
-    residual = torch.randn(num_rows, config.width, device=model.device).bfloat16()
-    norm = few_rows.Norm(
-        weight=torch.ones(width, device=model.device).bfloat16(), eps=1e-6, squares=squares_of(x)
-    )
-    folded: dict[str, Any] = {"norm": norm if folds_norm else None, "gated": which == "gate_up"}
-    if which in ("output", "down"):
-        folded = {"residual": residual}
-    if which == "head":
-        folded["out_dtype"] = torch.float32
-
-    def call() -> None:
-        for weight, bias in weights:
-            few_rows_triton(
-                x, weight, bias, **folded, capability=capability, tile=tile, segments=pieces,
-                overlap=overlap,
-            )  # fmt: skip
-
-    return call
+def candidates(which: str, num_rows: int) -> list[Form | None]:
+    """Forms that are tried for a product; None: the library's."""
+    t = 16 if num_rows <= 16 else 32
+    if which in ("qkv", "output"):
+        small = Tile(16, t, 4, 4, block_k=256)
+        tried = [
+            Form(small), Form(small, folds_norm=False), Form(Tile(16, t, 4, 6, block_k=256)),
+            Form(Tile(16, t, 2, 4, block_k=256)), Form(small, 2), Form(Tile(32, t, 4, 4), 2),
+            Form(Tile(32, t, 4, 3, block_k=256), 3), Form(Tile(64, t, 4, 4), 6),
+        ]  # fmt: skip
+    elif which == "gate_up":
+        tried = [
+            Form(Tile(32, t, 4, 4)), Form(Tile(32, t, 4, 4), folds_norm=False),
+            Form(Tile(32, t, 4, 6)), Form(Tile(32, t, 2, 4)), Form(Tile(64, t, 4, 3)),
+            Form(Tile(64, t, 4, 4, block_k=64)), Form(Tile(32, t, 4, 3, block_k=256)),
+            Form(Tile(16, t, 4, 4, block_k=256)), Form(Tile(64, t, 4, 3), folds_norm=False),
+        ]  # fmt: skip
+    elif which == "down":
+        tried = [Form(Tile(32, t, 4, 4), n) for n in (5, 9, 12)]
+        tried += [Form(Tile(16, t, 4, 4, block_k=256), n) for n in (3, 5)]
+        tried += [Form(Tile(64, t, 4, 4), n) for n in (5, 9)]
+        tried += [Form(Tile(32, t, 4, 3, block_k=256), n) for n in (5, 9)]
+    else:
+        tried = [Form(Tile(64, t, 4, 4)), Form(Tile(32, t, 4, 4)), Form(Tile(128, t, 4, 3))]
+    return [None, *tried]
 
 
-def weights_of(model: Decoder, which: str) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    """Weight and bias of every product of one kind."""
-    if which == "head":
-        assert isinstance(model.head.table, torch.Tensor)
-        return [(model.head.table, None)]
-    linears = [getattr(layer, which) for layer in model.layers]
-    return [(linear.base.weight, linear.bias) for linear in linears]
+def shapes_of(model: Decoder) -> dict[str, tuple[int, int]]:
+    """[N, K] of each product."""
+    layer = model.layers[0]
+    kinds = ("qkv", "output", "gate_up", "down")
+    found = {which: tuple(getattr(layer, which).base.shape) for which in kinds}
+    return found | {"head": tuple(model.head.shape)}
 
 
-def library_microseconds(model: Decoder, num_rows: int, which: str) -> float:
-    """The library's products alone, a product."""
-    weights = weights_of(model, which)
-    x = torch.randn(num_rows, weights[0][0].shape[1], device=model.device).bfloat16()
-
-    def call() -> None:
-        for weight, bias in weights:
-            if which == "head":
-                model.logits(x)
-            else:
-                torch.nn.functional.linear(x, weight, bias)
-
-    with torch.no_grad():
-        return microseconds(captured(call)[0], 10) / len(weights)
+def told_form(form: Form | None) -> str:
+    """A form in a line."""
+    if form is None:
+        return "library"
+    apart = "" if form.folds_norm else ", norm apart"
+    return f"{str(form.tile)[5:-1]} segments {form.segments}{apart}"
 
 
-def products(name: str, part: int, parts: int, rows: list[int]) -> dict[str, Any]:
-    """Microseconds of each product by tile and segments; with parts: only compiles every nth."""
+def search(name: str, num_rows: int, part: int, parts: int) -> dict[str, Any]:
+    """One product after the other: the form with which the whole step is fastest.
+
+    With parts: only compiles every nth variant, over two layers.
+    """
     if parts:
-        SHAPES[name] = SHAPES[name] | {"num_hidden_layers": 1}
+        SHAPES[name] = SHAPES[name] | {"num_hidden_layers": 2}
     model = build(name, lora_rank=0)
     model.requires_grad_(False)
+    step, shapes = Step(model, num_rows), shapes_of(model)
+    forms = start_forms(num_rows)
     result: dict[str, Any] = {}
-    number = 0
-    for which in ("qkv", "output", "gate_up", "down", "head"):
-        weights = weights_of(model, which)
-        weight = weights[0][0]
-        for num_rows in rows:
-            tiles = TILES[next(n for n in TILES if n >= num_rows)]
-            folds = (True, False) if num_rows > 32 and which in ("qkv", "gate_up") else (True,)
-            found = []
-            for tile, pieces, fold in itertools.product(tiles, PIECES, folds):
-                number += 1
-                if parts and number % parts != part:
-                    continue
-                times = []
-                for overlap in (False, True):
-                    call = product_calls(model, num_rows, tile, which, pieces, overlap, fold)
-                    with torch.no_grad():
-                        if parts:
-                            call()
-                            continue
-                        graph, _ = captured(call)
-                    times.append(microseconds(graph, 10) / len(weights))
-                if times:
-                    rate = weight.nbytes / times[1] / 1e3
-                    what = f"{str(tile)[5:-1]} segments {pieces}{'' if fold else ', norm apart'}"
-                    found.append((times[1], times[0], rate, what))
-            if found:
-                found.sort()
-                library = library_microseconds(model, num_rows, which)
-                result[f"{which} {num_rows}"] = {"library": library, "found": found}
-                shape = tuple(weight.shape)
-                print(f"{name} {which} {num_rows} rows {shape}: library {library:.2f} us")
-                for early, plain, rate, what in found[:5]:
-                    print(f"   {early:.2f} us overlapped, {plain:.2f}, {rate:.0f} GB/s, {what}")
-                sys.stdout.flush()
+
+    def use(chosen: dict[str, Form | None]) -> None:
+        few_rows.FORMS[model.capability.arch] = {shapes[k]: v for k, v in chosen.items()}
+
+    if parts:
+        variants = [forms | {k: form} for k in forms for form in candidates(k, num_rows)]
+        for variant in variants[part::parts]:
+            use(variant)
+            with form_of_step(model, "overlapped"):
+                step.logits()
+        return result
+    with form_of_step(model, "library"):
+        result["library"] = microseconds(captured(step)[0])
+    print(f"{name} {num_rows} rows, library: {result['library']:.1f} us", flush=True)
+    for which in ("gate_up", "down", "qkv", "output", "head"):
+        found = []
+        for form in candidates(which, num_rows):
+            use(forms | {which: form})
+            with form_of_step(model, "overlapped"):
+                found.append((microseconds(captured(step)[0], 30), told_form(form), form))
+        found.sort(key=lambda one: one[0])
+        forms[which] = found[0][2]
+        result[which] = [one[:2] for one in found]
+        for time, what, _ in found:
+            print(f"   {which}: {time:.1f} us a step, {what}")
+        sys.stdout.flush()
+    use(forms)
+    for each in ("fused", "overlapped"):
+        with form_of_step(model, each):
+            graph, _ = captured(step)
+            result[each] = {"us": microseconds(graph), **counted(graph)}
+    result["by MiB prefetched"] = by_prefetch(model, step)
+    result["replays that differ"] = f"{same_bits(model, step, 200)} of 200"
+    logits = {}
+    for each in ("library", "overlapped"):
+        with form_of_step(model, each):
+            logits[each] = step.logits().double()
+    gap = (logits["library"] - logits["overlapped"]).norm() / logits["library"].norm()
+    result["distance from the library"] = gap.item()
+    with form_of_step(model, "fused"):
+        result["kernels"] = profiled(captured(step)[0])
+    for key in list(result)[6:]:
+        print("  ", key, result[key], flush=True)
     return result
 
 
@@ -331,17 +320,18 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=["qwen2.5-1.5b", "qwen2.5-7b"])
     parser.add_argument("--rows", nargs="*", type=int, default=[8, 16, 32])
     parser.add_argument("--replays", type=int, default=1000, help="that must give the same bits")
-    parser.add_argument("--products", action="store_true")
+    parser.add_argument("--search", action="store_true")
     parser.add_argument("--compile", nargs=2, type=int, metavar=("PART", "PARTS"))
-    parser.add_argument("--processes", type=int, default=8, help="that compile before timing")
+    parser.add_argument("--processes", type=int, default=12, help="that compile before timing")
     arguments = parser.parse_args()
     if arguments.compile:
         for name in arguments.models:
-            products(name, *arguments.compile, arguments.rows)
+            for num_rows in arguments.rows:
+                search(name, num_rows, *arguments.compile)
         return
     result: dict[str, Any] = {"environment": environment()}
     for name in arguments.models:
-        if arguments.products:
+        if arguments.search:
             command = [sys.executable, "-m", "benchmarks.decode_step", "-", "--models", name]
             command += ["--rows", *map(str, arguments.rows), "--compile"]
             compilers = [
@@ -349,7 +339,7 @@ def main() -> None:
                 for i in range(arguments.processes)
             ]
             assert all(process.wait() == 0 for process in compilers), "a variant does not compile"
-            result[name] = products(name, 0, 0, arguments.rows)
+            result[name] = {n: search(name, n, 0, 0) for n in arguments.rows}
         else:
             result[name] = steps(name, arguments.rows, arguments.replays)
         arguments.output.write_text(json.dumps(result, indent=1))

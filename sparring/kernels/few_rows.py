@@ -25,7 +25,7 @@ Bytes: W once; FLOP 2 T N K. Not here: adapters, gradients, which layer takes th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -35,7 +35,6 @@ from sparring.kernels.matmul import (
     BLOCK,
     INTERPRETED_TILE,
     Tile,
-    first_that_holds,
     segments_of,
     steps_of,
     sum_of_segments,
@@ -49,12 +48,18 @@ __all__ = ["Squares", "few_rows", "few_rows_reference", "few_rows_triton"]
 MAX_ROWS = 128
 """Most rows that one launch takes."""
 
-_SMALL = (Tile(64, 16, 4, 4), Tile(64, 32, 4, 4))
-TILES = {
-    0: (*_SMALL, Tile(64, 64, 4, 3), Tile(64, 128, 4, 3, block_k=64)),
-    90: (*_SMALL, Tile(64, 64, 4, 5, block_k=64), Tile(128, 128, 8, 4, block_k=64)),
-}
-"""By architecture (0: all others): the first whose block_t holds the rows."""
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a product is computed here: tile, pieces of k, and whether the norm is folded in."""
+
+    tile: Tile
+    segments: int = 1
+    folds_norm: bool = True
+
+
+FORMS: dict[int, dict[tuple[int, int], Form | None]] = {}
+"""By architecture and shape [N, K], None: the library's product; other shapes go by `form_of`."""
 
 PREFETCHED_BYTES = 16 << 20
 """Of a matrix, asked for before its launch may begin: what the L2 cache keeps until then."""
@@ -224,11 +229,22 @@ def _few_rows_kernel(
         )  # fmt: skip
 
 
-def tile_of(capability: Capability, num_rows: int) -> Tile:
-    """The tile for a number of rows."""
+def form_of(capability: Capability, num_rows: int, weight: Tensor) -> Form | None:
+    """The form of a product with a weight [N, K] for a number of rows; None: the library's."""
+    num_outputs, columns = weight.shape
+    found = FORMS.get(capability.arch, {})
+    if (num_outputs, columns) in found:
+        return found[num_outputs, columns]
+    return general_form(capability, num_rows, num_outputs, columns)
+
+
+def general_form(capability: Capability, num_rows: int, num_outputs: int, columns: int) -> Form:
+    """A form for any shape: small tiles, and pieces of k where there are few of them."""
     if not capability.tensor_dots:
-        return INTERPRETED_TILE
-    return first_that_holds(TILES.get(capability.arch, TILES[0]), num_rows)
+        return Form(INTERPRETED_TILE, segments_of(capability, num_outputs, columns))
+    block_t = next(n for n in (16, 32, 64, 128) if n >= num_rows)
+    tile = Tile(32, block_t, 4, 4) if block_t <= 32 else Tile(64, block_t, 4, 4, block_k=64)
+    return Form(tile, segments_of(capability, num_outputs, columns, tile.block_n))
 
 
 def max_folded_rows(capability: Capability) -> int:
@@ -278,24 +294,23 @@ def few_rows_triton(
     capability: Capability,
     overlap: bool | None = None,
     ahead: Tensor | None = None,
-    tile: Tile | None = None,
-    segments: int | None = None,
+    form: Form | None = None,
     prefetched_bytes: int | None = None,
 ) -> tuple[Tensor, Squares | None]:
     """`few_rows_reference` in one launch, summed in float32 in a fixed order.
 
     overlap: begin before the launch before has ended, which the card decides where it is left out.
-    ahead [N', K']: weights of a later launch. tile, segments, prefetched_bytes: for tests and
-    measurements.
+    ahead [N', K']: weights of a later launch. form: of a table, or for tests and measurements,
+    as prefetched_bytes.
     """
     (num_rows, columns), num_outputs = x.shape, weight.shape[0]
     _check(x, weight, residual, gated)
     width = num_outputs // 2 if gated else num_outputs
     out = torch.empty(num_rows, width, dtype=out_dtype or x.dtype, device=x.device)
-    tile = replace(tile or tile_of(capability, num_rows))
+    form = form or general_form(capability, num_rows, num_outputs, columns)
+    tile, segments = form.tile, form.segments
     overlap = overlaps(capability) if overlap is None else overlap
     tiles = triton.cdiv(width, tile.block_n // 2 if gated else tile.block_n)
-    segments = segments or segments_of(capability, num_outputs, columns, tile.block_n)
     work, count = x, x
     if segments > 1:
         work, count = workspace(x, tile, tiles, segments)
@@ -355,17 +370,19 @@ def few_rows(
     out_dtype: torch.dtype | None = None,
     capability: Capability,
     ahead: Tensor | None = None,
+    form: Form | None = None,
 ) -> tuple[Tensor, Squares | None]:
     """(out, the squares of out where a residual is given), no gradient.
 
     x [T, K], weight [N, K], bias [N]. norm: x goes through it first. residual [T, N]: is added to
     the product, rounded. gated: the first half of the outputs are gates of the second, out [T, N /
     2]. out_dtype: of the product, x's where it is left out. ahead: weights of a launch to come.
-    Raises ValueError on shapes, dtypes and strides that it does not take.
+    form: of `form_of`. Raises ValueError on shapes, dtypes and strides that it does not take.
     """
     given = {"norm": norm, "residual": residual, "gated": gated, "out_dtype": out_dtype}
     if uses_triton(x) and capability.tensor_dots:
-        return few_rows_triton(x, weight, bias, **given, capability=capability, ahead=ahead)
+        more = {"capability": capability, "ahead": ahead, "form": form}
+        return few_rows_triton(x, weight, bias, **given, **more)
     return few_rows_reference(x, weight, bias, **given)
 
 

@@ -9,14 +9,18 @@ NF4 without a decoded copy, bitwise mode.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from sparring.kernels.few_rows import Norm, Squares, few_rows, overlaps, squares_of
+from sparring.kernels import Capability
+from sparring.kernels.few_rows import Norm, Squares, few_rows, form_of, overlaps, squares_of
 from sparring.kernels.matmul import BLOCK
-from sparring.kernels.norm import rms_norm
+from sparring.kernels.norm import add_rms_norm, rms_norm
 from sparring.kernels.step_start import start_step
+from sparring.kernels.swiglu import swiglu
 from sparring.layout import DecodeLayout, KVPool
 from sparring.models.attention import AttentionPlan
 from sparring.models.attention_paged_kernel import PagedKernelPlan
@@ -46,12 +50,22 @@ def step_logits(
     else:
         x_RD = model.embed.rows(tokens_R)
         given = (x_RD, squares_of(x_RD), *model.angles(positions_R))
-    x_RD, squares = run_layers(layers, *given, plan)
-    table, eps = model.head.table, model.config.norm_eps
-    if not isinstance(table, Tensor):
-        return model.logits(rms_norm(x_RD, model.norm, eps))
-    norm = Norm(weight=model.norm, eps=eps, squares=squares)
-    return few_rows(x_RD, table, norm=norm, out_dtype=torch.float32, capability=model.capability)[0]
+    stream = run_layers(layers, *given, plan)
+    table = model.head.table
+    form = form_of(model.capability, len(tokens_R), table) if isinstance(table, Tensor) else None
+    if isinstance(table, Tensor) and form is not None and stream.squares is not None:
+        norm = Norm(weight=model.norm, eps=stream.eps, squares=stream.squares)
+        return few_rows(
+            stream.x_TD,
+            table,
+            norm=norm,
+            out_dtype=torch.float32,
+            capability=model.capability,
+            form=form,
+        )[0]
+    if stream.added is None:
+        return model.logits(rms_norm(stream.x_TD, model.norm, stream.eps))
+    return model.logits(add_rms_norm(stream.added, stream.x_TD, model.norm, stream.eps)[0])
 
 
 def serves(model: Decoder, num_rows: int, plan: AttentionPlan, adapter: str | None) -> bool:
@@ -91,6 +105,58 @@ def _weight_of(linear: Linear) -> Tensor | None:
     return base.decoded_copy() if isinstance(base, Quantised) else None
 
 
+class _Stream:
+    """The residual stream [T, D] on its way through the layers.
+
+    squares: of x, where the launch that wrote it left them. added: what is still to be added to x,
+    by the norm that comes next.
+    """
+
+    def __init__(self, x_TD: Tensor, squares: Squares, capability: Capability, eps: float) -> None:
+        self.x_TD, self.capability, self.eps = x_TD, capability, eps
+        self.squares: Squares | None = squares
+        self.added: Tensor | None = None
+
+    def into(self, norm: Tensor, linear: Linear, *, gated: bool = False) -> Tensor:
+        """The product of the normed stream, its gate applied."""
+        weight = _weight_of(linear)
+        assert weight is not None, "`serves` says so"
+        form = form_of(self.capability, len(self.x_TD), weight)
+        product = partial(few_rows, form=form, gated=gated, capability=self.capability)
+        if form is not None and self.squares is not None and form.folds_norm:
+            folded = Norm(weight=norm, eps=self.eps, squares=self.squares)
+            return product(self.x_TD, weight, linear.bias, norm=folded)[0]
+        if self.added is None:
+            normed = rms_norm(self.x_TD, norm, self.eps)
+        else:
+            normed, self.x_TD = add_rms_norm(self.added, self.x_TD, norm, self.eps)
+            self.added = None
+        if form is not None:
+            return product(normed, weight, linear.bias)[0]
+        y = F.linear(normed, weight, linear.bias)
+        return swiglu(y) if gated else y
+
+    def onto(self, y: Tensor, linear: Linear, ahead: Linear | None = None) -> None:
+        """Adds a product to the stream; weights of `ahead` may be asked for beside it."""
+        weight = _weight_of(linear)
+        assert weight is not None, "`serves` says so"
+        form = form_of(self.capability, len(y), weight)
+        self.squares = None
+        if form is None:
+            self.added = F.linear(y, weight, linear.bias)
+            return
+        assert self.added is None, "a norm came between"
+        self.x_TD, self.squares = few_rows(
+            y,
+            weight,
+            linear.bias,
+            residual=self.x_TD,
+            capability=self.capability,
+            form=form,
+            ahead=None if ahead is None else _weight_of(ahead),
+        )
+
+
 def run_layers(
     layers: Sequence[DecoderLayer],
     x_TD: Tensor,
@@ -98,21 +164,14 @@ def run_layers(
     cos: Tensor,
     sin: Tensor,
     plan: PagedKernelPlan,
-) -> tuple[Tensor, Squares]:
-    """The residual stream [T, D] after all layers, and its squares."""
+) -> _Stream:
+    """The residual stream [T, D] after all layers."""
     assert not torch.is_grad_enabled(), "a decode step has no gradient"
-    capability = layers[0].qkv.capability
+    capability, eps = layers[0].qkv.capability, layers[0].config.norm_eps
+    stream = _Stream(x_TD, squares, capability, eps)
     for layer in layers:
-        qkv, output, gate_up, down = (_weight_of(linear) for linear in _linears(layer))
-        assert qkv is not None, "`serves` says so"
-        assert output is not None, "`serves` says so"
-        assert gate_up is not None, "`serves` says so"
-        assert down is not None, "`serves` says so"
-        eps = layer.config.norm_eps
-        norm = Norm(weight=layer.attention_norm, eps=eps, squares=squares)
-        heads, _ = few_rows(x_TD, qkv, layer.qkv.bias, norm=norm, capability=capability)
         attended = plan.attend_rotated(
-            heads,
+            stream.into(layer.attention_norm, layer.qkv),
             cos,
             sin,
             layer.q_norm,
@@ -122,20 +181,7 @@ def run_layers(
             layer.window,
             overlaps=overlaps(capability),
         )
-        x_TD, found = few_rows(
-            attended.view(len(x_TD), -1),
-            output,
-            layer.output.bias,
-            residual=x_TD,
-            capability=capability,
-            ahead=gate_up,
-        )
-        assert found is not None, "a residual was given"
-        norm = Norm(weight=layer.mlp_norm, eps=eps, squares=found)
-        hidden, _ = few_rows(
-            x_TD, gate_up, layer.gate_up.bias, norm=norm, gated=True, capability=capability
-        )
-        x_TD, found = few_rows(hidden, down, layer.down.bias, residual=x_TD, capability=capability)
-        assert found is not None, "a residual was given"
-        squares = found
-    return x_TD, squares
+        stream.onto(attended.view(len(x_TD), -1), layer.output, layer.gate_up)
+        hidden = stream.into(layer.mlp_norm, layer.gate_up, gated=True)
+        stream.onto(hidden, layer.down)
+    return stream

@@ -282,12 +282,13 @@ FOLDED = {
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize(
-    "index", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2, 3))]
+    "rows", [8, *(pytest.param(n, marks=pytest.mark.slow) for n in (32, 64, 128))]
 )
 @pytest.mark.parametrize("which", FOLDED)
-def test_few_rows(which, index, arch):
-    overlaps = few_rows.overlaps(Capability(arch=arch, tensor_dots=True))
-    tile = few_rows.TILES.get(arch, few_rows.TILES[0])[index]
+def test_few_rows(which, rows, arch):
+    capability = Capability(arch=arch, tensor_dots=True)
+    overlaps = few_rows.overlaps(capability)
+    tile = few_rows.general_form(capability, rows, 1536, 8960).tile
     constants = {
         "BLOCK_N": tile.block_n, "BLOCK_T": tile.block_t, "BLOCK_K": tile.block_k,
         "STAGES": tile.num_stages, "BLOCK_S": 64, "EVEN_K": True, "num_warps": tile.num_warps,

@@ -11,7 +11,14 @@ import pytest
 import torch
 
 from sparring.kernels import capability_of, few_rows
-from sparring.kernels.few_rows import Norm, few_rows_reference, few_rows_triton, squares_of
+from sparring.kernels.few_rows import (
+    Form,
+    Norm,
+    few_rows_reference,
+    few_rows_triton,
+    general_form,
+    squares_of,
+)
 from sparring.kernels.norm import rms_norm
 from sparring.kernels.step_start import start_step, start_step_reference, start_step_triton
 from sparring.layout import DecodeLayout
@@ -68,6 +75,7 @@ def test_every_form(rows, outputs, columns, dtype, segments):
     x = random(rows, columns, dtype=dtype, seed=1)
     weight = random(outputs, columns, dtype=dtype, seed=2, scale=0.1)
     bias = random(outputs, dtype=dtype, seed=3)
+    form = Form(general_form(CAPABILITY, rows, outputs, columns).tile, segments)
     residual = random(rows, outputs, dtype=dtype, seed=4)
     norm = Norm(weight=random(columns, dtype=dtype, seed=5) + 1, eps=1e-6, squares=squares_of(x))
     for given in (
@@ -79,7 +87,7 @@ def test_every_form(rows, outputs, columns, dtype, segments):
         {"norm": norm, "bias": bias, "gated": True},
     ):
         want, want_squares = few_rows_reference(x, weight, **given)
-        got, squares = few_rows_triton(x, weight, **given, capability=CAPABILITY, segments=segments)
+        got, squares = few_rows_triton(x, weight, **given, capability=CAPABILITY, form=form)
         assert got.shape == want.shape
         # a norm's rounded elements differ where the sums of squares do: not below the inputs' unit
         assert error(got, want) < LIMIT[dtype]
@@ -95,11 +103,12 @@ def test_a_chain_of_layers_finds_its_own_squares():
     x = random(5, 128, dtype=dtype, seed=1)
     weights = [random(128, 128, dtype=dtype, seed=i, scale=0.1) for i in (2, 3)]
     gain = random(128, dtype=dtype, seed=4) + 1
+    form = Form(general_form(CAPABILITY, 5, 128, 128).tile, 2)
     y, squares, want = x, squares_of(x), x
     for weight in weights:
         norm = Norm(weight=gain, eps=1e-6, squares=squares)
         y, squares = few_rows_triton(
-            y, weight, norm=norm, residual=y, capability=CAPABILITY, segments=2
+            y, weight, norm=norm, residual=y, capability=CAPABILITY, form=form
         )
         want, _ = few_rows_reference(want, weight, norm=norm, residual=want)
     assert error(y, want) < 2 * LIMIT[dtype]
@@ -147,7 +156,8 @@ def test_a_decoder_in_five_launches_a_layer(qk_norm):
             cos, sin = model.angles(positions)
             if fuses:
                 start = start_step(model.embed.weight, tokens, positions, model.frequencies_E2)
-                x, squares = run_layers(list(model.layers), *start, plan)
+                stream = run_layers(list(model.layers), *start, plan)
+                x, squares = stream.x_TD, stream.squares
                 assert error(squares.parts.sum(0), x.float().square().sum(1)) < 1e-6
                 out = rms_norm(x, model.norm, config.norm_eps)
             else:
