@@ -145,7 +145,7 @@ def _backward_kernel(
     tl.store(dx_ptr + flat, rounded(dx, dx_ptr.dtype.element_ty), mask=inside)
 
 
-@jit
+@jit(do_not_specialize=["num_tiles"])
 def _backward_weight_kernel(
     dy_ptr, ds_ptr, x_ptr, weight_ptr, dx_ptr, parts_ptr,
     num_rows, inner, stride_outer, stride_inner, eps, num_tiles,
@@ -182,7 +182,7 @@ def _backward_weight_kernel(
     tl.store(at, tl.sum(d_weight, axis=0), mask=columns < D)
 
 
-@jit
+@jit(do_not_specialize=["num_parts"])
 def _sum_parts_kernel(
     parts_ptr, out_ptr, num_parts, D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr
 ):
