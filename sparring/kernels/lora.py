@@ -5,8 +5,8 @@
 
 Products of 16-bit values are summed in float32; xa is rounded to x's dtype once, in the shrink, and
 everything that uses it reads the rounded numbers. With NF4 weights or in bitwise mode the expand
-is part of the big product (kernels/matmul.py) and y is rounded once; here, after a library product,
-y is read, added to in float32 and rounded again.
+is part of the big product (kernels/matmul.py), which rounds y before and after; here, after a
+library product, y is read, added to in float32 and rounded again: the same rounding points.
 
 Bytes: A, B, x and xa once; the expand reads and writes y, 4 N a row. r = 16 on q, k, v and o of a
 7B model: 0.6 MB a layer, so launches count, not bytes.

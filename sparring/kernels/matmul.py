@@ -1,9 +1,11 @@
 """Products with a 16-bit weight, each row's bits independent of how many rows there are.
 
-    y[t, n] = round(sum_k x[t, k] W[n, k] + scale (xa[t] B[n]) + bias[n])
+    y[t, n] = round(sum_k x[t, k] W[n, k] + bias[n])
+    y[t, n] = round(y[t, n] + scale (xa[t] B[n]))          with a low-rank adapter
 
-x [T, K] and y [T, N] in 16 bits, W [N, K] in 16 bits (NF4: kernels/nf4_matmul.py), float32 sums,
-one rounding. The middle term is a low-rank adapter (kernels/lora.py), xa = round(x A^T).
+x [T, K] and y [T, N] in 16 bits, W [N, K] in 16 bits (NF4: kernels/nf4_matmul.py), float32 sums.
+The adapter (kernels/lora.py), xa = round(x A^T), is added to the rounded product, as it is after a
+library's product: training and decoding round at the same places.
 
 The weight is the left operand of the matrix instruction (y^T = W x^T), so 1 row and 4,096 rows use
 the same instruction; k is summed from 0 up. Where a weight has too few rows to fill a card, k is
@@ -160,8 +162,16 @@ def store_product(
     HAS_BIAS: tl.constexpr, NUM_PARTS: tl.constexpr, ALIGNED: tl.constexpr, RANK: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Adapter, bias, the one rounding, and the store of acc [N, T] as y [T, N]."""
+    """Bias, rounding, adapter, rounding again where there is one; acc [N, T] is stored as y [T, N].
+
+    A weight's own product is rounded before the adapter is added, as it is wherever a library
+    computes it (training, decoding from 16-bit weights).
+    """
+    inside = row_n < num_outputs
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + row_n, mask=inside, other=0.0).to(tl.float32)[:, None]
     if NUM_PARTS > 0:
+        acc = rounded(acc, out_ptr.dtype.element_ty).to(tl.float32)
         if ALIGNED:
             xa = rows_of_xa(
                 xa_ptr, row, column, row_t, num_rows, stride_xat, RANK, BLOCK_R
@@ -172,9 +182,6 @@ def store_product(
                 acc, xa_ptr, b_ptr, parts_ptr, scale, row_n, row_t, num_rows, stride_xat,
                 RANK, BLOCK_R, NUM_PARTS,
             )  # fmt: skip
-    inside = row_n < num_outputs
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + row_n, mask=inside, other=0.0).to(tl.float32)[:, None]
     tl.store(
         out_ptr + row_t.to(tl.int64)[None, :] * stride_ot + row_n[:, None],
         rounded(acc, out_ptr.dtype.element_ty),
@@ -372,16 +379,17 @@ def matmul_reference(
     low_rank: LowRank | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The product in float64, rounded once to out_dtype (x's by default)."""
+    """The product in float64, rounded to out_dtype (x's by default), again after the adapter."""
     y = x.double() @ weight.double().T
+    if bias is not None:
+        y += bias.double()
     if low_rank is not None:
+        y = y.to(out_dtype or x.dtype).double()
         rank = low_rank.b.shape[1]
         for first, last, row, column in low_rank.parts.tolist():
             xa = low_rank.xa[:, column : column + rank].double()
             b = low_rank.b[row : row + last - first].double()
             y[:, first:last] += low_rank.scale * (xa @ b.T)
-    if bias is not None:
-        y += bias.double()
     return y.to(out_dtype or x.dtype)
 
 

@@ -1,6 +1,6 @@
 """Products with a packed NF4 weight: decoded in registers, multiplied, never written to memory.
 
-    y[t, n] = round(sum_k x[t, k] W[n, k] + scale (xa[t] B[n]) + bias[n])
+    y[t, n] = round(round(sum_k x[t, k] W[n, k] + bias[n]) + scale (xa[t] B[n]))
 
 As in kernels/matmul.py W is the left operand of the matrix instruction, k is cut into segments, and
 no bit of a row depends on other rows; the decode rule is that of kernels/nf4.py. What differs is
@@ -217,7 +217,7 @@ def launch(
 def nf4_matmul_reference(
     x: Tensor, weight: NF4Matrix, bias: Tensor | None = None, low_rank: LowRank | None = None
 ) -> Tensor:
-    """The product with the decoded weight in float64, rounded once."""
+    """The product with the decoded weight in float64, rounded where `matmul_reference` rounds."""
     return matmul_reference(x, dequantize_nf4_reference(weight), bias, low_rank)
 
 
