@@ -36,7 +36,7 @@ MATRICES = {
     "down": ((3584,), 18944),
 }
 SIZES = (48, 64, 80, 96, 112, 128, 144, 288)
-COLUMNS = (768, 1024, 1280, 1792, 2560)
+COLUMNS = (1024, 1280, 1792, 2560, 6400, 9472, 12800, 18944)
 ROUNDS, CALLS = 5, 3
 
 
@@ -95,25 +95,38 @@ def measure(name: str, rows: int) -> dict[str, Any]:
     return found
 
 
-def by_columns(name: str, rows: int) -> dict[str, Any]:
-    """Milliseconds of dy W on a plain matrix, whole and so many columns of the result at a time."""
+def plain(name: str, rows: int) -> dict[str, Any]:
+    """Milliseconds of products with a plain matrix, whole and by parts of their results' columns."""
     part_rows, inputs = MATRICES[name]
-    dy, weight = normal(rows, sum(part_rows)), normal(sum(part_rows), inputs, scale=0.02)
-    dx = normal(rows, inputs)
-    times: dict[int, list[float]] = {columns: [] for columns in (inputs, *COLUMNS)}
+    outputs = sum(part_rows)
+    x, y, weight = normal(rows, inputs), normal(rows, outputs), normal(outputs, inputs, scale=0.02)
+    forms = {
+        "y = x W^T": (y, x, weight.T, 0.0),
+        "y += x W^T": (y, x, weight.T, 1.0),
+        "dx = dy W": (x, y, weight, 0.0),
+        "dx += dy W": (x, y, weight, 1.0),
+    }
 
-    def product(columns: int) -> None:
-        for first in range(0, inputs, columns):
+    def product(form: str, columns: int) -> None:
+        to, left, right, beta = forms[form]
+        for first in range(0, right.shape[1], columns):
             here = slice(first, first + columns)
-            torch.mm(dy, weight[:, here], out=dx[:, here])
+            torch.addmm(to[:, here], left, right[:, here], beta=beta, out=to[:, here])
 
-    for round_number in range(ROUNDS + 1):
-        for columns in times:
-            took = milliseconds(lambda columns=columns: product(columns))
-            if round_number:
-                times[columns].append(took)
-    found = {columns: round(statistics.median(values), 3) for columns, values in times.items()}
-    return {"matrix": name, "rows": rows, "plain dx by columns": found}
+    found: dict[str, Any] = {"plain matrix": name, "rows": rows}
+    for form, (to, _, _, _) in forms.items():
+        width = to.shape[1]
+        steps = [width, *(step for step in COLUMNS if step < width)]
+        times: dict[int, list[float]] = {step: [] for step in steps}
+        for round_number in range(ROUNDS + 1):
+            for step in steps:
+                took = milliseconds(lambda form=form, step=step: product(form, step))
+                if round_number:
+                    times[step].append(took)
+            x.normal_()
+            y.normal_()
+        found[form] = {step: round(statistics.median(some), 3) for step, some in times.items()}
+    return found
 
 
 def main() -> None:
@@ -127,7 +140,7 @@ def main() -> None:
         "environment": describe_environment(),
     }
     result["lines"] = [measure(name, rows) for rows in asked.rows for name in MATRICES]
-    result["lines"] += [by_columns(name, rows) for rows in asked.rows for name in MATRICES]
+    result["lines"] += [plain(name, rows) for rows in asked.rows for name in MATRICES]
     for line in result["lines"]:
         print(line, flush=True)
     asked.output.write_text(json.dumps(result, indent=1) + "\n")
