@@ -96,7 +96,7 @@ def measure(name: str, rows: int) -> dict[str, Any]:
 
 
 def plain(name: str, rows: int) -> dict[str, Any]:
-    """Milliseconds of products with a plain matrix, whole and by parts of their results' columns."""
+    """Milliseconds of products with a plain matrix, whole and by parts of the result."""
     part_rows, inputs = MATRICES[name]
     outputs = sum(part_rows)
     x, y, weight = normal(rows, inputs), normal(rows, outputs), normal(outputs, inputs, scale=0.02)
