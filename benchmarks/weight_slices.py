@@ -70,7 +70,6 @@ def measure(name: str, rows: int) -> dict[str, Any]:
     rows_of, columns_of = "SLICE_BYTES", "COLUMN_SLICE_BYTES"
     forms: dict[str, tuple[str, Callable[[], object], Callable[[], object]]] = {
         "y = x W^T": (rows_of, lambda: weight.matmul(x), lambda: x @ dense.T),
-        "y += x W^T": (rows_of, lambda: weight.add_matmul(y, x), lambda: y.addmm_(x, dense.T)),
         "dx = dy W": (columns_of, lambda: weight.matmul_transposed(y), lambda: y @ dense),
         "dx += dy W": (
             columns_of,

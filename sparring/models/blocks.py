@@ -4,11 +4,13 @@
     dx = dy W + t A      dA = t^T x      dB = s dy^T (x A^T)          (LoRA, arXiv 2106.09685)
 
 The base takes no gradient. Kept for backward are x (once, however many matrices read it) and x A^T;
-a decoded weight never is. The adapter's part is written first and the base's product added to it
-inside the library's product, so a sum is rounded once and needs no pass of its own, forward and
-backward. The feed-forward keeps gate and up but not what down reads: backward makes that again, in
-the place of its own gradient, and writes the gradients of gate and up over them, so that three
-rows of F numbers are all that a token takes at once.
+a decoded weight never is. The base's product is the library's; one launch makes x A^T, and one adds
+the adapter's part to the product in place (kernels/lora_rows.py): what is in the model's dtype is
+rounded after the product and after the sum, as in decoding. Between gate, up and down nothing is
+added in memory: SwiGLU adds the adapters on both sides of it to its tiles, with the same bits
+(kernels/lora_swiglu.py). The feed-forward keeps the product that gate and up come from but not what
+down reads: backward makes that again, in the place of its own gradient, and writes the gradients of
+gate and up over the product, so that three rows of F numbers are all that a token takes at once.
 
 A weight is whatever offers `Weight`; which product it chooses is its own affair.
 """
@@ -21,6 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sparring.kernels.lora_swiglu import lora_swiglu, lora_swiglu_gradients
 from sparring.kernels.low_rank import LowRank
 from sparring.kernels.swiglu import swiglu, swiglu_gradients
 from sparring.models.lora import LoraAdapter, wide_product
@@ -43,9 +46,6 @@ class Weight(Protocol):
         self, x_TI: Tensor, bias_O: Tensor | None, low_rank: LowRank | None
     ) -> Tensor:
         """x W^T + bias + an adapter's part in an order of sums that no other row changes."""
-
-    def add_matmul(self, y_TO: Tensor, x_TI: Tensor) -> Tensor:
-        """y += x W^T, in place and without gradient."""
 
     def add_matmul_transposed(self, dx_TI: Tensor, dy_TO: Tensor) -> Tensor:
         """dx += dy W, in place and without gradient."""
@@ -80,7 +80,7 @@ def lora_mlp(x_TD: Tensor, gate_up: Frozen, down: Frozen, *, is_read: bool = Tru
     computed.
     """
     if not torch.is_grad_enabled():
-        return lora_linear(swiglu(lora_linear(x_TD, gate_up)), down)
+        return _forward(_hidden(*_into_hidden(x_TD, gate_up), gate_up), down)[0]
     leaves = (*_leaves(gate_up), *_leaves(down))
     y: Tensor = _LoraMlp.apply(x_TD, *leaves, gate_up, down, is_read)  # type: ignore[no-untyped-call]
     return y
@@ -99,32 +99,87 @@ def _forward(x: Tensor, layer: Frozen) -> tuple[Tensor, Tensor | None]:
         return y, None if low_rank is None else low_rank.xa
     if lora is None:
         return layer.weight.matmul(x, layer.bias), None
-    a, b = lora.matrices_used()
-    xa = x @ a.T
-    y = lora.expand(xa, b, layer.bias)
-    return layer.weight.add_matmul(y, x), xa
+    xa = lora.shrink(x)
+    return lora.add(layer.weight.matmul(x, layer.bias), xa), xa
+
+
+def _adds_in_swiglu(gate_up: Frozen) -> bool:
+    """Whether SwiGLU adds gate's and up's adapters."""
+    return not gate_up.is_fixed and gate_up.lora is not None and gate_up.lora.covers_all
+
+
+def _into_hidden(x: Tensor, gate_up: Frozen) -> tuple[Tensor, Tensor | None]:
+    """(gate and up, x A^T), without the adapter's part where SwiGLU adds it."""
+    if not _adds_in_swiglu(gate_up):
+        return _forward(x, gate_up)
+    assert gate_up.lora is not None, "it is added in SwiGLU"
+    xa = gate_up.lora.shrink(x)
+    return gate_up.weight.matmul(x, gate_up.bias), xa
+
+
+def _hidden(projected: Tensor, xa: Tensor | None, gate_up: Frozen) -> Tensor:
+    """silu(gate) up of what `_into_hidden` made."""
+    lora = gate_up.lora
+    if lora is None or xa is None or not _adds_in_swiglu(gate_up):
+        return swiglu(projected)
+    b = lora.matrices_used()[1]
+    return lora_swiglu(projected, xa, b, lora.scale, capability=lora.capability)
 
 
 def _shrink(x: Tensor, layer: Frozen) -> Tensor:
     """x A^T as the forward pass has it."""
     lora = layer.lora
     assert lora is not None, "a layer with an adapter"
-    return lora.fixed_low_rank(x).xa if layer.is_fixed else x @ lora.matrices_used()[0].T
+    return lora.fixed_low_rank(x).xa if layer.is_fixed else lora.shrink(x)
 
 
 def _backward(
     dy: Tensor, layer: Frozen, xa: Tensor | None, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, t, dB); needs: of x, A and B. dA is t^T x."""
-    needs_x, needs_a, needs_b = needs
     lora = layer.lora
     if lora is None:
-        return (layer.weight.matmul_transposed(dy) if needs_x else None), None, None
-    a, b = lora.matrices_used()
-    t = lora.shrink_gradient(dy, b) if needs_x or needs_a else None
-    db = lora.b_gradient(dy, xa) if needs_b and xa is not None else None
-    dx = layer.weight.add_matmul_transposed(t @ a, dy) if needs_x and t is not None else None
+        return (layer.weight.matmul_transposed(dy) if needs[0] else None), None, None
+    t, db = _narrow_gradients(dy, lora, xa, needs)
+    dx = None
+    if needs[0] and t is not None:
+        dx = layer.weight.add_matmul_transposed(t @ lora.matrices_used()[0], dy)
     return dx, t, db
+
+
+def _narrow_gradients(
+    dy: Tensor, lora: LoraAdapter, xa: Tensor | None, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """(t, dB), what is wanted of them."""
+    t = lora.shrink_gradient(dy) if needs[0] or needs[1] else None
+    return t, lora.b_gradient(dy, xa) if needs[2] and xa is not None else None
+
+
+def _through_hidden(
+    dy: Tensor, gate_up: Frozen, down: Frozen, projected: Tensor, kept: tuple[Tensor | None, ...],
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """(h, t, dB of down) and the gradient by gate and up, written over projected.
+
+    kept: x A^T and h A^T. needs: of what is within, A and B of down; h is None where neither of the
+    first two is needed, and nothing is written then.
+    """
+    xa, ha = kept
+    inner, outer = gate_up.lora, down.lora
+    adds = _adds_in_swiglu(gate_up) and (needs[0] or needs[1])
+    if adds and inner is not None and outer is not None and xa is not None:
+        t, db = _narrow_gradients(dy, outer, ha, needs)
+        assert t is not None, "needed"
+        dh = down.weight.matmul_transposed(dy)
+        (_, b), (a, _) = inner.matrices_used(), outer.matrices_used()
+        hidden = lora_swiglu_gradients(
+            projected, dh, xa, b, inner.scale, t, a, capability=inner.capability
+        )
+        return hidden, t, db
+    if adds and inner is not None and xa is not None:
+        inner.add(projected, xa)
+    dh_or_none, t, db = _backward(dy, down, ha, (needs[0] or needs[1], *needs[1:]))
+    return None if dh_or_none is None else swiglu_gradients(projected, dh_or_none), t, db
 
 
 def _matrices(*layers: Frozen) -> list[Tensor]:
@@ -165,16 +220,17 @@ class _LoraMlp(torch.autograd.Function):
         is_read: bool,
     ) -> Tensor:
         _, needs_a, needs_b, _, needs_down_b, *_ = ctx.needs_input_grad
-        projected, xa = _forward(x, gate_up)
+        projected, xa = _into_hidden(x, gate_up)
         ha = None
         if is_read:
-            y, ha = _forward(swiglu(projected), down)
+            y, ha = _forward(_hidden(projected, xa, gate_up), down)
         else:
             y = x.new_empty(()).expand(len(x), down.weight.shape[0])
             if down.lora is not None and needs_down_b:
-                ha = _shrink(swiglu(projected), down)
+                ha = _shrink(_hidden(projected, xa, gate_up), down)
         ctx.layers, ctx.has_run = (gate_up, down), False
-        kept = (x if needs_a else None, projected, xa if needs_b else None)
+        keeps_xa = needs_b or _adds_in_swiglu(gate_up)
+        kept = (x if needs_a else None, projected, xa if keeps_xa else None)
         ctx.save_for_backward(*kept, ha if needs_down_b else None, *_matrices(gate_up, down))
         return y
 
@@ -186,12 +242,13 @@ class _LoraMlp(torch.autograd.Function):
         x, projected, xa, ha, *_ = ctx.saved_tensors
         (gate_up, down), needs, dy = ctx.layers, ctx.needs_input_grad, grads[0]
         needs_inner = any(needs[:3])
-        dh, t, down_db = _backward(dy, down, ha, (needs_inner or needs[3], needs[3], needs[4]))
+        hidden, t, down_db = _through_hidden(
+            dy, gate_up, down, projected, (xa, ha), (needs_inner, needs[3], needs[4])
+        )
         down_da = dx = gate_up_da = gate_up_db = None
-        if dh is not None:
-            hidden = swiglu_gradients(projected, dh)  # in the place of dh, gradients in projected's
-            down_da = wide_product(t.T, hidden) if needs[3] and t is not None else None
-            del dh, hidden
+        if needs[3] and hidden is not None and t is not None:
+            down_da = wide_product(t.T, hidden)
+        del hidden
         if needs_inner:
             dx, t, gate_up_db = _backward(projected, gate_up, xa, needs[:3])
             gate_up_da = wide_product(t.T, x) if needs[1] and t is not None else None

@@ -102,10 +102,6 @@ class Dense(nn.Module):
         """dy W: [T, O] -> [T, I], the gradient of `matmul` by its input."""
         return dy_TO @ self.weight
 
-    def add_matmul(self, y_TO: Tensor, x_TI: Tensor) -> Tensor:
-        """y += x W^T in place, rounded once; no gradient."""
-        return y_TO.addmm_(x_TI, self.weight.detach().T)
-
     def add_matmul_transposed(self, dx_TI: Tensor, dy_TO: Tensor) -> Tensor:
         """dx += dy W in place, rounded once; no gradient."""
         return dx_TI.addmm_(dy_TO, self.weight.detach())
@@ -178,11 +174,12 @@ class Linear(nn.Module):
                 generator=generator,
                 device=self.base.device,
                 dtype=self.base.dtype,
+                capability=self.capability,
             )
 
     def forward(self, x_TI: Tensor, adapter: str | None = None) -> Tensor:
         """x W^T + bias, plus the named adapter's part where it has one: [T, I] -> [T, O]."""
-        if self.is_frozen and (self.is_fixed or not self._decodes(x_TI)):
+        if self.takes_blocks(x_TI):
             return lora_linear(x_TI, self.frozen(adapter))
         lora = self.adapter(adapter)
         if self.is_fixed and lora is None and isinstance(self.base, Dense):
@@ -196,6 +193,10 @@ class Linear(nn.Module):
                 return self.base.product(x_TI, self.bias, low_rank)
         y_TO = self.base.matmul(x_TI, self.bias)
         return y_TO if lora is None else lora(y_TO, x_TI)
+
+    def takes_blocks(self, x_TI: Tensor) -> bool:
+        """Whether x goes through models/blocks.py: over a frozen base, other than in decoding."""
+        return self.is_frozen and (self.is_fixed or not self._decodes(x_TI))
 
     @staticmethod
     def _decodes(x_TI: Tensor) -> bool:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from sparring.errors import CheckpointError
-from sparring.kernels import Capability
+from sparring.kernels import Capability, capability_of
 from sparring.kernels.lora import lora_shrink, lora_shrink_beside
+from sparring.kernels.lora_rows import Parts, add_rows, shrink_rows
 from sparring.kernels.low_rank import LowRank
 
 PROJECTIONS = (
@@ -103,7 +104,8 @@ class LoraAdapter(nn.Module):
     """The adapter of one (fused) linear layer.
 
     parts: rows of the layer's output that each adapted part takes, ascending. a [P r, I] stacks the
-    A matrices of the P adapted parts, b [sum of their outputs, r] the B matrices.
+    A matrices of the P adapted parts, b [sum of their outputs, r] the B matrices. capability: the
+    model's.
     """
 
     a_shadow: Tensor | None
@@ -120,8 +122,10 @@ class LoraAdapter(nn.Module):
         generator: torch.Generator,
         device: torch.device,
         dtype: torch.dtype,
+        capability: Capability | None = None,
     ) -> None:
         super().__init__()
+        self.capability = capability or capability_of(device)
         self.scale = config.scale
         self.rank = config.rank
         self.parts: dict[str, _Part] = {}
@@ -150,13 +154,13 @@ class LoraAdapter(nn.Module):
             persistent=False,
         )
 
-        table = [
-            [p.output_rows.start, p.output_rows.stop, p.b_rows.start, p.ranks.start]
+        self._spans = tuple(
+            (p.output_rows.start, p.output_rows.stop, p.b_rows.start, p.ranks.start)
             for p in self.parts.values()
-        ]
-        self._granule = math.gcd(*(row for part in table for row in part[:2]))
+        )
+        self._granule = math.gcd(*(row for part in self._spans for row in part[:2]))
         self.register_buffer(
-            "part_table", torch.tensor(table, dtype=torch.int32).to(device), persistent=False
+            "part_table", torch.tensor(self._spans, dtype=torch.int32).to(device), persistent=False
         )
 
     def matrices_used(self) -> tuple[Tensor, Tensor]:
@@ -165,38 +169,27 @@ class LoraAdapter(nn.Module):
             return self.a_shadow, self.b_shadow
         return self.a.detach(), self.b.detach()
 
-    def expand(self, xa_TR: Tensor, b: Tensor, bias_O: Tensor | None) -> Tensor:
-        """bias + scale (x A^T) B^T as a new tensor [T, O]; elsewhere than at adapted parts the bias
-        alone.
-        """
-        y = xa_TR.new_empty(len(xa_TR), self.num_outputs)
-        end = 0
-        for part in (*self.parts.values(), None):
-            start = self.num_outputs if part is None else part.output_rows.start
-            if start > end:
-                y[:, end:start] = 0.0 if bias_O is None else bias_O[end:start]
-            if part is None:
-                break
-            rows, end = part.output_rows, part.output_rows.stop
-            out = y[:, rows]
-            torch.addmm(
-                out if bias_O is None else bias_O[rows],
-                xa_TR[:, part.ranks],
-                b[part.b_rows].T,
-                beta=0.0 if bias_O is None else 1.0,
-                alpha=self.scale,
-                out=out,
-            )
-        return y
+    @property
+    def covers_all(self) -> bool:
+        """Whether every output of the layer is of an adapted matrix."""
+        return len(self.b) == self.num_outputs
 
-    def shrink_gradient(self, dy_TO: Tensor, b: Tensor) -> Tensor:
-        """t = scale dy B [T, R], the gradient by x A^T."""
-        t = dy_TO.new_empty(len(dy_TO), self.a.shape[0])
-        for part in self.parts.values():
-            out = t[:, part.ranks]
-            dy_part = dy_TO[:, part.output_rows]
-            torch.addmm(out, dy_part, b[part.b_rows], beta=0.0, alpha=self.scale, out=out)
-        return t
+    def _where(self) -> Parts:
+        return Parts(self._spans, self.part_table, self._granule, self.a.shape[0])
+
+    def shrink(self, x_TI: Tensor) -> Tensor:
+        """round(x A^T) [T, R], without gradient."""
+        return x_TI @ self.matrices_used()[0].T
+
+    def add(self, y_TO: Tensor, xa_TR: Tensor) -> Tensor:
+        """y += scale (x A^T) B^T in place, rounded once, without gradient."""
+        b = self.matrices_used()[1]
+        return add_rows(y_TO, xa_TR, b, self._where(), self.scale, capability=self.capability)
+
+    def shrink_gradient(self, dy_TO: Tensor) -> Tensor:
+        """t = round(scale dy B) [T, R], the gradient by x A^T."""
+        b = self.matrices_used()[1]
+        return shrink_rows(dy_TO, b, self._where(), self.scale, capability=self.capability)
 
     def b_gradient(self, dy_TO: Tensor, xa_TR: Tensor) -> Tensor:
         """scale dy^T (x A^T), the gradient by B, in float32."""
@@ -255,20 +248,10 @@ class LoraAdapter(nn.Module):
 
     def forward(self, y_TO: Tensor, x_TI: Tensor) -> Tensor:
         """Add scale (x A^T) B^T to y [T, O] in place; differentiable in y, x, A and B."""
-        a, b = self.matrices_used()
         if not torch.is_grad_enabled():
-            _add_in_place(y_TO, x_TI, a, b, self)
-            return y_TO
-        out: Tensor = _AddLora.apply(y_TO, x_TI, self.a, self.b, a, b, self)  # type: ignore[no-untyped-call]
+            return self.add(y_TO, self.shrink(x_TI))
+        out: Tensor = _AddLora.apply(y_TO, x_TI, self.a, self.b, *self.matrices_used(), self)  # type: ignore[no-untyped-call]
         return out
-
-
-def _add_in_place(y: Tensor, x: Tensor, a: Tensor, b: Tensor, adapter: LoraAdapter) -> Tensor:
-    """y += scale (x A^T) B^T part by part; returns x A^T."""
-    xa = x @ a.T
-    for part in adapter.parts.values():
-        y[:, part.output_rows].addmm_(xa[:, part.ranks], b[part.b_rows].T, alpha=adapter.scale)
-    return xa
 
 
 class _AddLora(torch.autograd.Function):
@@ -283,7 +266,8 @@ class _AddLora(torch.autograd.Function):
         b_used: Tensor,
         adapter: LoraAdapter,
     ) -> Tensor:
-        xa = _add_in_place(y, x, a_used, b_used, adapter)
+        xa = adapter.shrink(x)
+        adapter.add(y, xa)
         ctx.mark_dirty(y)
         ctx.adapter = adapter
         ctx.save_for_backward(x, xa, a_used, b_used)
@@ -291,9 +275,9 @@ class _AddLora(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, xa, a, b = ctx.saved_tensors
+        x, xa, a, _ = ctx.saved_tensors
         dy, adapter = grads[0], ctx.adapter
-        t = adapter.shrink_gradient(dy, b)
+        t = adapter.shrink_gradient(dy)
         dx = t @ a if ctx.needs_input_grad[1] else None
         da = wide_product(t.T, x) if ctx.needs_input_grad[2] else None
         db = adapter.b_gradient(dy, xa) if ctx.needs_input_grad[3] else None

@@ -292,12 +292,6 @@ class Quantised(nn.Module):
             torch.mm(dy_TO, part, out=dx_TI[:, columns])
         return dx_TI
 
-    def add_matmul(self, y_TO: Tensor, x_TI: Tensor) -> Tensor:
-        """y += x W^T in place, rounded once; no gradient."""
-        for rows, part in self._row_slices():
-            y_TO[:, rows].addmm_(x_TI, part.T)
-        return y_TO
-
     def add_matmul_transposed(self, dx_TI: Tensor, dy_TO: Tensor) -> Tensor:
         """dx += dy W in place, rounded once; no gradient."""
         for columns, part in self._column_slices():

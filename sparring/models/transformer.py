@@ -184,7 +184,7 @@ class DecoderLayer(nn.Module):
         is_read=False: only the gradient is wanted; a frozen layer's result is not computed.
         """
         layers = self.gate_up, self.down
-        if torch.is_grad_enabled() and all(layer.is_frozen for layer in layers):
+        if all(layer.takes_blocks(normed_TD) for layer in layers):
             gate_up, down = (layer.frozen(adapter) for layer in layers)
             return lora_mlp(normed_TD, gate_up, down, is_read=is_read)
         # nothing else reads the projection, so its gradient may lie where it lay

@@ -24,6 +24,8 @@ from sparring.kernels import (
     head,
     int8,
     lora,
+    lora_rows,
+    lora_swiglu,
     matmul,
     nf4,
     nf4_matmul,
@@ -59,7 +61,7 @@ def build(kernel, pointers: dict[str, str], constants: dict[str, object], arch: 
         signature[name] = "constexpr" if name in constants else pointers.get(name, plain)
     attributes = {}
     for i, (name, kind) in enumerate(signature.items()):
-        if kind.startswith("*") or name.startswith("stride"):
+        if kind.startswith("*") or (kind != "constexpr" and name.startswith("stride")):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     built = triton.compile(
@@ -329,6 +331,28 @@ def test_lora_expand(arch):
     constants = {"BLOCK_T": 64, "NUM_PARTS": 3, "RANK": 16, "BLOCK_R": 16, **lora.EXPAND_TILE}
     pointers = {**POINTERS, "parts_ptr": "*i32"}
     check(lora._expand_kernel, pointers, constants, arch, products=True)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_lora_rows(arch):
+    pointers = {**POINTERS, **dict.fromkeys(("m_ptr", "u_ptr"), "*bf16"), "parts_ptr": "*i32"}
+    constants = {"IS_EVEN": True, "RANK": 32, "BLOCK_R": 32}
+    tile = {"BLOCK_T": 64, **lora_rows.SHRINK_TILE}
+    _, ptx = check(lora_rows._shrink_kernel, pointers, constants | tile, arch, products=True)
+    assert "cp.async.cg.shared.global" in ptx, "rows are under way while others are used"
+    tile = {"NUM_PARTS": 2, "num_columns": 37888, **lora_rows.ADD_TILE}
+    _, ptx = check(lora_rows._add_kernel, pointers, constants | tile, arch, products=True)
+    assert re.search(r"st\.global\.v4\.b32", ptx), "whole sixteen bytes are written"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_lora_swiglu(arch):
+    pointers = {**POINTERS, **dict.fromkeys(("a_ptr", "u_ptr"), "*bf16")}
+    constants = {"F": 18944, "RANK": 16, "BLOCK_R": 16, **lora_swiglu.TILE}
+    inner = {"RANK_A": 16, "BLOCK_A": 16}
+    for kernel, more in ((lora_swiglu._forward_kernel, {}), (lora_swiglu._backward_kernel, inner)):
+        _, ptx = check(kernel, pointers, constants | more, arch, products=True)
+        assert re.search(r"st\.global\.v4\.b32", ptx), "whole sixteen bytes are written"
 
 
 @pytest.mark.slow

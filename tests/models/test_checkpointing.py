@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparring.models import blocks
 from sparring.models.attention_packed import PackedPlan
 from sparring.models.checkpoint import build_model
+from sparring.models.linear import Dense
 from sparring.models.lora import LoraConfig
 from sparring.models.quantised import Quantised
 from sparring.models.transformer import Decoder
@@ -156,12 +156,13 @@ def test_each_mode_keeps_less_and_selective_attends_once(monkeypatch: pytest.Mon
 def test_the_last_product_of_a_layer_is_not_computed_again(monkeypatch: pytest.MonkeyPatch):
     model, made = small("qwen2"), batch()
     products: list[int] = []
-    forward = blocks._forward
-    monkeypatch.setattr(
-        blocks,
-        "_forward",
-        lambda x, layer: (products.append(layer.weight.shape[1]), forward(x, layer))[1],
-    )
+    matmul = Dense.matmul
+
+    def counted(weight: Dense, *args: Any) -> Tensor:
+        products.append(weight.shape[1])
+        return matmul(weight, *args)
+
+    monkeypatch.setattr(Dense, "matmul", counted)
     model.set_checkpointing("layers")
     model.score(made).logprobs_T.sum().backward()
     assert products.count(128) == 3  # down_proj alone has so many inputs; once a layer
@@ -172,18 +173,18 @@ def test_tiles_of_the_feed_forward():
     model, made = small(adapter="all"), batch()
     plain = loss_and_gradients(model, made)
     rows: list[int] = []
-    forward = blocks._forward
+    matmul = Dense.matmul
 
-    def counted(x: Tensor, layer: blocks.Frozen) -> Any:
-        if layer.weight is model.layers[1].gate_up.base:
+    def counted(weight: Dense, x: Tensor, *args: Any) -> Tensor:
+        if weight is model.layers[1].gate_up.base:
             rows.append(len(x))
-        return forward(x, layer)
+        return matmul(weight, x, *args)
 
     for mode in ("layers", "selective"):
         model.set_checkpointing(mode, mlp_tile_tokens=64)
         rows.clear()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(blocks, "_forward", counted)
+            patch.setattr(Dense, "matmul", counted)
             tiled = loss_and_gradients(model, made)
         assert max(rows) == 64
         assert sum(rows) == 4 * len(made.input_ids_T)  # two passes, forward and backward
