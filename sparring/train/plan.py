@@ -8,7 +8,8 @@ numbers out: config.json and a recipe are read elsewhere, and no GPU is asked.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -67,8 +68,8 @@ STEPS_PLAYED = 2
 """After the second step the allocator holds all that a run ever makes it reserve."""
 BATCHES_PLAYED = 3
 TIGHT, LEANING = 1.1, 1.05
-"""Settings that only just fit must be faster by so much (at its limit the allocator gives pages back
-and takes them again), and so must those that wait for the host's memory."""
+"""Settings that only just fit must be faster by so much (at its limit the allocator gives pages
+back and takes them again), and so must those that wait for the host's memory."""
 PROPOSALS_TRIED = 4
 """Of the fastest training passes: the first whose rollout fits too is taken."""
 
@@ -245,22 +246,10 @@ def propose(
     modes, tokens, may_offload: what may be chosen from. Raises MemoryBudgetError with the numbers
     of the smallest attempt where nothing fits.
     """
-    refusal: MemoryBudgetError | None = None
-    found = []
-    for settings in _candidates(job, wanted, modes, tokens, may_offload):
-        batches = micro_batches(job.work, settings.micro_batch_tokens, exact=exact)
-        try:
-            training = training_phase(job, settings, batches, budget=budget, arch=card.arch)
-        except MemoryBudgetError as error:
-            refusal = error
-            continue
-        if training.total <= budget:
-            seconds = training_seconds(job, settings, card, batches)
-            seconds *= TIGHT if training.is_tight else 1.0
-            seconds *= LEANING if settings.offload else 1.0
-            found.append((seconds, settings))
-    found.sort(key=lambda pair: pair[0])
-    for _, settings in found[:PROPOSALS_TRIED]:
+    refusals: list[MemoryBudgetError] = []
+    wishes = _candidates(job, wanted, modes, tokens, may_offload)
+    fitting = _fitting(job, wishes, budget, card, exact, refusals)
+    for settings in itertools.islice(fitting, PROPOSALS_TRIED):
         plans = []
         for caches in _caching(job, wanted):
             try:
@@ -269,13 +258,44 @@ def propose(
                     exact=exact,
                 )  # fmt: skip
             except MemoryBudgetError as error:
-                refusal = error
+                refusals.append(error)
                 continue
             if plan.fits:
                 plans.append(plan)
         if plans:
             return min(plans, key=_speed)
-    raise MemoryBudgetError(_nothing_fits(job, wanted, budget, card, refusal))
+    reason = refusals[-1] if refusals else None
+    raise MemoryBudgetError(_nothing_fits(job, wanted, budget, card, reason))
+
+
+def _fitting(
+    job: Job, wishes: Iterable[Settings], budget: int, card: Card, exact: bool,
+    refusals: list[MemoryBudgetError],
+) -> Iterator[Settings]:  # fmt: skip
+    """Those whose training phase fits, fastest first; the others' refusals are noted."""
+    ordered = []
+    for settings in wishes:
+        batches = micro_batches(job.work, settings.micro_batch_tokens, exact=exact)
+        seconds = training_seconds(job, settings, card, batches)
+        ordered.append((seconds * (LEANING if settings.offload else 1.0), settings, batches))
+    ordered.sort(key=lambda wish: wish[0])
+    tight: list[tuple[float, Settings]] = []
+    for seconds, settings, batches in ordered:
+        while tight and tight[0][0] <= seconds:
+            yield tight.pop(0)[1]
+        try:
+            training = training_phase(job, settings, batches, budget=budget, arch=card.arch)
+        except MemoryBudgetError as error:
+            refusals.append(error)
+            continue
+        if training.total > budget:
+            continue
+        if training.is_tight:
+            tight.append((seconds * TIGHT, settings))
+        else:
+            yield settings
+    for _, settings in tight:
+        yield settings
 
 
 def _candidates(
