@@ -154,6 +154,27 @@ def _store(
     tl.store(out_ptr + at, y, mask=mask)
 
 
+@jit
+def _normed(x, scale, factor, HAS_NORM: tl.constexpr):
+    """x [T, K] normed with the rows' scales and times the norm's weight; or x itself."""
+    if HAS_NORM:
+        wide = rounded(x.to(tl.float32) * scale[:, None], x.dtype).to(tl.float32)
+        return rounded(wide * factor.to(tl.float32)[None, :], x.dtype)
+    else:  # noqa: RET505 - Triton wants one type a branch
+        return x
+
+
+@jit
+def _scales(parts_ptr, row_t, num_rows, num_parts, columns, eps, BLOCK_S: tl.constexpr):
+    """1 / rms of every row, from its squares in parts."""
+    part = tl.arange(0, BLOCK_S)
+    squares = tl.load(
+        parts_ptr + part[:, None] * num_rows + row_t[None, :],
+        mask=(part < num_parts)[:, None], other=0.0,
+    )  # fmt: skip
+    return 1.0 / tl.sqrt(tl.sum(squares, axis=0) / columns + eps)
+
+
 @jit(do_not_specialize=["num_rows", "segments", "steps", "num_parts", "prefetched", "ahead_rows"])
 def _few_rows_kernel(
     x_ptr, w_ptr, bias_ptr, norm_ptr, parts_ptr, residual_ptr, out_ptr, squares_ptr, ahead_ptr,
@@ -189,12 +210,7 @@ def _few_rows_kernel(
     row_t = tl.minimum(t, num_rows - 1)
     scale = tl.zeros([BLOCK_T], tl.float32)
     if HAS_NORM:
-        part = tl.arange(0, BLOCK_S)
-        squares = tl.load(
-            parts_ptr + part[:, None] * num_rows + row_t[None, :],
-            mask=(part < num_parts)[:, None], other=0.0,
-        )  # fmt: skip
-        scale = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / stride_k + eps)
+        scale = _scales(parts_ptr, row_t, num_rows, num_parts, stride_k, eps, BLOCK_S)
     x_at = x_ptr + row_t[:, None] * stride_k + k[None, :]
     w_at = w_ptr + source.to(tl.int64)[:, None] * stride_k + k[None, :]
     dtype = x_ptr.dtype.element_ty
@@ -210,13 +226,11 @@ def _few_rows_kernel(
             inside = (at + k < stride_k)[None, :]
             x = tl.load(x_at + at, mask=inside, other=0.0)
             w = tl.load(w_at + at, mask=inside, other=0.0)
+        factor = coming
         if HAS_NORM:
-            factor = coming.to(tl.float32)
             after = at + BLOCK_K + k
             coming = tl.load(norm_ptr + after, mask=after < stride_k, other=0.0)
-            wide = rounded(x.to(tl.float32) * scale[:, None], dtype).to(tl.float32)
-            x = rounded(wide * factor[None, :], dtype)
-        acc = dot(w, tl.trans(x), acc)
+        acc = dot(w, tl.trans(_normed(x, scale, factor, HAS_NORM)), acc)
     finishes = True
     if SPLIT:
         acc, finishes = sum_of_segments(
