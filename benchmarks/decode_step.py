@@ -28,7 +28,7 @@ import torch
 from benchmarks.launches import counted
 from benchmarks.rollouts import environment
 from benchmarks.shapes import SHAPES, build
-from sparring.kernels import few_rows
+from sparring.kernels import few_rows, paged_attention
 from sparring.kernels.few_rows import Form
 from sparring.kernels.matmul import Tile
 from sparring.kernels.sampling import draw_tokens
@@ -300,6 +300,10 @@ def search(name: str, num_rows: int, part: int, parts: int) -> dict[str, Any]:
             graph, _ = captured(step)
             result[each] = {"us": microseconds(graph), **counted(graph)}
     result["by MiB prefetched"] = by_prefetch(model, step)
+    paged_attention.ASKS_FOR_KEYS = False
+    with form_of_step(model, "overlapped"):
+        result["keys not asked for"] = microseconds(captured(step)[0])
+    paged_attention.ASKS_FOR_KEYS = True
     result["replays that differ"] = f"{same_bits(model, step, 200)} of 200"
     logits = {}
     for each in ("library", "overlapped"):

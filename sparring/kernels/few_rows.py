@@ -41,6 +41,7 @@ from sparring.kernels.matmul import (
     workspace,
 )
 from sparring.kernels.norm import rms_norm_reference
+from sparring.kernels.splits import prefetch
 from sparring.kernels.swiglu import swiglu_reference
 
 __all__ = ["Squares", "few_rows", "few_rows_reference", "few_rows_triton"]
@@ -87,15 +88,6 @@ class Norm:
     weight: Tensor
     eps: float
     squares: Squares
-
-
-@jit
-def prefetch(at):
-    """Asks for the cache lines at these places to come to the L2 cache."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
 
 
 @jit

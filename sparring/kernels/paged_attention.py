@@ -31,12 +31,16 @@ from sparring.kernels.shared_decode import chunk_of, finish, shared_program
 from sparring.kernels.splits import (
     LOG2_E,
     OPTIONS,
+    ask_for_keys,
     inverse,
     paged_split,
     paged_splits,
     scales_of,
 )
 from sparring.layout import KVPool
+
+ASKS_FOR_KEYS = True
+"""In a chain of launches keys of few rows come to the L2 cache before the queries are there."""
 
 __all__ = ["paged_decode_reference", "paged_decode_triton", "rotate_decode_triton"]
 
@@ -88,15 +92,22 @@ def _decode_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, HAS_WINDOW: tl.constexpr,
     KV_DTYPE: tl.constexpr, LIMIT: tl.constexpr, SHARED: tl.constexpr, ROTATES: tl.constexpr,
     HAS_NORM: tl.constexpr, OVERLAPS: tl.constexpr, SPAN: tl.constexpr, BLOCK_W: tl.constexpr,
+    ASKS: tl.constexpr,
 ):  # fmt: skip
-    if OVERLAPS:  # in a chain of launches, see few_rows.py
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     part = tl.program_id(2)
     pool_ptr = tl.multiple_of(tl.load(address_ptr).to(tl.pointer_type(KV_DTYPE)), 16)
     k_ptr = pool_ptr + (layer.to(tl.int64) * num_blocks * (2 * K) + kv_head) * (B * E)
+    if OVERLAPS:  # in a chain of launches, see few_rows.py; lengths are as the step began
+        if ASKS:
+            end = tl.minimum(tl.load(lengths_ptr + row), (part + 1) * SPLIT)
+            ask_for_keys(
+                k_ptr, k_ptr + K * B * E, tables_ptr + row * table_stride, part * SPLIT, end,
+                2 * K * B * E, B, E,
+            )  # fmt: skip
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     scales_ptr = scales_of(address_ptr, layer, num_blocks, kv_head, K, B, LIMIT)
     shared = 0
     if SHARED > 1:
@@ -229,8 +240,8 @@ def paged_decode_triton(
             lengths_R if shared_R is None else shared_R, out, workspace.partial, workspace.states,
             workspace.tickets, *[workspace.states] * 4, tables_RN, 0, tables_RN.stride(0), layer,
             kv_pool.num_blocks, max_splits, LOG2_E / math.sqrt(size), window, 0.0,
-            HAS_WINDOW=window > 0, ROTATES=False, HAS_NORM=False, OVERLAPS=False, **form,
-            **constants,
+            HAS_WINDOW=window > 0, ROTATES=False, HAS_NORM=False, OVERLAPS=False, ASKS=False,
+            **form, **constants,
         )  # fmt: skip
     return out
 
@@ -283,7 +294,8 @@ def rotate_decode_triton(
             q_norm if has_norm else cos, k_norm if has_norm else cos, slots_R, qkv_RC.stride(0),
             tables_RN.stride(0), layer, kv_pool.num_blocks, max_splits, LOG2_E / math.sqrt(size),
             window, eps, HAS_WINDOW=window > 0, ROTATES=True, HAS_NORM=has_norm,
-            OVERLAPS=overlaps, **form, **constants,
+            OVERLAPS=overlaps, ASKS=overlaps and _asks(form, constants, window), **form,
+            **constants,
         )  # fmt: skip
     return out
 
@@ -311,6 +323,13 @@ def _prepared(
     assert workspace.partial.shape[0] >= rows, "the workspace has room for every row"
     assert workspace.partial.shape[2] == max_splits, "the workspace is laid out for max_splits"
     return out, workspace
+
+
+def _asks(form: dict[str, int], constants: dict[str, object], window: int) -> bool:
+    """Whether programs ask for their keys before their turn: few ones, of whole lines."""
+    lines = constants["B"] * constants["E"] // 64
+    few = form["SPAN"] == form["SHARED"] == 1 and not window
+    return ASKS_FOR_KEYS and few and lines & (lines - 1) == 0 and constants["LIMIT"] == 0
 
 
 def _form(

@@ -248,3 +248,25 @@ def packed_split(
             HAS_WINDOW, False,
         )  # fmt: skip
     return acc, peak, tl.sum(total, axis=0)
+
+
+@jit
+def ask_for_keys(
+    k_ptr, v_ptr, tables_ptr, low, high, stride_block, B: tl.constexpr, E: tl.constexpr
+):
+    """Asks for the blocks of keys and values from `low` to `high` to come to the L2 cache."""
+    LINES: tl.constexpr = B * E // 64  # of 128 bytes; the caller sees to a power of two
+    line = tl.arange(0, LINES) * 64
+    for block in tl.range(low // B, (high + B - 1) // B):
+        at = tl.load(tables_ptr + block).to(tl.int64) * stride_block
+        prefetch(k_ptr + at + line)
+        prefetch(v_ptr + at + line)
+
+
+@jit
+def prefetch(at):
+    """Asks for the cache lines at these places to come to the L2 cache."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip

@@ -42,6 +42,7 @@ def test_paged_decode(span, block_size, size, arch):
     constants = paged_constants(size, block_size) | {"BLOCK_M": 16} | SPLIT_OPTIONS
     constants |= {"SPAN": span, "SHARED": chunk_of(7), "BLOCK_W": 32}
     constants |= {"ROTATES": block_size == 64, "HAS_NORM": True, "OVERLAPS": arch >= 90}
+    constants["ASKS"] = arch >= 90 and size in (64, 128, 256)
     constants |= split_of(Capability(arch=arch, tensor_dots=True), size)
     found, ptx = check(paged_attention._decode_kernel, POINTERS, constants, arch, products=True)
     assert found == {90: {"wgmma.mma"}, 100: {"tcgen05.mma"}}.get(arch, {"mma.sync"})
@@ -108,7 +109,7 @@ def test_paged_attention_in_eight_bits(dtype, arch, limit):
     constants = paged_constants(128, 64) | {"BLOCK_M": 16, "SHARED": 1} | SPLIT_OPTIONS
     constants |= {"KV_DTYPE": getattr(triton.language, dtype), "LIMIT": limit}
     constants |= split_of(Capability(arch=arch, tensor_dots=True), 128)
-    constants |= {"ROTATES": True, "HAS_NORM": False, "OVERLAPS": False, "SPAN": 4}
+    constants |= {"ROTATES": True, "HAS_NORM": False, "OVERLAPS": False, "SPAN": 4, "ASKS": False}
     constants |= {"BLOCK_W": 16}
     check(paged_attention._decode_kernel, POINTERS, constants, arch, products=True, stack_limit=64)
     constants = paged_constants(128, 64)
