@@ -8,8 +8,10 @@ the order of k inside BLOCK_K columns. The instruction takes 16 columns from fou
 each. A thread is to decode a run of BLOCK_K / 4 columns of one quant block, because the table of 16
 products is made once a run; so step s of a block takes columns 4 s to 4 s + 3 of each of the four
 runs, from x as from W. Then decoded weights are where the instruction wants them: nothing passes
-through shared memory and no barrier is waited for. `in_kernel_order` puts a matrix's columns so;
-nf4_matmul(x, W) has the bits of matmul(in_kernel_order(x), in_kernel_order(decoded W)).
+through shared memory and no barrier is waited for. `in_kernel_order` puts a matrix's columns so
+(kernels/column_order.py); nf4_matmul(x, W) has the bits of matmul(in_kernel_order(x),
+in_kernel_order(decoded W)). x may come in that order; else it is permuted on its way to shared
+memory, which every tile of weight rows does again.
 
 Bytes: 0.516 a weight (0.5625 without double quantisation) once per tile of rows of x, 2 (K + N) a
 row. About 6 instructions a weight, 3.4 of them integer ones of decoding: on data-centre cards they
@@ -24,6 +26,7 @@ from torch import Tensor
 
 from sparring.kernels import Capability, capability_of, dot, jit, tl, triton
 from sparring.kernels import matmul as products
+from sparring.kernels.column_order import BLOCK_K, in_kernel_order, out_of_kernel_order
 from sparring.kernels.low_rank import LowRank, low_rank_arguments, part_of, rows_of_b
 from sparring.kernels.matmul import (
     INTERPRETED_TILE,
@@ -48,8 +51,6 @@ from sparring.kernels.nf4 import (
     words_of,
 )
 
-BLOCK_K = 256
-
 _SMALL = (Tile(64, 16, 4, 3), Tile(64, 32, 4, 3), Tile(64, 64, 4, 2))
 _HOPPER = (
     Tile(64, 16, 4, 3, 128),
@@ -68,13 +69,6 @@ MAX_ROWS = 256
 def nf4_segments_of(capability: Capability, num_outputs: int, num_inputs: int) -> int:
     """Into how many pieces k is cut; fixed by shape and architecture."""
     return segments_of(capability, num_outputs, num_inputs)
-
-
-def in_kernel_order(matrix: Tensor) -> Tensor:
-    """Columns of [N, K] in the order in which the kernel sums, zeros up to whole blocks."""
-    padded = torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % BLOCK_K))
-    runs = padded.view(len(matrix), -1, 4, BLOCK_K // 16, 2, 2)
-    return runs.permute(0, 1, 3, 4, 2, 5).reshape(padded.shape)
 
 
 @jit
@@ -103,6 +97,7 @@ def _nf4_matmul_kernel(
     WARPS: tl.constexpr, SPLIT: tl.constexpr, EVEN_K: tl.constexpr, DOUBLE: tl.constexpr,
     FAST: tl.constexpr, HAS_BIAS: tl.constexpr, NUM_PARTS: tl.constexpr, ALIGNED: tl.constexpr,
     RANK: tl.constexpr, BLOCK_R: tl.constexpr, BESIDE_SHRINK: tl.constexpr,
+    IN_ORDER: tl.constexpr,
 ):  # fmt: skip
     Q: tl.constexpr = BLOCK_K // 64
     R: tl.constexpr = BLOCK_N // (8 * WARPS)
@@ -147,8 +142,9 @@ def _nf4_matmul_kernel(
         index = tl.load(absmax_ptr + block, mask=ahead, other=0)
         factor = tl.broadcast_to(factor[:, :, None], (BLOCK_N, Q, 8))
         factor = factor.reshape(BLOCK_N, BLOCK_K // 8)
-        x = x.reshape(BLOCK_T, 4, BLOCK_K // 16, 2, 2).permute(0, 2, 3, 1, 4)
-        x = x.reshape(BLOCK_T, BLOCK_K)
+        if not IN_ORDER:
+            x = x.reshape(BLOCK_T, 4, BLOCK_K // 16, 2, 2).permute(0, 2, 3, 1, 4)
+            x = x.reshape(BLOCK_T, BLOCK_K)
         w = _decoded(words, factor, x_ptr.dtype.element_ty, BLOCK_N, BLOCK_K, WARPS, FAST)
         acc = dot(w, tl.trans(x), acc)
     acc = acc.reshape(R // 2, WARPS, 2, 8 * BLOCK_T).permute(0, 2, 1, 3).reshape(BLOCK_N, BLOCK_T)
@@ -174,15 +170,18 @@ def launch(
     low_rank: LowRank | None = None,
     capability: Capability | None = None,
     *,
+    in_order: bool = False,
     segments: int | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
     """y [T, N] of x [T, K] and a weight [N, K]; see the module. Raises ValueError on shapes and
     dtypes that the kernel does not take.
 
+    in_order: x is `in_kernel_order`, K whole blocks of its; that changes no bit of the result.
     segments and tile are for tests and measurements; of them only segments changes bits.
     """
     check_shapes(x, weight.shape, weight.dtype)
+    assert not in_order or x.shape[1] % BLOCK_K == 0, "padding would lie among the columns"
     (num_rows, num_inputs), num_outputs = x.shape, weight.shape[0]
     out = torch.empty(num_rows, num_outputs, dtype=x.dtype, device=x.device)
     if num_rows == 0:
@@ -208,8 +207,9 @@ def launch(
         stride_xt=x.stride(0), stride_ot=out.stride(0), BLOCK_N=tile.block_n, BLOCK_T=tile.block_t,
         BLOCK_K=BLOCK_K, STAGES=tile.num_stages, WARPS=tile.num_warps, SPLIT=segments > 1,
         EVEN_K=num_inputs % BLOCK_K == 0, DOUBLE=double, FAST=capability.tensor_dots,
-        HAS_BIAS=bias is not None, BESIDE_SHRINK=beside, num_warps=tile.num_warps,
-        enable_fp_fusion=False, **low_rank_arguments(low_rank, x, tile.block_n), **options,
+        HAS_BIAS=bias is not None, BESIDE_SHRINK=beside, IN_ORDER=in_order,
+        num_warps=tile.num_warps, enable_fp_fusion=False,
+        **low_rank_arguments(low_rank, x, tile.block_n), **options,
     )  # fmt: skip
     return out
 
@@ -248,20 +248,22 @@ def nf4_matmul(
     bias: Tensor | None = None,
     low_rank: LowRank | None = None,
     capability: Capability | None = None,
+    *,
+    in_order: bool = False,
 ) -> Tensor:
     """x W^T + scale xa B^T + bias: [T, K] x NF4 [N, K] -> [T, N] in x's dtype, no gradient.
 
     A row's bits do not depend on the other rows nor on their number: more than MAX_ROWS rows are
     multiplied with the decoded weight in the same order. capability: the model's; left out, what
-    the card can do.
+    the card can do. in_order: x comes in the order of kernels/column_order.py, K in whole blocks.
     """
     capability = capability or capability_of(x.device)
     if not takes(x, weight, capability):
+        x = out_of_kernel_order(x) if in_order else x
         return nf4_matmul_reference(x, weight, bias, low_rank)
     if len(x) <= MAX_ROWS:
-        return launch(x, weight, bias, low_rank, capability)
+        return launch(x, weight, bias, low_rank, capability, in_order=in_order)
     segments = nf4_segments_of(capability, *weight.shape)
     decoded = in_kernel_order(dequantize_nf4(weight, capability=capability))
-    return products.launch(
-        in_kernel_order(x), decoded, bias, low_rank, capability, segments=segments
-    )
+    x = x if in_order else in_kernel_order(x)
+    return products.launch(x, decoded, bias, low_rank, capability, segments=segments)

@@ -177,8 +177,26 @@ class Linear(nn.Module):
                 capability=self.capability,
             )
 
-    def forward(self, x_TI: Tensor, adapter: str | None = None) -> Tensor:
-        """x W^T + bias, plus the named adapter's part where it has one: [T, I] -> [T, O]."""
+    def reads_order(self, num_rows: int, adapter: str | None) -> bool:
+        """Whether so many rows may come in the order of kernels/column_order.py."""
+        return (
+            isinstance(self.base, Quantised)
+            and not self.is_fixed
+            and not torch.is_grad_enabled()
+            and self.adapter(adapter) is None
+            and self.base.reads_order(num_rows)
+        )
+
+    def forward(
+        self, x_TI: Tensor, adapter: str | None = None, *, in_order: bool = False
+    ) -> Tensor:
+        """x W^T + bias, plus the named adapter's part where it has one: [T, I] -> [T, O].
+
+        in_order: x is so ordered, which `reads_order` must allow.
+        """
+        if in_order:
+            assert isinstance(self.base, Quantised), "`reads_order` says so"
+            return self.base.ordered_product(x_TI, self.bias)
         if self.takes_blocks(x_TI):
             return lora_linear(x_TI, self.frozen(adapter))
         lora = self.adapter(adapter)

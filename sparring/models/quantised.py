@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparring.kernels import Capability, capability_of
+from sparring.kernels.column_order import BLOCK_K
 from sparring.kernels.lora import lora_expand
 from sparring.kernels.low_rank import LowRank
 from sparring.kernels.matmul import matmul
@@ -178,6 +179,25 @@ class Quantised(nn.Module):
         else:
             y_TO = self._decode_and_multiply(x_TI, bias_O)
         return y_TO if low_rank is None else lora_expand(y_TO, low_rank)
+
+    def reads_order(self, num_rows: int) -> bool:
+        """Whether a product of so many rows can take them in the order of column_order.py."""
+        whole = self._whole
+        return (
+            whole is not None
+            and self.decoded_copy() is None
+            and self.device.type == "cuda"
+            and self.capability.tensor_dots
+            and self.num_inputs % BLOCK_K == 0
+            and self.dtype == whole.dtype
+            and self.dtype.itemsize == 2
+            and 0 < num_rows <= self._fused_rows()
+        )
+
+    def ordered_product(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+        """`product` of x in that order, where `reads_order` allows it."""
+        assert self._whole is not None, "`reads_order` says so"
+        return nf4_matmul(x_TI, self._whole, bias_O, None, self.capability, in_order=True)
 
     def scratch_bytes(self, num_rows: int) -> int:
         """Most bytes that `product` decodes at once for so many rows, where there is no copy."""

@@ -153,32 +153,26 @@ class DecoderLayer(nn.Module):
         return summed, normed
 
     def attention(
-        self,
-        normed_TD: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        plan: AttentionPlan,
-        adapter: str | None,
-    ) -> Tensor:
-        """What attention adds to the residual stream, from its normed state."""
+        self, normed_TD: Tensor, cos: Tensor, sin: Tensor, plan: AttentionPlan,
+        adapter: str | None, in_order: bool,
+    ) -> Tensor:  # fmt: skip
+        """What attention adds to the residual stream, from its normed state (see `infer`)."""
+        heads = self.qkv(normed_TD, adapter, in_order=in_order)
         if isinstance(plan, PagedKernelPlan):
             attended = plan.attend_rotated(
-                self.qkv(normed_TD, adapter),
-                cos,
-                sin,
-                self.q_norm,
-                self.k_norm,
-                self.config.norm_eps,
-                self.index,
+                heads, cos, sin, self.q_norm, self.k_norm, self.config.norm_eps, self.index,
                 self.window,
-            )
+            )  # fmt: skip
         else:
-            q, k, v = self._project(normed_TD, cos, sin, adapter)
-            attended = plan.attend(q, k, v, self.index, self.window)
+            heads = heads.view(len(normed_TD), -1, self.config.head_size)
+            attended = plan.attend(*self._rotate(heads, cos, sin), self.index, self.window)
         out: Tensor = self.output(attended.reshape(len(normed_TD), -1), adapter)
         return out
 
-    def mlp(self, normed_TD: Tensor, adapter: str | None, *, is_read: bool = True) -> Tensor:
+    def mlp(
+        self, normed_TD: Tensor, adapter: str | None, *,
+        is_read: bool = True, in_order: bool = False,
+    ) -> Tensor:  # fmt: skip
         """What the feed-forward adds to the residual stream, from its normed state.
 
         is_read=False: only the gradient is wanted; a frozen layer's result is not computed.
@@ -187,9 +181,11 @@ class DecoderLayer(nn.Module):
         if all(layer.takes_blocks(normed_TD) for layer in layers):
             gate_up, down = (layer.frozen(adapter) for layer in layers)
             return lora_mlp(normed_TD, gate_up, down, is_read=is_read)
+        projected = self.gate_up(normed_TD, adapter, in_order=in_order)
+        in_order = self.down.reads_order(len(projected), adapter)
         # nothing else reads the projection, so its gradient may lie where it lay
-        hidden = swiglu(self.gate_up(normed_TD, adapter), overwrite=True)
-        out: Tensor = self.down(hidden, adapter)
+        hidden = swiglu(projected, overwrite=True, in_order=in_order)
+        out: Tensor = self.down(hidden, adapter, in_order=in_order)
         return out
 
     def _project(
@@ -356,18 +352,22 @@ class Decoder(nn.Module):
     def infer(
         self, x_TD: Tensor, cos: Tensor, sin: Tensor, plan: AttentionPlan, adapter: str | None
     ) -> Tensor:
-        """`forward` without gradient: every addition goes into the norm that follows it."""
+        """`forward` without gradient: every addition goes into the norm that follows it, and norms
+        write in the order in which an NF4 product reads (kernels/column_order.py).
+        """
         eps = self.config.norm_eps
         added: Tensor | None = None
         for layer in self.layers:
             assert isinstance(layer, DecoderLayer), "layers are DecoderLayers"
+            order = layer.qkv.reads_order(len(x_TD), adapter)
             if added is None:
-                normed = rms_norm(x_TD, layer.attention_norm, eps)
+                normed = rms_norm(x_TD, layer.attention_norm, eps, in_order=order)
             else:
-                normed, x_TD = add_rms_norm(added, x_TD, layer.attention_norm, eps)
-            added = layer.attention(normed, cos, sin, plan, adapter)
-            normed, x_TD = add_rms_norm(added, x_TD, layer.mlp_norm, eps)
-            added = layer.mlp(normed, adapter)
+                normed, x_TD = add_rms_norm(added, x_TD, layer.attention_norm, eps, in_order=order)
+            added = layer.attention(normed, cos, sin, plan, adapter, order)
+            order = layer.gate_up.reads_order(len(x_TD), adapter)
+            normed, x_TD = add_rms_norm(added, x_TD, layer.mlp_norm, eps, in_order=order)
+            added = layer.mlp(normed, adapter, in_order=order)
         assert added is not None, "a decoder has a layer"
         return add_rms_norm(added, x_TD, self.norm, eps)[0]
 

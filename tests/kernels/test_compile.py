@@ -126,7 +126,7 @@ def test_rope(arch):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_swiglu(arch):
     constants = {"F": 18944, "BLOCK_F": swiglu.BLOCK_F, "num_warps": swiglu.NUM_WARPS}
-    check(swiglu._forward_kernel, POINTERS, constants, arch)
+    check(swiglu._forward_kernel, POINTERS, constants | {"IN_ORDER": True}, arch)
     for keeps_h in (True, False):
         check(swiglu._backward_kernel, POINTERS, {**constants, "KEEPS_H": keeps_h}, arch)
 
@@ -261,6 +261,7 @@ def test_products_of_few_rows(kind, index, arch):
             "WARPS": tile.num_warps,
             "DOUBLE": True,
             "FAST": True,
+            "IN_ORDER": index % 2 == 1,
         }
         constants |= {"BESIDE_SHRINK": arch in lora.OVERLAPPING}
         constants |= {"maxnreg": tile.max_registers} if tile.max_registers else {}
@@ -360,14 +361,14 @@ def test_what_a_t4_runs():
     """Everything without dots, in float16; NF4 decoded by arithmetic."""
     half = {name: "*fp16" if kind == "*bf16" else kind for name, kind in POINTERS.items()}
     constants = {"D": 3584, "HAS_RESIDUAL": True, **norm.tile_of(3584)}
-    check(norm._forward_kernel, half, constants, T4)
+    check(norm._forward_kernel, half, constants | {"IN_ORDER": False}, T4)
     check(norm._backward_kernel, half, constants, T4)
     check(norm._backward_weight_kernel, half, constants, T4)
     check(norm._sum_parts_kernel, half, {"D": 3584, **norm.PART_TILE}, T4)
     tile = rope.tile_of(32, 64)
     check(rope._rotate_kernel, half, {"HALF": 64, "BACKWARD": True, **tile}, T4)
     constants = {"F": 18944, "BLOCK_F": swiglu.BLOCK_F, "num_warps": swiglu.NUM_WARPS}
-    check(swiglu._forward_kernel, half, constants, T4)
+    check(swiglu._forward_kernel, half, constants | {"IN_ORDER": False}, T4)
     check(swiglu._backward_kernel, half, {**constants, "KEEPS_H": True}, T4)
     constants = {"V": 152064, "BLOCK_V": head.BLOCK_V, "num_warps": head.NUM_WARPS}
     constants |= {"NEEDS_GRADIENT": True, "HAS_GRAD": True}

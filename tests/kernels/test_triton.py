@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sparring.kernels import embedding, head, int8, nf4, norm, rope, swiglu
+from sparring.kernels.column_order import in_kernel_order
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -317,3 +318,23 @@ def test_rows_of_a_table_on_the_host(width, dtype):
         embedding.host_rows_triton(table, ids), embedding.host_rows_reference(table, ids)
     )
     assert embedding.host_rows_triton(table, ids[:0]).shape == (0, width)
+
+
+@pytest.mark.parametrize("width", [256, 768])
+def test_norm_and_swiglu_in_the_order_of_an_nf4_product(width):
+    x = random(5, width, dtype=torch.bfloat16)
+    residual = random(5, width, dtype=torch.bfloat16, seed=1)
+    weight = random(width, dtype=torch.bfloat16, seed=2)
+    with torch.no_grad():
+        want = norm.rms_norm_triton(x, weight, 1e-6)
+        got = norm.rms_norm_triton(x, weight, 1e-6, in_order=True)
+        assert torch.equal(got, in_kernel_order(want))
+        want, summed = norm.add_rms_norm_triton(x, residual, weight, 1e-6)
+        got, same = norm.add_rms_norm_triton(x, residual, weight, 1e-6, in_order=True)
+        assert torch.equal(got, in_kernel_order(want))
+        assert torch.equal(same, summed)
+        gate_up = torch.cat([x, residual], dim=1)
+        want = swiglu.swiglu_triton(gate_up)
+        assert torch.equal(swiglu.swiglu_triton(gate_up, in_order=True), in_kernel_order(want))
+        want = swiglu.swiglu(gate_up)
+        assert torch.equal(swiglu.swiglu(gate_up, in_order=True), in_kernel_order(want))

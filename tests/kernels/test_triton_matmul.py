@@ -11,7 +11,7 @@ import os
 import pytest
 import torch
 
-from sparring.kernels import capability_of, lora, matmul, nf4, nf4_matmul
+from sparring.kernels import capability_of, column_order, lora, matmul, nf4, nf4_matmul
 from sparring.kernels import low_rank as adapters
 
 pytest.importorskip("triton")
@@ -88,17 +88,17 @@ def test_nf4_product_with_adapter_and_bias(num_rows, num_outputs, num_inputs, do
         got = nf4_matmul.nf4_matmul_triton(x, weight, *given)
         assert error(got, want) < LIMIT[dtype]
         assert torch.equal(got, nf4_matmul.nf4_matmul_triton(x, weight, *given)), "the same twice"
-        dense = nf4_matmul.in_kernel_order(nf4.dequantize_nf4_reference(weight))
-        dense = matmul.matmul_triton(nf4_matmul.in_kernel_order(x), dense, *given)
+        dense = column_order.in_kernel_order(nf4.dequantize_nf4_reference(weight))
+        dense = matmul.matmul_triton(column_order.in_kernel_order(x), dense, *given)
         assert same(got, dense), "decoded before or inside"
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_segments_are_summed_in_order_by_either_form(dtype):
     weight = nf4.quantize_nf4(random(40, 704, dtype=dtype, scale=0.1))
-    dense = nf4_matmul.in_kernel_order(nf4.dequantize_nf4_reference(weight))
+    dense = column_order.in_kernel_order(nf4.dequantize_nf4_reference(weight))
     x, bias = random(35, 704, dtype=dtype, seed=1), random(40, dtype=dtype, seed=2)
-    ordered = nf4_matmul.in_kernel_order(x)
+    ordered = column_order.in_kernel_order(x)
     low_rank = low_rank_of(x, 40, 8, dtype)
     want = nf4_matmul.nf4_matmul_reference(x, weight, bias, low_rank)
     for segments in (2, 5):
@@ -109,6 +109,24 @@ def test_segments_are_summed_in_order_by_either_form(dtype):
                 ordered, dense, bias, low_rank, segments=segments, is_chained=is_chained
             )
             assert same(split, other), "in any form; the counters were left at zero"
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_rows_that_come_in_the_order_of_the_sum(dtype):
+    weight = nf4.quantize_nf4(random(40, 512, dtype=dtype, scale=0.1))
+    x, bias = random(35, 512, dtype=dtype, seed=1), random(40, dtype=dtype, seed=2)
+    ordered = column_order.in_kernel_order(x)
+    assert not torch.equal(ordered, x)
+    assert torch.equal(column_order.out_of_kernel_order(ordered), x)
+    low_rank = low_rank_of(x, 40, 8, dtype)
+    for given in ((bias, None), (bias, low_rank)):
+        want = nf4_matmul.launch(x, weight, *given)
+        assert torch.equal(nf4_matmul.launch(ordered, weight, *given, in_order=True), want)
+        want = nf4_matmul.nf4_matmul(x, weight, *given)
+        assert torch.equal(nf4_matmul.nf4_matmul(ordered, weight, *given, in_order=True), want)
+    one = torch.eye(512, device=DEVICE, dtype=dtype)[300:301]
+    row = nf4_matmul.launch(column_order.in_kernel_order(one), weight, in_order=True)
+    assert torch.equal(row[0], nf4.dequantize_nf4_reference(weight)[:, 300])
 
 
 def test_tiles_within_one_part():

@@ -1,0 +1,34 @@
+"""Rows in the NF4 product's order of columns, on a GPU: the same bits, and they are so ordered."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparring.models.quantised import Quantised
+from sparring.rollout.sampler import Sampling
+from tests.models.test_bitwise_gpu import bitwise_model, engine, prompts
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_order_of_columns_changes_no_bit(lora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = bitwise_model("qwen3", "nf4", lora)
+    model.set_bitwise(False)
+    asked, sampling = prompts(40, 130), Sampling(max_completion_tokens=40)
+    calls: list[tuple[int, ...]] = []
+    product = Quantised.ordered_product
+
+    def counted(self: Quantised, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        calls.append(self.shape)
+        return product(self, x, bias)
+
+    monkeypatch.setattr(Quantised, "ordered_product", counted)
+    ordered = engine(model).generate(asked, sampling, num_samples=8)
+    assert len(set(calls)) == (2 if lora else 3), "gate and up, down; q, k and v without adapter"
+    monkeypatch.setattr(Quantised, "reads_order", lambda _self, _rows: False)
+    plain = engine(model).generate(asked, sampling, num_samples=8)
+    for one, two in zip(sum(ordered, []), sum(plain, []), strict=True):  # noqa: RUF017
+        assert torch.equal(one.token_ids, two.token_ids)
+        assert torch.equal(one.logprobs, two.logprobs)
