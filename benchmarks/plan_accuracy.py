@@ -9,6 +9,8 @@ weights are in place; between phases free pages are given back, as a run does. A
 the allocator to N - 1.0 GiB. Two steps after one to warm up; all are reported. Allocated and device
 memory stand beside it, each part of the prediction, and what every pool of the allocator held at a
 phase's end. Rows share a process; what one leaves (library workspaces) is freed before the next.
+Small models wait for the host, so how fast it is stands beside each row: microseconds of a small
+operation on the CPU, which no GPU has a part in.
 """
 
 from __future__ import annotations
@@ -228,7 +230,7 @@ def measured(row: dict[str, Any]) -> dict[str, Any]:
     assert plan.seconds is not None, "a card is named"
     return {
         **row, "stages": stages, "peaks": found, "pools": held, "seconds": seconds,
-        "graphs": asdict(engine.graph_stats),
+        "graphs": asdict(engine.graph_stats), "host microseconds": host_microseconds(),
         "predicted": {
             "rollout": told(plan.rollout),
             "training": told(plan.training),
@@ -238,6 +240,17 @@ def measured(row: dict[str, Any]) -> dict[str, Any]:
             },
         },
     }  # fmt: skip
+
+
+def host_microseconds() -> float:
+    """Of a small operation on the CPU, the best of some hundreds of them at a time."""
+    x, found = torch.zeros(4), []
+    for _ in range(20):
+        start = time.perf_counter()
+        for _ in range(500):
+            x.add_(1.0)
+        found.append((time.perf_counter() - start) / 500 * 1e6)
+    return min(found)
 
 
 def told(phase: Phase) -> dict[str, Any]:
@@ -260,7 +273,7 @@ def table_line(name: str, row: dict[str, Any]) -> str:
             f"{phase}: {took / GIB:.2f} GiB, plan {said / GIB:.2f} ({said / took - 1:+.1%});"
             f" {best:.2f} s, plan {plan:.2f} ({plan / best - 1:+.0%})"
         )
-    return f"{name:10} " + " | ".join(cells)
+    return f"{name:10} " + " | ".join(cells) + f" | host {row['host microseconds']:.2f} us"
 
 
 def detail_lines(row: dict[str, Any]) -> list[str]:
