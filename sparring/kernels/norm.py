@@ -31,10 +31,11 @@ __all__ = [
     "add_rms_norm_triton",
 ]
 
-WEIGHT_WARPS = 2112
+WEIGHT_WARPS, SHORT_WEIGHT_WARPS = 2112, 3168
 """Warps that share the rows where the weight is trained: 16 on each multiprocessor of the largest
-cards, so that all programs run at once and each sums its rows' part of the weight's gradient in
-registers. A constant, not a card's property: the order of the sums depends on shapes alone.
+cards, 24 where rows have at most 256 numbers and so programs fewer registers. All programs run at
+once, and each sums its rows' part of the weight's gradient in registers. Constants, not a card's
+properties: the order of the sums depends on shapes alone.
 """
 
 PART_TILE = {"BLOCK_P": 64, "BLOCK_D": 32, "num_warps": 4}
@@ -242,18 +243,19 @@ def _backward_triton(
 ) -> tuple[Tensor, Tensor | None]:
     x, rows = _rows_of(x)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    d_weight = torch.zeros_like(weight) if needs_weight else None
     if not rows[0]:
-        return dx, d_weight
+        return dx, torch.zeros_like(weight) if needs_weight else None
     width, tile = x.shape[-1], tile_of(x.shape[-1])
     tiles = triton.cdiv(rows[0], tile["ROWS"])
     inputs = (dy.contiguous(), dx if ds is None else ds.contiguous(), x, weight, dx)
     constants = {"D": width, "HAS_RESIDUAL": ds is not None, "enable_fp_fusion": True, **tile}
-    if d_weight is None:
+    if not needs_weight:
         _backward_kernel[(tiles,)](*inputs, *rows, eps, **constants)
         return dx, None
-    programs = min(tiles, WEIGHT_WARPS // tile["num_warps"])
+    warps = SHORT_WEIGHT_WARPS if tile["BLOCK_D"] <= 256 else WEIGHT_WARPS
+    programs = min(tiles, warps // tile["num_warps"])
     parts = torch.empty(programs, width, dtype=torch.float32, device=x.device)
+    d_weight = torch.empty(width, dtype=weight.dtype, device=x.device)
     _backward_weight_kernel[(programs,)](
         *inputs, parts, *rows, eps, triton.cdiv(tiles, programs), **constants
     )

@@ -209,7 +209,8 @@ def test_head_of_one_row_and_of_none(vocabulary):
     ("shape", "warps"), [((150, 3, 64), 4), ((150, 3, 64), 2112), ((70, 2048), 2112)]
 )
 def test_a_weight_of_norms_is_summed_over_few_and_many_programs(shape, warps, monkeypatch):
-    monkeypatch.setattr(norm, "WEIGHT_WARPS", warps)
+    for name in ("WEIGHT_WARPS", "SHORT_WEIGHT_WARPS"):
+        monkeypatch.setattr(norm, name, warps)
     inputs = {
         "x": random(*shape, dtype=torch.bfloat16),
         "residual": random(*shape, dtype=torch.bfloat16, seed=2),
