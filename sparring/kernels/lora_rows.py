@@ -22,7 +22,9 @@ from torch import Tensor
 from sparring.kernels import Capability, dot, jit, rounded, tl, triton
 
 SHRINK_TILE = {"BLOCK_K": 128, "num_warps": 4, "num_stages": 4}
+OUTER_TILE = {"BLOCK_T": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 4}
 ADD_TILE = {"BLOCK_T": 32, "BLOCK_N": 128, "num_warps": 4}
+MAX_RANK = 128
 FULL = 96
 """Programs that keep a card's memory busy: with fewer rows a program takes fewer of them."""
 
@@ -134,19 +136,59 @@ def _add_kernel(
     tl.store(at, rounded(tl.fma(product, scale, y), y_ptr.dtype.element_ty), mask=inside)
 
 
+@jit(do_not_specialize=["num_rows", "rows_each"])
+def _outer_kernel(
+    x_ptr, u_ptr, parts_ptr, out_ptr, scale, num_rows, rows_each, stride_xt, stride_ut, stride_os,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, NUM_PARTS: tl.constexpr,
+    RANK: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """One block of columns, which lies in one part or in none, over one share of the rows."""
+    begin = tl.program_id(0) * BLOCK_N
+    row = -1
+    column = 0
+    for part in tl.static_range(NUM_PARTS):
+        first = tl.load(parts_ptr + 4 * part)
+        here = (begin >= first) & (begin < tl.load(parts_ptr + 4 * part + 1))
+        row = tl.where(here, tl.load(parts_ptr + 4 * part + 2) + begin - first, row)
+        column = tl.where(here, tl.load(parts_ptr + 4 * part + 3), column)
+    if row >= 0:
+        column = tl.multiple_of(column, RANK)
+        n = tl.arange(0, BLOCK_N)
+        r = tl.arange(0, BLOCK_R)
+        start = tl.program_id(1) * rows_each
+        end = tl.minimum(start + rows_each, num_rows)
+        t = start + tl.arange(0, BLOCK_T)
+        x_at = x_ptr + t.to(tl.int64)[:, None] * stride_xt + (begin + n)[None, :]
+        u_at = u_ptr + t.to(tl.int64)[:, None] * stride_ut + (column + r)[None, :]
+        acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+        for done in range(start, end, BLOCK_T):
+            inside = (t < end + start - done)[:, None]
+            x = tl.load(x_at, mask=inside, other=0.0)
+            u = tl.load(u_at, mask=inside & (r < RANK)[None, :], other=0.0)
+            acc = dot(tl.trans(x), u, acc)
+            x_at += BLOCK_T * stride_xt
+            u_at += BLOCK_T * stride_ut
+        out_at = out_ptr + tl.program_id(1).to(tl.int64) * stride_os
+        tl.store(
+            out_at + (row + n)[:, None] * RANK + r[None, :], acc * scale, mask=(r < RANK)[None, :]
+        )
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Parts:
     """Where the adapted matrices of a fused weight lie.
 
     spans: first and last column of the wide tensor (exclusive), first row of the small matrix,
     first column of the narrow tensor, a part; table: the same, int32 [P, 4] on the device. granule:
-    what all columns are multiples of. num_ranks: columns of the narrow tensor.
+    what all columns are multiples of. num_ranks: columns of the narrow tensor. num_rows: of the
+    small matrix.
     """
 
     spans: tuple[tuple[int, int, int, int], ...]
     table: Tensor
     granule: int
     num_ranks: int
+    num_rows: int
 
 
 def padded(rank: int) -> int:
@@ -154,9 +196,21 @@ def padded(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))
 
 
-def takes_rows(x: Tensor, capability: Capability) -> bool:
-    """Whether the kernels of this file run on x: 16 bits, on a GPU whose dots Triton has."""
-    is_half = x.dtype in (torch.bfloat16, torch.float16)
+def shrink_tile(block_r: int) -> dict[str, int]:
+    """Of `_shrink_kernel`, by `padded` rank: what fits into 99 KiB of shared memory."""
+    return SHRINK_TILE if block_r <= 64 else {**SHRINK_TILE, "BLOCK_K": 64}
+
+
+def outer_tile(block_r: int) -> dict[str, int]:
+    """Of `_outer_kernel`, by `padded` rank: what registers hold."""
+    return OUTER_TILE if block_r <= 64 else {**OUTER_TILE, "BLOCK_N": 64}
+
+
+def takes_rows(x: Tensor, rank: int, capability: Capability) -> bool:
+    """Whether the kernels of this file run on x: 16 bits, on a GPU whose dots Triton has, up to
+    rank MAX_RANK.
+    """
+    is_half = x.dtype in (torch.bfloat16, torch.float16) and rank <= MAX_RANK
     return x.is_cuda and is_half and triton is not None and capability.tensor_dots
 
 
@@ -187,11 +241,12 @@ def shrink_rows_triton(x: Tensor, m: Tensor, parts: Parts, scale: float) -> Tens
     num_rows, rank, count = len(x), m.shape[1], len(parts.spans)
     u = x.new_empty(num_rows, parts.num_ranks)
     block_t = next((size for size in (64, 32) if num_rows * count >= size * FULL), 16)
+    tile = shrink_tile(padded(rank))
     if num_rows:
         _shrink_kernel[(triton.cdiv(num_rows, block_t), count)](
             x, m, parts.table, u, scale, num_rows, x.stride(0), u.stride(0), BLOCK_T=block_t,
-            IS_EVEN=parts.granule % SHRINK_TILE["BLOCK_K"] == 0, RANK=rank, BLOCK_R=padded(rank),
-            enable_fp_fusion=False, **SHRINK_TILE,
+            IS_EVEN=parts.granule % tile["BLOCK_K"] == 0, RANK=rank, BLOCK_R=padded(rank),
+            enable_fp_fusion=False, **tile,
         )  # fmt: skip
     return u
 
@@ -213,6 +268,40 @@ def add_rows_triton(y: Tensor, u: Tensor, m: Tensor, parts: Parts, scale: float)
     return y
 
 
+def outer_rows_reference(x: Tensor, u: Tensor, parts: Parts, scale: float) -> Tensor:
+    """scale x^T u part by part with library products, in float32 at least: x [T, N], u [T, P r] ->
+    [rows of all parts, r].
+    """
+    rank = parts.num_ranks // len(parts.spans)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    out = torch.empty(parts.num_rows, rank, dtype=wide, device=x.device)
+    for first, last, row, column in parts.spans:
+        product = wide_product(x[:, first:last].T, u[:, column : column + rank])
+        torch.mul(product, scale, out=out[row : row + last - first])
+    return out
+
+
+def outer_rows_triton(x: Tensor, u: Tensor, parts: Parts, scale: float) -> Tensor:
+    """`outer_rows_reference` in one launch that reads x once, and one that adds up shares of the
+    rows where there are several; the granule is a multiple of the tile's columns.
+    """
+    assert x.stride(1) == 1, "rows lie in one piece"
+    (num_rows, num_columns), rank = x.shape, parts.num_ranks // len(parts.spans)
+    tile = outer_tile(padded(rank))
+    assert parts.granule % tile["BLOCK_N"] == 0, "a block of columns lies in one part"
+    blocks, block_t = num_columns // tile["BLOCK_N"], tile["BLOCK_T"]
+    shares = max(1, min(-(-2 * FULL // blocks), num_rows // (4 * block_t)))
+    rows_each = triton.cdiv(triton.cdiv(num_rows, shares), block_t) * block_t
+    shares = max(1, triton.cdiv(num_rows, max(1, rows_each)))
+    out = torch.empty(shares, parts.num_rows, rank, dtype=torch.float32, device=x.device)
+    _outer_kernel[(blocks, shares)](
+        x, u, parts.table, out, scale, num_rows, rows_each, x.stride(0), u.stride(0),
+        out.stride(0), NUM_PARTS=len(parts.spans), RANK=rank, BLOCK_R=padded(rank),
+        enable_fp_fusion=False, **tile,
+    )  # fmt: skip
+    return out[0] if shares == 1 else out.sum(0)
+
+
 def shrink_rows(
     x: Tensor, m: Tensor, parts: Parts, scale: float, *, capability: Capability
 ) -> Tensor:
@@ -220,7 +309,7 @@ def shrink_rows(
 
     One part alone is the library's: it is as fast, and sooner launched.
     """
-    if len(parts.spans) > 1 and takes_rows(x, capability):
+    if len(parts.spans) > 1 and takes_rows(x, m.shape[1], capability):
         return shrink_rows_triton(x, m, parts, scale)
     return shrink_rows_reference(x, m, parts, scale)
 
@@ -229,6 +318,30 @@ def add_rows(
     y: Tensor, u: Tensor, m: Tensor, parts: Parts, scale: float, *, capability: Capability
 ) -> Tensor:
     """y += scale u m^T in place, see `add_rows_reference`; no gradient. capability: the model's."""
-    if takes_rows(y, capability):
+    if takes_rows(y, m.shape[1], capability):
         return add_rows_triton(y, u, m, parts, scale)
     return add_rows_reference(y, u, m, parts, scale)
+
+
+def outer_rows(
+    x: Tensor, u: Tensor, parts: Parts, scale: float, *, capability: Capability
+) -> Tensor:
+    """scale x^T u in float32, see `outer_rows_reference`; no gradient. capability: the model's."""
+    rank, fits = parts.num_ranks // len(parts.spans), parts.granule % OUTER_TILE["BLOCK_N"] == 0
+    if len(parts.spans) > 1 and fits and takes_rows(x, rank, capability):
+        return outer_rows_triton(x, u, parts, scale)
+    return outer_rows_reference(x, u, parts, scale)
+
+
+def wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right, accumulated and kept in float32 (float64 for float64)."""
+    return _product(left, right, torch.promote_types(left.dtype, torch.float32))
+
+
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left @ right, accumulated and kept in dtype (at least as wide as theirs)."""
+    if left.dtype == dtype:
+        return left @ right
+    if left.device.type == "cuda":
+        return torch.mm(left, right, out_dtype=dtype)
+    return left.to(dtype) @ right.to(dtype)

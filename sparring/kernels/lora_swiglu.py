@@ -155,7 +155,7 @@ def lora_swiglu(
     """silu(gate) up of gate_up [T, 2F] plus its adapter's part, see `lora_swiglu_reference`; no
     gradient. capability: the model's.
     """
-    if takes_rows(gate_up, capability):
+    if takes_rows(gate_up, b.shape[1], capability):
         return lora_swiglu_triton(gate_up, xa, b, scale)
     return lora_swiglu_reference(gate_up, xa, b, scale)
 
@@ -165,6 +165,6 @@ def lora_swiglu_gradients(
     capability: Capability,
 ) -> Tensor:  # fmt: skip
     """The backward pass of `lora_swiglu` in place, see `lora_swiglu_gradients_reference`."""
-    if takes_rows(gate_up, capability):
+    if takes_rows(gate_up, max(b.shape[1], len(a)), capability):
         return lora_swiglu_gradients_triton(gate_up, dh, xa, b, scale, t, a)
     return lora_swiglu_gradients_reference(gate_up, dh, xa, b, scale, t, a)

@@ -23,10 +23,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sparring.kernels.lora_rows import wide_product
 from sparring.kernels.lora_swiglu import lora_swiglu, lora_swiglu_gradients
 from sparring.kernels.low_rank import LowRank
 from sparring.kernels.swiglu import swiglu, swiglu_gradients
-from sparring.models.lora import LoraAdapter, wide_product
+from sparring.models.lora import LoraAdapter
 
 
 class Weight(Protocol):

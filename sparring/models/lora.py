@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sparring.errors import CheckpointError
 from sparring.kernels import Capability, capability_of
 from sparring.kernels.lora import lora_shrink, lora_shrink_beside
-from sparring.kernels.lora_rows import Parts, add_rows, shrink_rows
+from sparring.kernels.lora_rows import Parts, add_rows, outer_rows, shrink_rows, wide_product
 from sparring.kernels.low_rank import LowRank
 
 PROJECTIONS = (
@@ -158,6 +158,7 @@ class LoraAdapter(nn.Module):
             (p.output_rows.start, p.output_rows.stop, p.b_rows.start, p.ranks.start)
             for p in self.parts.values()
         )
+        self._sizes = self.a.shape[0], self.b.shape[0]
         self._granule = math.gcd(*(row for part in self._spans for row in part[:2]))
         self.register_buffer(
             "part_table", torch.tensor(self._spans, dtype=torch.int32).to(device), persistent=False
@@ -175,7 +176,7 @@ class LoraAdapter(nn.Module):
         return len(self.b) == self.num_outputs
 
     def _where(self) -> Parts:
-        return Parts(self._spans, self.part_table, self._granule, self.a.shape[0])
+        return Parts(self._spans, self.part_table, self._granule, *self._sizes)
 
     def shrink(self, x_TI: Tensor) -> Tensor:
         """round(x A^T) [T, R], without gradient."""
@@ -193,11 +194,7 @@ class LoraAdapter(nn.Module):
 
     def b_gradient(self, dy_TO: Tensor, xa_TR: Tensor) -> Tensor:
         """scale dy^T (x A^T), the gradient by B, in float32."""
-        db = torch.empty(self.b.shape, dtype=self.b.dtype, device=dy_TO.device)
-        for part in self.parts.values():
-            product = wide_product(dy_TO[:, part.output_rows].T, xa_TR[:, part.ranks])
-            torch.mul(product, self.scale, out=db[part.b_rows])
-        return db
+        return outer_rows(dy_TO, xa_TR, self._where(), self.scale, capability=self.capability)
 
     def matrices(self, part: str) -> tuple[Tensor, Tensor]:
         """The float32 A [r, I] and B [O, r] of one adapted matrix, as views."""
@@ -282,17 +279,3 @@ class _AddLora(torch.autograd.Function):
         da = wide_product(t.T, x) if ctx.needs_input_grad[2] else None
         db = adapter.b_gradient(dy, xa) if ctx.needs_input_grad[3] else None
         return dy, dx, da, db, None, None, None
-
-
-def wide_product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right, accumulated and kept in float32 (float64 for float64)."""
-    return _product(left, right, torch.promote_types(left.dtype, torch.float32))
-
-
-def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """left @ right, accumulated and kept in dtype (at least as wide as theirs)."""
-    if left.dtype == dtype:
-        return left @ right
-    if left.device.type == "cuda":
-        return torch.mm(left, right, out_dtype=dtype)
-    return left.to(dtype) @ right.to(dtype)

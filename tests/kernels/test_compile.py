@@ -334,25 +334,34 @@ def test_lora_expand(arch):
     check(lora._expand_kernel, pointers, constants, arch, products=True)
 
 
+RANKS = [16, *(pytest.param(rank, marks=pytest.mark.slow) for rank in (64, 128))]
+
+
 @pytest.mark.parametrize("arch", ARCHS)
-def test_lora_rows(arch):
+@pytest.mark.parametrize("rank", RANKS)
+def test_lora_rows(rank, arch):
     pointers = {**POINTERS, **dict.fromkeys(("m_ptr", "u_ptr"), "*bf16"), "parts_ptr": "*i32"}
-    constants = {"IS_EVEN": True, "RANK": 32, "BLOCK_R": 32}
-    tile = {"BLOCK_T": 64, **lora_rows.SHRINK_TILE}
-    _, ptx = check(lora_rows._shrink_kernel, pointers, constants | tile, arch, products=True)
+    narrow, even = {"RANK": rank, "BLOCK_R": rank}, {"IS_EVEN": True}
+    tile = narrow | even | {"BLOCK_T": 64, **lora_rows.shrink_tile(rank)}
+    _, ptx = check(lora_rows._shrink_kernel, pointers, tile, arch, products=True)
     assert "cp.async.cg.shared.global" in ptx, "rows are under way while others are used"
-    tile = {"NUM_PARTS": 2, "num_columns": 37888, **lora_rows.ADD_TILE}
-    _, ptx = check(lora_rows._add_kernel, pointers, constants | tile, arch, products=True)
+    tile = narrow | {"NUM_PARTS": 2, **lora_rows.outer_tile(rank)}
+    wide = {**pointers, "out_ptr": "*fp32"}
+    _, ptx = check(lora_rows._outer_kernel, wide, tile, arch, products=True, stack_limit=64)
+    assert "cp.async.cg.shared.global" in ptx, "rows are under way while others are used"
+    tile = narrow | even | {"NUM_PARTS": 2, "num_columns": 37888, **lora_rows.ADD_TILE}
+    _, ptx = check(lora_rows._add_kernel, pointers, tile, arch, products=True)
     assert re.search(r"st\.global\.v4\.b32", ptx), "whole sixteen bytes are written"
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_lora_swiglu(arch):
+@pytest.mark.parametrize("rank", RANKS)
+def test_lora_swiglu(rank, arch):
     pointers = {**POINTERS, **dict.fromkeys(("a_ptr", "u_ptr"), "*bf16")}
-    constants = {"F": 18944, "RANK": 16, "BLOCK_R": 16, **lora_swiglu.TILE}
-    inner = {"RANK_A": 16, "BLOCK_A": 16}
+    constants = {"F": 18944, "RANK": rank, "BLOCK_R": rank, **lora_swiglu.TILE}
+    inner = {"RANK_A": rank, "BLOCK_A": rank}
     for kernel, more in ((lora_swiglu._forward_kernel, {}), (lora_swiglu._backward_kernel, inner)):
-        _, ptx = check(kernel, pointers, constants | more, arch, products=True)
+        _, ptx = check(kernel, pointers, constants | more, arch, products=True, stack_limit=64)
         assert re.search(r"st\.global\.v4\.b32", ptx), "whole sixteen bytes are written"
 
 

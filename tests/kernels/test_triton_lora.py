@@ -32,6 +32,7 @@ SIZES = [
     (150, (72, 40, 88), 8),
     (70, (64, 8, 200), 24),
     (65, (128, 256, 128), 64),
+    (40, (128, 128, 256), 100),
 ]
 """Rows, columns of three matrices of which the first and the last are adapted, rank."""
 
@@ -52,16 +53,15 @@ def parts_of(sizes, rank):
     spans = ((0, first, 0, 0), (first + between, total, first, rank))
     granule = 128 if all(size % 128 == 0 for size in sizes) else 8
     table = torch.tensor(spans, dtype=torch.int32, device=DEVICE)
-    return lora_rows.Parts(spans, table, granule, 2 * rank)
+    return lora_rows.Parts(spans, table, granule, 2 * rank, first + last)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(("num_rows", "sizes", "rank"), SIZES)
 def test_shrink_and_addition_by_parts(num_rows, sizes, rank, dtype):
     parts, width = parts_of(sizes, rank), sum(sizes)
-    rows = parts.spans[-1][2] + sizes[2]
     wide = random(num_rows, width + 16, dtype=dtype)[:, :width]  # a view: rows lie further apart
-    b = random(rows, rank, dtype=dtype, seed=1, scale=rank**-0.5)
+    b = random(parts.num_rows, rank, dtype=dtype, seed=1, scale=rank**-0.5)
     u = lora_rows.shrink_rows_triton(wide, b, parts, 0.75)
     want = lora_rows.shrink_rows_reference(wide.double(), b.double(), parts, 0.75)
     assert error(u, want) < LIMIT[dtype]
@@ -70,6 +70,17 @@ def test_shrink_and_addition_by_parts(num_rows, sizes, rank, dtype):
     got = lora_rows.add_rows_triton(y.clone(), u, b, parts, 1.5)
     assert error(got, added) < LIMIT[dtype]
     assert torch.equal(got[:, sizes[0] : -sizes[2]], y[:, sizes[0] : -sizes[2]])
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("num_rows", "rank"), [(1, 16), (33, 8), (300, 16), (1100, 100)])
+def test_outer_product_by_parts(num_rows, rank, dtype):
+    parts = parts_of((128, 256, 384), rank)
+    x, u = random(num_rows, 768, dtype=dtype), random(num_rows, 2 * rank, dtype=dtype, seed=1)
+    got = lora_rows.outer_rows_triton(x, u, parts, 0.75)
+    assert got.dtype == torch.float32
+    want = lora_rows.outer_rows_reference(x.double(), u.double(), parts, 0.75)
+    assert error(got, want) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -83,7 +94,7 @@ def test_swiglu_adds_adapters_with_the_bits_of_separate_additions(num_rows, half
     spans = ((0, half, 0, 0), (half, 2 * half, half, rank))
     table = torch.tensor(spans, dtype=torch.int32, device=DEVICE)
     whole = lora_rows.add_rows_triton(
-        gate_up.clone(), xa, b, lora_rows.Parts(spans, table, half, 2 * rank), 0.7
+        gate_up.clone(), xa, b, lora_rows.Parts(spans, table, half, 2 * rank, 2 * half), 0.7
     )
     h = lora_swiglu.lora_swiglu_triton(gate_up, xa, b, 0.7)
     assert torch.equal(h, swiglu.swiglu_triton(whole))
@@ -93,7 +104,7 @@ def test_swiglu_adds_adapters_with_the_bits_of_separate_additions(num_rows, half
     one = ((0, half, 0, 0),)
     table = torch.tensor(one, dtype=torch.int32, device=DEVICE)
     d_whole = lora_rows.add_rows_triton(
-        dh.clone(), t, a.T.contiguous(), lora_rows.Parts(one, table, half, 32), 1.0
+        dh.clone(), t, a.T.contiguous(), lora_rows.Parts(one, table, half, 32, half), 1.0
     )
     swiglu.swiglu_gradients_triton(whole, d_whole)
     grad, hidden = gate_up.clone(), dh.clone()
@@ -139,9 +150,9 @@ def merged(layer, leaves):
     [
         (
             ("gate_proj", "up_proj", "down_proj"),
-            {"add_rows", "shrink_rows", "lora_swiglu", "lora_swiglu_gradients"},
+            {"add_rows", "shrink_rows", "outer_rows", "lora_swiglu", "lora_swiglu_gradients"},
         ),
-        (("gate_proj", "up_proj"), {"add_rows", "shrink_rows", "lora_swiglu"}),
+        (("gate_proj", "up_proj"), {"add_rows", "shrink_rows", "outer_rows", "lora_swiglu"}),
         (("up_proj", "down_proj"), {"add_rows"}),
     ],
 )
@@ -156,15 +167,15 @@ def test_the_feed_forward_runs_through_the_kernels(targets, kernels, monkeypatch
         )
         monkeypatch.setattr(module, "takes_rows", lambda *_: True)
 
-    for name in ("add_rows", "shrink_rows"):
+    for name in ("add_rows", "shrink_rows", "outer_rows"):
         record(lora_rows, name)
     for name in ("lora_swiglu", "lora_swiglu_gradients"):
         record(lora_swiglu, name)
     dtype = torch.bfloat16
-    gate_up = layer_of(64, {"gate_proj": 192, "up_proj": 192}, targets, dtype, 1)
-    down = layer_of(192, {"down_proj": 64}, targets, dtype, 3)
+    gate_up = layer_of(64, {"gate_proj": 256, "up_proj": 256}, targets, dtype, 1)
+    down = layer_of(256, {"down_proj": 128}, targets, dtype, 3)
     x = random(37, 64, dtype=dtype, seed=9).requires_grad_()
-    grad = random(37, 64, dtype=dtype, seed=8)
+    grad = random(37, 128, dtype=dtype, seed=8)
     blocks = gate_up.frozen("policy"), down.frozen("policy")
     y = lora_mlp(x, *blocks)
     y.backward(grad)
@@ -181,8 +192,9 @@ def test_the_feed_forward_runs_through_the_kernels(targets, kernels, monkeypatch
     assert launched == kernels
 
 
-def test_cards_without_dots_take_the_library():
-    x = random(8, 16, dtype=torch.float16)
-    assert not lora_rows.takes_rows(x, INTERPRETER)
-    assert lora_rows.takes_rows(x, capability_of(DEVICE)) == x.is_cuda
-    assert not lora_rows.takes_rows(x.float(), capability_of(DEVICE))
+def test_cards_without_dots_and_high_ranks_take_the_library():
+    x, capability = random(8, 16, dtype=torch.float16), capability_of(DEVICE)
+    assert not lora_rows.takes_rows(x, 16, INTERPRETER)
+    assert lora_rows.takes_rows(x, 128, capability) == x.is_cuda
+    assert not lora_rows.takes_rows(x, 129, capability)
+    assert not lora_rows.takes_rows(x.float(), 16, capability)

@@ -91,7 +91,7 @@ def pretending(num_loss_rows: int) -> Iterator[None]:
     """
     from triton.runtime.jit import JITFunction
 
-    import sparring.models.lora
+    from sparring.kernels import lora_rows
     from sparring.models.attention_shared import KernelPlan
 
     patch = pytest.MonkeyPatch()
@@ -104,14 +104,14 @@ def pretending(num_loss_rows: int) -> Iterator[None]:
         "nonzero",
         lambda x: x.new_empty((num_loss_rows, 1), dtype=torch.int64) if x.is_meta else plain(x),
     )
-    wide = sparring.models.lora._product
+    wide = lora_rows._product
 
     def product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if not left.is_meta:
             return wide(left, right, dtype)
         return left.new_empty((left.shape[0], right.shape[1]), dtype=dtype)
 
-    patch.setattr(sparring.models.lora, "_product", product)
+    patch.setattr(lora_rows, "_product", product)
     try:
         yield
     finally:
