@@ -1,11 +1,12 @@
 """Attention over blocks on a GPU: right first (float64, bits), then time, as JSON.
 
     python benchmarks/paged_attention.py OUTPUT.json [--vary]
+    python benchmarks/paged_attention.py --compile
 
 Decode: bytes of keys and values / time, as a share of a copy's bandwidth in the same run, at the
 shapes of four models; the calls of one CUDA graph go through layers that together exceed the L2
 cache. Prefill: TFLOP/s of 32 prompts of 2,048 tokens. --vary: other sizes of decoding instead.
-Random data; medians of replays.
+--compile: only compiles, in several processes. Random data; medians of replays.
 """
 
 from __future__ import annotations
@@ -383,67 +384,93 @@ def prefill() -> list[dict[str, object]]:
     return rows
 
 
-def warm(task: tuple[str, Sizes]) -> tuple[tuple[str, Sizes], str] | None:
-    """Compiles and runs a variant once; the task and what went wrong, if something did."""
-    name, sizes = task
+def decode_rows(copy_gbs: float) -> list[dict[str, object]]:
+    return [decode_row(name, r, c, copy_gbs) for name in SHAPES for r in ROWS for c in CONTEXTS]
+
+
+def eight_bits(copy_gbs: float) -> list[dict[str, object]]:
+    """Keys and values in 8 bits, at 1,024 tokens."""
+    names = [name for name in SHAPES if name in ("7B", "Qwen3-0.6B")]
+    return [
+        decode_row(name, r, 1024, copy_gbs, dtype=dtype)
+        for name in names
+        for dtype in EIGHT_BITS
+        for r in ROWS
+    ]
+
+
+SECTIONS: dict[str, Callable[[float], object]] = {
+    "decode checks": lambda _: check_decode(),
+    "rotate_write checks": lambda _: check_rotate_write(),
+    "prefill": lambda _: prefill(),
+    "launches": lambda _: launches(),
+    "shared prompts": lambda _: shared_prompts(),
+    "decode": decode_rows,
+    "decode, 8 bits": eight_bits,
+}
+
+
+def compiled(task: tuple[str, str | Sizes]) -> tuple[tuple[str, str | Sizes], str] | None:
+    """Runs a section or a variant for one model's heads, so that its kernels are found on disk; the
+    task and what went wrong, if something did.
+    """
+    name, what = task
     try:
-        decode_row(name, 8, 64, 1.0, sizes)
-    except Exception as problem:  # noqa: BLE001 - one failure must not lose the other variants
+        if isinstance(what, str):
+            for other in [*SHAPES]:
+                if other != name:
+                    del SHAPES[other]
+            SECTIONS[what](1.0)
+        else:
+            decode_row(name, 8, 64, 1.0, what)
+    except Exception as problem:  # noqa: BLE001 - one failure must not lose the other tasks
         return task, repr(problem)[:200]
     return None
 
 
-def varied(copy_gbs: float) -> list[dict[str, object]]:
-    """VARIANTS at VARIED_CASES, each compiled in a process of its own; results are found on disk.
-
-    Each gives the bits that programs of one split give.
-    """
+def compile_all(tasks: list[tuple[str, str | Sizes]]) -> dict[tuple[str, str | Sizes], str]:
+    """Every task in a process of its own, several at a time; those that failed, and how."""
     started = time.time()
-    tasks = [(name, sizes) for name in VARIED for sizes in VARIANTS]
-    with multiprocessing.get_context("spawn").Pool(15) as workers:
-        failed = dict(filter(None, workers.map(warm, tasks, chunksize=1)))
-    print(f"compiled {len(tasks)} in {time.time() - started:.0f} s", flush=True)
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(14, maxtasksperchild=1) as workers:
+        failed = dict(filter(None, workers.map(compiled, tasks, chunksize=1)))
+    print(f"compiled {len(tasks)} in {time.time() - started:.0f} s", failed, flush=True)
+    return failed
+
+
+def varied(copy_gbs: float) -> list[dict[str, object]]:
+    """VARIANTS at VARIED_CASES; each must give the bits that programs of one split give."""
+    tasks: list[tuple[str, str | Sizes]] = [(name, v) for name in VARIED for v in VARIANTS]
+    failed = compile_all(tasks)
     rows: list[dict[str, object]] = []
-    for name, sizes in tasks:
-        if (name, sizes) in failed:
-            rows.append({"shape": name, "sizes": sizes, "failed": failed[name, sizes]})
-        else:
-            rows += [decode_row(name, r, c, copy_gbs, sizes) for r, c in VARIED_CASES]
+    for name in VARIED:
+        for sizes in VARIANTS:
+            if (name, sizes) in failed:
+                rows.append({"shape": name, "sizes": sizes, "failed": failed[name, sizes]})
+            else:
+                rows += [decode_row(name, r, c, copy_gbs, sizes) for r, c in VARIED_CASES]
     return rows
 
 
 def main() -> None:
-    output, vary = Path(sys.argv[1]), "--vary" in sys.argv
     started = time.time()
+    if "--compile" in sys.argv:
+        compile_all([(name, section) for section in SECTIONS for name in SHAPES])
+        return
+    copy_gbs = copy_bandwidth()
     results: dict[str, object] = {
         "date": time.strftime("%Y-%m-%d"), "device": torch.cuda.get_device_name(),
         "torch": torch.__version__, "triton": triton.__version__, "block size": BLOCK,
+        "copy GB/s": round(copy_gbs), "prefill tile": tile_of(capability_of(CUDA), 128, "forward"),
     }  # fmt: skip
-    copy_gbs = copy_bandwidth()
-    results["copy GB/s"] = round(copy_gbs)
-    if vary:
-        results["decode, varied"] = rows = varied(copy_gbs)
+    if "--vary" in sys.argv:
+        results["decode, varied"] = varied(copy_gbs)
     else:
-        results["prefill tile"] = tile_of(capability_of(CUDA), 128, "forward")
-        results["decode checks"] = check_decode()
-        results["rotate_write checks"] = check_rotate_write()
-        results["prefill"] = prefill()
-        results["launches"] = launches()
-        results["shared prompts"] = shared_prompts()
-        print(json.dumps(results, indent=1), flush=True)
-        results["decode"] = rows = [
-            decode_row(name, r, c, copy_gbs) for name in SHAPES for r in ROWS for c in CONTEXTS
-        ]
-        results["decode, 8 bits"] = small = [
-            decode_row(name, r, 1024, copy_gbs, dtype=dtype)
-            for name in ("7B", "Qwen3-0.6B")
-            for dtype in EIGHT_BITS
-            for r in ROWS
-        ]
-        rows = [*rows, *small]
-    output.write_text(json.dumps(results, indent=1) + "\n")
-    for row in rows:
-        print(" ".join(str(value) for value in row.values()))
+        for name, section in SECTIONS.items():
+            results[name] = section(copy_gbs)
+    Path(sys.argv[1]).write_text(json.dumps(results, indent=1) + "\n")
+    for name, rows in results.items():
+        print(name, *(rows if isinstance(rows, list) else [rows]), sep="\n ", flush=True)
     print(f"{time.time() - started:.0f} s")
 
 
