@@ -38,17 +38,18 @@ from sparring.layout import KVPool
 CUDA = torch.device("cuda")
 SHAPES = {
     "7B": (28, 4, 128),
+    "Llama-3.1-8B": (32, 8, 128),
     "1.5B": (12, 2, 128),
     "Qwen3-0.6B": (16, 8, 128),
     "0.5B": (14, 2, 64),
 }
 ROWS, CONTEXTS, BLOCK = (8, 32, 128, 256), (512, 1024, 4096), 64
 VARIANTS = [
-    (256, 64, 3, 1), (256, 64, 3, 2), (256, 64, 3, 4), (256, 64, 3, 8), (256, 64, 2, 4),
-    (512, 64, 3, 1), (512, 64, 3, 2),
+    (256, 64, 3, 1), (256, 64, 3, 4), (256, 64, 3, 8), (256, 64, 2, 4), (512, 64, 3, 1),
+    (512, 64, 3, 4), (128, 64, 3, 1), (128, 64, 3, 16),
 ]  # fmt: skip
 VARIED = ("7B", "1.5B", "0.5B")
-VARIED_CASES = ((8, 1024), (32, 640), (128, 512), (256, 768))
+VARIED_CASES = ((8, 768), (32, 640), (64, 768), (128, 512), (256, 768), (256, 1280))
 SHARED_CASES = (
     (32, 8, 256, 384), (128, 8, 256, 256), (256, 8, 256, 512), (128, 16, 1024, 64),
     (128, 16, 1024, 512),
@@ -180,7 +181,8 @@ def decode_row(
     row: dict[str, object] = {
         "shape": name, "kv": str(dtype).removeprefix("torch."), "rows": rows, "context": context,
         **split,
-        "span": paged_attention.span_of(capability, rows * kv_heads), "us": round(micros, 2),
+        "span": paged_attention.span_of(capability, rows * kv_heads, size),
+        "us": round(micros, 2),
         "GB/s": round(rate), "share of copy": round(rate / copy_gbs, 3),
     }  # fmt: skip
     if sizes is not None:
@@ -214,7 +216,7 @@ def shared_prompts() -> list[dict[str, object]]:
             outputs: list[torch.Tensor] = []
             row: dict[str, object] = {
                 "shape": name, "rows": num_rows, "group": group, "prompt": prompt, "own": own,
-                "span": paged_attention.span_of(capability, num_rows * kv_heads),
+                "span": paged_attention.span_of(capability, num_rows * kv_heads, size),
             }  # fmt: skip
             for what, shared_R in (("us", None), ("us, computed once", counted())):
                 call = partial(

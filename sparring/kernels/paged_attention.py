@@ -343,7 +343,7 @@ def _form(
     chunk = 1 if shared_R is None else chunk_of(constants["GROUP"])
     assert chunk == 1 or not window, "a window's rows share no splits"
     width = triton.next_power_of_2(chunk * constants["GROUP"])
-    span = span_of(capability, rows * constants["K"])
+    span = span_of(capability, rows * constants["K"], constants["E"])
     return {"SPAN": span, "SHARED": chunk, "BLOCK_W": max(16, width)}
 
 

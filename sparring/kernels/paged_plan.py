@@ -30,33 +30,35 @@ def split_of(capability: Capability, head_size: int) -> dict[str, int]:
     return {"SPLIT": SPLIT, "BLOCK_N": 64, "num_stages": 3 if is_large else 2}
 
 
-SPANS = {90: ((128, 4),)}
-"""By architecture: (rows times key heads from which it holds, splits of a program), ascending. From
-some point on fewer programs that load without a break are faster than more of them.
+SPANS = {90: ((4, 128, 16384), (8, 512, 0))}
+"""By architecture, ascending: splits of a program, and from how many rows times key heads, and
+values of their keys, it takes so many. Where there is work for all multiprocessors, fewer programs
+that load without a break are faster than more of them; in long ones rows of unequal length wait.
 """
 
 
-def span_of(capability: Capability, num_pairs: int) -> int:
+def span_of(capability: Capability, num_pairs: int, head_size: int) -> int:
     """Splits that one decode program takes, a power of two, for `num_pairs` rows times key heads;
     it changes no bit.
     """
     span = 1
-    for least, splits in SPANS.get(capability.arch, ()):
-        if num_pairs >= least:
+    for splits, pairs, values in SPANS.get(capability.arch, ()):
+        if num_pairs >= pairs and num_pairs * head_size >= values:
             span = splits
     return span
 
 
-SHARING = {90: 512}
-"""By architecture: rows times key heads from which a prompt's splits are computed once for
-neighbouring rows of its group.
+SHARING = {90: (1024, 2)}
+"""By architecture: from how many rows times key heads on, and up to how many query heads a key
+head, a prompt's splits are computed once for neighbouring rows of its group. With more query heads
+the rows' own programs, which find the prompt in the L2 cache, are as fast or faster.
 """
 
 
-def sharing_pays(capability: Capability, num_pairs: int) -> bool:
+def sharing_pays(capability: Capability, num_pairs: int, group: int) -> bool:
     """Whether decoding computes prompts once for neighbours (shared_decode.py); changes no bit."""
-    least = SHARING.get(capability.arch)
-    return least is not None and num_pairs >= least
+    pairs, most = SHARING.get(capability.arch, (0, 0))
+    return num_pairs >= pairs and group <= most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

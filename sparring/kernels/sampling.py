@@ -55,8 +55,8 @@ MAX_REGISTERS = 96
 BUSY_PROGRAMS = 4096
 """Programs that keep a large card busy: with more tiles than that, a program takes several."""
 MAX_SPAN = 32
-AHEAD = True
-"""Whether the next tile is asked for while one is computed."""
+AHEAD = 1
+"""Where the next tile is brought while one is computed: 0 nowhere, 1 the L2 cache, 2 registers."""
 ALIGNED = 16
 """Rows of logits begin at multiples of so many entries."""
 MAX_CHUNK_ENTRIES = 1 << 22
@@ -162,15 +162,16 @@ def _quotient(e, noise):
 @jit
 def _ask_for(logits_ptr, start, V: tl.constexpr, BLOCK_V: tl.constexpr):
     """Brings logits start.. of a row into the L2 cache, a cache line a lane; none past the row."""
-    at = start + tl.arange(0, 32) * (BLOCK_V // 32)
-    tl.inline_asm_elementwise(
-        "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
-        "=r,l",
-        [(logits_ptr + tl.minimum(at, V - 1)).to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+    if not INTERPRETED:
+        at = start + tl.arange(0, 32) * (BLOCK_V // 32)
+        tl.inline_asm_elementwise(
+            "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
+            "=r,l",
+            [(logits_ptr + tl.minimum(at, V - 1)).to(tl.int64)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @jit(do_not_specialize=["span"])
@@ -203,11 +204,19 @@ def _tiles_kernel(
     lead = -float("inf")
     end = min(first + span, TILES)
     num_held = tl.where(is_early, HELD, 0)
+    coming = lane.to(tl.float32)
+    if AHEAD == 2:
+        coming = _tile_at(logits_ptr, first * BLOCK_V, V, BLOCK_V)
     for tile in range(first, end):
         start = tile * BLOCK_V
-        z = _tile_at(logits_ptr, start, V, BLOCK_V)
-        if AHEAD:
-            _ask_for(logits_ptr, min(tile + 1, end - 1) * BLOCK_V, V, BLOCK_V)
+        after = min(tile + 1, end - 1) * BLOCK_V
+        if AHEAD == 2:
+            z = coming
+            coming = _tile_at(logits_ptr, after, V, BLOCK_V)
+        else:
+            z = _tile_at(logits_ptr, start, V, BLOCK_V)
+        if AHEAD == 1:
+            _ask_for(logits_ptr, after, V, BLOCK_V)
         top = tl.max(z, axis=0)
         base = tl.where(top == -float("inf"), 0.0, top)
         e = exp2_fast((z - base) * scale)
@@ -328,8 +337,7 @@ def _launch(
         logits_RV, parts, best, rules.inverse_temperatures_R, rules.seed_words_2,
         sample_ids_R2, draws_R, rules.held_ids_H, rules.min_draws_R, keys_R, last_R,
         logits_RV.stride(0), span, V=vocab_size, BLOCK_V=BLOCK_V, TILES=num_tiles,
-        HELD=len(rules.held_ids_H), IS_CUT=rules.cut is not None, AHEAD=AHEAD and not INTERPRETED,
-        num_warps=NUM_WARPS,
+        HELD=len(rules.held_ids_H), IS_CUT=rules.cut is not None, AHEAD=AHEAD, num_warps=NUM_WARPS,
         maxnreg=MAX_REGISTERS, enable_fp_fusion=True,
     )  # fmt: skip
     _combine_kernel[(num_rows,)](

@@ -26,7 +26,7 @@ class PagedKernelPlan:
     the longest row that may come (`max_splits_for`). workspace: where splits meet; None: made at
     the first use. tiles: of a prefill step, None when every row has one new token. bitwise: prefill
     gives the bits that decoding gives. shares_prompts: decoding computes a prompt's splits once for
-    neighbouring rows of its group, where no window is; no bit changes.
+    neighbouring rows of its group, where no window is (None: where that pays); no bit changes.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class PagedKernelPlan:
         workspace: DecodeWorkspace | None = None,
         tiles: PrefillTiles | None = None,
         bitwise: bool = False,
-        shares_prompts: bool = False,
+        shares_prompts: bool | None = False,
     ) -> None:
         assert not torch.is_grad_enabled(), "attention over blocks has no gradient"
         assert kv_pool.address is not None, "kernels find the pool through its address"
@@ -49,7 +49,7 @@ class PagedKernelPlan:
         self.tables_RN, self.lengths_R, self.slots_T = tables_RN, lengths_R, slots_T
         self.max_splits, self.workspace, self.tiles = max_splits, workspace, tiles
         self.capability, self.bitwise = capability, bitwise
-        self.shares_prompts = shares_prompts and tiles is None
+        self._shares_prompts = False if tiles is not None else shares_prompts
         self._shared_R: Tensor | None = None
 
     @classmethod
@@ -74,9 +74,7 @@ class PagedKernelPlan:
                 capability=capability,
                 workspace=workspace,
                 bitwise=bitwise,
-                shares_prompts=sharing_pays(
-                    capability, len(layout.kv_lengths_R) * int(kv_pool.data.shape[3])
-                ),
+                shares_prompts=None,
             )
         is_decode = layout.cu_seqlens == tuple(range(len(layout.kv_lengths) + 1))
         tiles = PrefillTiles(layout.cu_seqlens, layout.kv_lengths, layout.slots_T.device)
@@ -177,10 +175,13 @@ class PagedKernelPlan:
     def _shared_splits(self, num_heads: int, window: int) -> Tensor | None:
         """Counted at the first use, for every layer; None where rows share nothing."""
         num_kv_heads, block_size, size = self.pool.data.shape[3:]
-        chunk = chunk_of(num_heads // num_kv_heads)
-        split = split_of(self.capability, size)["SPLIT"]
+        group = num_heads // num_kv_heads
+        chunk, split = chunk_of(group), split_of(self.capability, size)["SPLIT"]
+        shares = self._shares_prompts
+        if shares is None:
+            shares = sharing_pays(self.capability, len(self.lengths_R) * num_kv_heads, group)
         is_possible = chunk > 1 and self.max_splits > 1 and split % block_size == 0
-        if not self.shares_prompts or window or not is_possible:
+        if not shares or window or not is_possible:
             return None
         if self._shared_R is None:
             self._shared_R = shared_splits(

@@ -77,7 +77,6 @@ def serves(model: Decoder, num_rows: int, plan: AttentionPlan, adapter: str | No
         and 0 < num_rows <= model.max_folded_rows
         and isinstance(plan, PagedKernelPlan)
         and plan.tiles is None
-        and not plan.shares_prompts
         and all(_is_plain(linear, adapter) for layer in layers for linear in _linears(layer))
     )
 

@@ -209,7 +209,7 @@ def test_sampling(arch):
     tiles = triton.cdiv(151936, sampling.BLOCK_V)
     constants = {"V": 151936, "TILES": tiles, "BLOCK_V": sampling.BLOCK_V, "HELD": 2}
     for is_cut in (False, True):
-        tile = {"IS_CUT": is_cut, "AHEAD": True, "num_warps": sampling.NUM_WARPS}
+        tile = {"IS_CUT": is_cut, "AHEAD": 1, "num_warps": sampling.NUM_WARPS}
         check(sampling._tiles_kernel, DRAWING, constants | tile, arch)
     rows = {"V": 151936, "BLOCK_V": cut.BLOCK_V, "HELD": 2, "CAPACITY": cut.CAPACITY}
     warps = {"num_warps": cut.NUM_WARPS}
@@ -390,5 +390,5 @@ def test_what_a_t4_runs():
     check(int8._dequantize_kernel, pointers, {**constants, "enable_fp_fusion": False}, T4)
     tiles = triton.cdiv(151936, sampling.BLOCK_V)
     constants = {"V": 151936, "TILES": tiles, "BLOCK_V": sampling.BLOCK_V, "HELD": 2}
-    constants |= {"IS_CUT": True, "AHEAD": True, "num_warps": sampling.NUM_WARPS}
+    constants |= {"IS_CUT": True, "AHEAD": 1, "num_warps": sampling.NUM_WARPS}
     check(sampling._tiles_kernel, DRAWING, constants, T4)

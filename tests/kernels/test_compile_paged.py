@@ -13,7 +13,7 @@ from sparring.kernels import (
     split_attention,
 )
 from sparring.kernels.attention_plan import tile_of
-from sparring.kernels.paged_plan import split_of
+from sparring.kernels.paged_plan import sharing_pays, span_of, split_of
 from sparring.kernels.shared_decode import chunk_of
 from sparring.kernels.splits import OPTIONS as SPLIT_OPTIONS
 from tests.kernels.test_compile import ARCHS, POINTERS, check, triton
@@ -116,3 +116,19 @@ def test_paged_attention_in_eight_bits(dtype, arch, limit):
     constants |= {"KV_DTYPE": getattr(triton.language, dtype), "LIMIT": limit}
     constants |= tile_of(Capability(arch=arch, tensor_dots=True), 128, "forward")
     check(paged_prefill._prefill_kernel, POINTERS, constants, arch, products=True, stack_limit=1024)
+
+
+def test_how_much_work_a_program_takes():
+    """More where there is more of it, on the architectures that were measured; powers of two."""
+    h200, ada = (Capability(arch=arch, tensor_dots=True) for arch in (90, 89))
+    pairs = [8 << i for i in range(10)]
+    for size in (64, 128):
+        spans = [span_of(h200, n, size) for n in pairs]
+        assert spans == sorted(spans)
+        assert set(spans) == {1, 4, 8}
+    assert span_of(h200, 128, 64) < span_of(h200, 128, 128)
+    assert {span_of(ada, n, 128) for n in pairs} == {1}
+    assert sharing_pays(h200, 1024, 2)
+    assert not sharing_pays(h200, 512, 2)
+    assert not sharing_pays(h200, 1024, 7)
+    assert not sharing_pays(ada, 4096, 2)

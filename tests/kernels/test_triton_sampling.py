@@ -190,6 +190,8 @@ def test_split_and_company_change_no_bit(monkeypatch):
     monkeypatch.setattr(sampling, "BUSY_PROGRAMS", 2)
     assert sampling.span_of(rows, 3) > 1
     several = draw_tokens_triton(logits, ids, draws, r)
+    monkeypatch.setattr(sampling, "AHEAD", 2)
+    ahead = draw_tokens_triton(logits, ids, draws, r)
     order = torch.tensor([3, 1, 4, 0, 2], device=DEVICE)
     shuffled = rules(rows, temperatures=[1.3, 0.0, 1.0, 1.0, 0.6])
     moved = draw_tokens_triton(logits[order], ids[order], draws[order], shuffled)
@@ -198,6 +200,7 @@ def test_split_and_company_change_no_bit(monkeypatch):
     alone = draw_tokens_triton(logits[2:3], ids[2:3], draws[2:3], rules(1, temperatures=0.6))
     for i in range(2):
         assert torch.equal(one[i], several[i])
+        assert torch.equal(one[i], ahead[i])
         assert torch.equal(one[i], strided[i])
         assert torch.equal(one[i][order], moved[i])
         assert torch.equal(one[i][2:3], alone[i])
