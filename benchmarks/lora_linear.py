@@ -42,8 +42,8 @@ from sparring.models.quantised import Quantised
 CUDA = torch.device("cuda")
 RANK = 16
 ROTATION = 2
-QUEUED_CYCLES = 20_000_000
-"""About 10 ms, longer than the host takes for the calls of a run."""
+QUEUED_CYCLES = 60_000_000
+"""About 30 ms, longer than the host takes for the calls of a run."""
 
 
 def layers_of(name: str) -> dict[str, tuple[int, dict[str, int]]]:
