@@ -75,7 +75,8 @@ ROWS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """Six recipes, and a seventh whose keys and values take all that its cap leaves beside decoded
-weights: too little for all rows at once. work: prompts, samples of each, prompt tokens, completion tokens."""
+weights: too little for all rows at once. work: prompts, samples of each, prompt tokens, completion
+tokens."""
 
 
 def groups(prompts: int, size: int, prompt_tokens: int, completion_tokens: int) -> list[Group]:
