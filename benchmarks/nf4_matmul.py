@@ -3,10 +3,11 @@
     python benchmarks/nf4_matmul.py OUTPUT.json [--sweep]
 
 The four matrices of a layer: qkv 4608 x 3584, o 3584 x 3584, gate_up 37888 x 3584, down 3584 x
-18944. Columns: the fused kernel, the library's bf16 product with a weight decoded before, decoding
-plus that product, bitsandbytes' where it can be imported, and what a rank 16 adapter (q, k, v; o)
-adds to the fused kernel. First bits and errors are checked. --sweep: tiles, warps and pipeline
-depths instead, what the tables in kernels/matmul.py were filled from.
+18944. Columns: the fused kernel, the same with rows in its order of columns (column_order.py: as
+norms and SwiGLU write them in decoding), the library's bf16 product with a weight decoded before,
+decoding plus that product, bitsandbytes' where it can be imported, and what a rank 16 adapter (q,
+k, v; o) adds to the fused kernel. First bits and errors are checked. --sweep: tiles, warps and
+pipeline depths instead, what the tables in nf4_matmul.py and nf4_hopper.py were filled from.
 
 A time is that of one call in a CUDA graph that goes through copies of the weight larger than the L2
 cache together; medians of replays.
@@ -26,7 +27,8 @@ from itertools import product
 import torch
 import triton
 
-from sparring.kernels import capability_of, lora, matmul, nf4, nf4_matmul
+from sparring.kernels import capability_of, lora, matmul, nf4, nf4_hopper, nf4_matmul
+from sparring.kernels.column_order import in_kernel_order
 from sparring.kernels.low_rank import LowRank
 from sparring.kernels.matmul import Tile
 
@@ -44,6 +46,15 @@ SWEEP = {
     64: [(64, 4, 2, 0), (64, 4, 2, 168), (64, 4, 3, 168), (128, 8, 2, 128), (128, 8, 2, 0)],
     128: [(64, 4, 2, 0), (128, 8, 2, 0), (64, 8, 2, 128)],
 }
+ORDERED_SWEEP = {
+    8: [(64, 4, 3, 96), (64, 4, 2, 96), (64, 4, 3, 80)],
+    16: [(64, 4, 3, 96), (64, 4, 2, 96), (64, 4, 3, 128)],
+    32: [(64, 4, 2, 96), (64, 4, 1, 96), (64, 4, 3, 128)],
+    64: [(64, 4, 2, 168), (64, 4, 2, 128), (64, 4, 1, 128), (64, 4, 1, 168)],
+    128: [(64, 4, 1, 168), (64, 4, 1, 232), (128, 8, 1, 232), (128, 8, 2, 168)],
+}
+"""Of kernels/nf4_hopper.py: weight rows, warps, stages, registers."""
+
 SEGMENTS = {"qkv": (4, 7), "o": (4, 7), "gate_up": (1, 2), "down": (7, 10)}
 
 
@@ -118,6 +129,11 @@ def check() -> dict[str, float]:
             out[f"{name} {num_rows} rows: rows that differ"] = int(
                 (part != whole[:num_rows]).any(dim=1).sum()
             )
+            ordered = in_kernel_order(x[:num_rows])
+            part = nf4_matmul.nf4_matmul(ordered, weight, in_order=True)
+            out[f"{name} {num_rows} rows in order: rows that differ"] = int(
+                (part != whole[:num_rows]).any(dim=1).sum()
+            )
         out[f"{name} decoded before: rows that differ"] = int(
             (nf4_matmul.nf4_matmul(torch.cat([x, x]), weight)[256:] != whole).any(dim=1).sum()
         )
@@ -152,6 +168,10 @@ def one_row(name: str, num_rows: int, weights: list, decoded: list, bnb: object)
     x = normal(num_rows, num_inputs)
     row: dict[str, object] = {"matrix": name, "rows": num_rows}
     row["fused us"] = timed([partial(nf4_matmul.launch, x, w) for w in weights])
+    ordered = in_kernel_order(x)
+    row["rows in order us"] = timed(
+        [partial(nf4_matmul.nf4_matmul, ordered, w, in_order=True) for w in weights]
+    )
     row["library us"] = timed([partial(torch.mm, x, w.T) for w in decoded])
     row["16-bit fixed order us"] = timed([partial(matmul.launch, x, w) for w in decoded])
     scratch = torch.empty_like(decoded[0])
@@ -188,25 +208,46 @@ def bitsandbytes_time(bnb: object, weights: list[nf4.NF4Matrix], x: torch.Tensor
     return timed([lambda p=p: bitsandbytes.matmul_4bit(x, p[0].t(), p[1]) for p in pairs])
 
 
-def candidates() -> list[tuple[str, int, int, Tile]]:
+def candidates() -> list[tuple[str, int, int, Tile, bool]]:
+    """Matrix, rows, segments, tile, and whether rows come in order."""
     out = []
-    for num_rows, tiles in SWEEP.items():
-        for (bn, *rest), name in product(tiles, MATRICES):
-            for segments in SEGMENTS[name]:
-                tile = Tile(bn, num_rows, *rest)
-                out.append((name, num_rows, segments, tile))
+    for is_ordered, table in ((False, SWEEP), (True, ORDERED_SWEEP)):
+        if is_ordered and capability_of(CUDA).arch != nf4_hopper.ARCH:
+            continue
+        for num_rows, tiles in table.items():
+            for (bn, *rest), name in product(tiles, MATRICES):
+                for segments in SEGMENTS[name]:
+                    out.append((name, num_rows, segments, Tile(bn, num_rows, *rest), is_ordered))
     return out
+
+
+def launch(x: torch.Tensor, w: nf4.NF4Matrix, segments: int, tile: Tile, is_ordered: bool) -> None:
+    """One product by a given tile; x is taken for ordered, whatever it is."""
+    if is_ordered:
+        nf4_hopper.launch(x, w, None, segments, tile)
+    else:
+        nf4_matmul.launch(x, w, tile=tile, segments=segments)
 
 
 def compile_some(which: int, of: int) -> None:
     """Fill Triton's cache: every of-th kernel of the sweep, once."""
-    seen = sorted({(t, r, min(s, 2)) for _, r, s, t in candidates()}, key=str)
+    seen = sorted({(t, r, min(s, 2), o) for _, r, s, t, o in candidates()}, key=str)
     weight = nf4.quantize_nf4(normal(4608, 3584, scale=0.02))
-    for tile, num_rows, segments in seen[which::of]:
+    for tile, num_rows, segments, is_ordered in seen[which::of]:
         try:
-            nf4_matmul.launch(normal(num_rows, 3584), weight, tile=tile, segments=segments)
+            launch(normal(num_rows, 3584), weight, segments, tile, is_ordered)
         except Exception as problem:  # noqa: BLE001 - reported again by the sweep
             print(tile, repr(problem)[:100])
+
+
+def compile_table(which: int, of: int) -> None:
+    """Fill Triton's cache with every of-th kernel of the table."""
+    weight = nf4.quantize_nf4(normal(4608, 3584, scale=0.02))
+    for num_rows in ROWS[which::of]:
+        x = normal(num_rows, 3584)
+        nf4_matmul.launch(x, weight)
+        nf4_matmul.nf4_matmul(x, weight, in_order=True)
+        matmul.launch(x, nf4.dequantize_nf4(weight))
 
 
 def sweep() -> list[dict[str, object]]:
@@ -215,21 +256,24 @@ def sweep() -> list[dict[str, object]]:
     rows = []
     for name in MATRICES:
         weights = weights_of(name)
-        for _, num_rows, segments, tile in (c for c in candidates() if c[0] == name):
+        for _, num_rows, segments, tile, is_ordered in (c for c in candidates() if c[0] == name):
             x = normal(num_rows, MATRICES[name][1])
             row = {"matrix": name, "rows": num_rows, "tile": str(tile), "segments": segments}
-            call = partial(nf4_matmul.launch, x, tile=tile, segments=segments)
+            row["ordered"] = is_ordered
             try:
-                row["us"] = timed([partial(call, w) for w in weights])
+                row["us"] = timed(
+                    [partial(launch, x, w, segments, tile, is_ordered) for w in weights]
+                )
             except Exception as problem:  # noqa: BLE001 - one tile must not lose the others
                 row["failed"] = repr(problem)[:200]
             rows.append(row)
-    for num_rows, name in product(SWEEP, MATRICES):
-        mine = [r for r in rows if r["matrix"] == name and r["rows"] == num_rows and "us" in r]
-        print(name, num_rows, [
-            (round(r["us"], 1), r["tile"].replace("block_", ""), r["segments"])
-            for r in sorted(mine, key=lambda r: r["us"])[:4]
-        ])  # fmt: skip
+    found: dict[tuple, list] = {}
+    for r in rows:
+        if "us" in r:
+            best = (round(r["us"], 1), r["tile"].replace("block_", ""), r["segments"])
+            found.setdefault((r["matrix"], r["rows"], r["ordered"]), []).append(best)
+    for (name, num_rows, is_ordered), best in found.items():
+        print(name, num_rows, "in order" if is_ordered else "", sorted(best)[:4])
     return rows
 
 
@@ -245,6 +289,8 @@ def main() -> None:
     if "--sweep" in sys.argv:
         result["sweep"] = sweep()
     else:
+        with multiprocessing.get_context("spawn").Pool(len(ROWS)) as pool:
+            pool.starmap(compile_table, [(i, len(ROWS)) for i in range(len(ROWS))])
         result["checks"] = check()
         print(json.dumps(result["checks"], indent=0), flush=True)
         result["table"] = table()

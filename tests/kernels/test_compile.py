@@ -28,6 +28,7 @@ from sparring.kernels import (
     lora_swiglu,
     matmul,
     nf4,
+    nf4_hopper,
     nf4_matmul,
     norm,
     rope,
@@ -52,6 +53,7 @@ def build(kernel, pointers: dict[str, str], constants: dict[str, object], arch: 
     """(shared memory, bytes of stack, matrix instructions, PTX) of one kernel."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
     options = {name: value for name, value in constants.items() if name in OPTIONS}
     constants = {name: value for name, value in constants.items() if name not in OPTIONS}
@@ -63,7 +65,8 @@ def build(kernel, pointers: dict[str, str], constants: dict[str, object], arch: 
     for i, (name, kind) in enumerate(signature.items()):
         if kind.startswith("*") or (kind != "constexpr" and name.startswith("stride")):
             attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    source_of = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    source = source_of(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     built = triton.compile(
         source, target=GPUTarget("cuda", arch, 32), options={"enable_fp_fusion": True, **options}
     )
@@ -325,6 +328,24 @@ def test_start_of_a_step(arch):
 def test_squares(arch):
     constants = {"D": 3584, "BLOCK_D": 4096, "num_warps": 8}
     check(few_rows._squares_kernel, POINTERS, constants, arch)
+
+
+@pytest.mark.parametrize(
+    "index", [2, *(pytest.param(i, marks=pytest.mark.slow) for i in (0, 1, 3))]
+)
+@pytest.mark.parametrize("dtype", ["*bf16", pytest.param("*fp16", marks=pytest.mark.slow)])
+def test_products_with_layouts_written_out(index, dtype):
+    tile = nf4_hopper.TILES[index]
+    constants = {
+        **nf4_hopper.constants_of(tile), "DOUBLE": True, "SPLIT": True, "HAS_BIAS": True,
+        "num_warps": tile.num_warps, "maxnreg": tile.max_registers, "enable_fp_fusion": False,
+    }  # fmt: skip
+    pointers = {**POINTERS, **dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr"), dtype)}
+    found, ptx = check(nf4_hopper._kernel, pointers, constants, 90, products=True, stack_limit=0)
+    assert found == {"wgmma.mma"}
+    loop = ptx[: ptx.index("wgmma.mma")]
+    assert "0xd9c8" in loop, "decoded in registers"
+    assert "cp.async.cg.shared.global" in loop, "x comes 16 bytes at a time"
 
 
 @pytest.mark.parametrize("arch", ARCHS)
