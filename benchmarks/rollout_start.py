@@ -82,13 +82,18 @@ def used_bytes() -> int:
     return total - free
 
 
+def reserved_bytes() -> int:
+    """Bytes that this process's allocator holds; other processes do not change it."""
+    return torch.cuda.memory_reserved() if torch.cuda.is_available() else 0
+
+
 def measure(
     name: str, quantization: str, max_rows: int, max_tokens: int, *, counts_launches: bool
 ) -> dict[str, Any]:
     """Start, memory and launches of a model of that shape, in this process."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build(name, quantization=quantization, device=device)
-    before = used_bytes()
+    before, reserved = used_bytes(), reserved_bytes()
     started = time.perf_counter()
     engine = Engine(
         model,
@@ -115,6 +120,7 @@ def measure(
         "graphs": asdict(stats),
         "keys and values GiB": pool / GIB,
         "graphs and workspaces GiB": (used_bytes() - before - pool) / GIB,
+        "of it reserved GiB": (reserved_bytes() - reserved - pool) / GIB,
         "launches": {
             str(rows): launches(engine, rows, prompt, max_tokens // 8)
             for rows in (1, 8, 32, 128)
@@ -169,7 +175,8 @@ def told(name: str, found: dict[str, Any]) -> str:
         f"{name}: start {found['start seconds']:.1f} s (first rollout "
         f"{found['first rollout seconds']:.1f}, every bucket {found['every bucket seconds']:.1f}); "
         f"{found['graphs']['num_graphs']} graphs, pool {found['graphs']['num_bytes'] / GIB:.3f} "
-        f"GiB, graphs and workspaces {found['graphs and workspaces GiB']:.3f} GiB"
+        f"GiB, graphs and workspaces {found['graphs and workspaces GiB']:.3f} GiB, of it reserved "
+        f"{found['of it reserved GiB']:.3f}"
     ]
     for rows, values in found["launches"].items():
         told_values = ", ".join(f"{key} {value:.3f}" for key, value in values.items())

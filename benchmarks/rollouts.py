@@ -87,8 +87,10 @@ def _median_seconds(call: Any, repeats: int = 12) -> float:
     return sorted(times)[repeats // 2]
 
 
-def engine_for(row: Row, model: Decoder, prompts: list[Prompt]) -> Engine:
-    """An engine with memory for every sequence at once, each at its full length."""
+def engine_for(
+    row: Row, model: Decoder, prompts: list[Prompt], kv_bytes: int | None = None
+) -> Engine:
+    """An engine; by default with memory for every sequence at once, at its full length."""
     _, samples, _, _ = row.work
     limits = limits_of(row)
     block = KERNEL_BLOCK_SIZE
@@ -99,7 +101,7 @@ def engine_for(row: Row, model: Decoder, prompts: list[Prompt]) -> Engine:
     longest = max(len(p.token_ids) for p in prompts) + max(map(max, limits))
     return Engine(
         model,
-        kv_bytes=tokens * row.kv_bytes_per_token(model),
+        kv_bytes=kv_bytes or tokens * row.kv_bytes_per_token(model),
         stop_ids=(),
         decode=lambda _: "",
         max_tokens=longest,
@@ -206,7 +208,6 @@ class Measurement:
         self.row, self.model, self.ceilings = row, model, ceilings
         self.prompts = prompts_of(row, model.config.vocab_size)
         self.engine = engine_for(row, model, self.prompts)
-        self.all_blocks = self.engine.num_blocks
         self.optimizer = None
         self.values: dict[str, float] = {}
         model.set_bitwise(row.bitwise)
@@ -282,6 +283,8 @@ class Measurement:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         out["first"], _ = self.once(row, 0, short=True)
+        if not row.runs:
+            return out
         if row.kv_share < 1:
             if work not in unlimited:
                 unlimited[work], _ = self.once(row, 0)
@@ -325,18 +328,21 @@ class Measurement:
     def limit_blocks(self, peak: int) -> None:
         """Leaves the engine the row's share of the blocks that the work takes at most."""
         longest = blocks_for(self.engine.max_tokens, self.engine.block_size)
-        self.set_blocks(1 + max(longest, int(peak * self.row.kv_share)))
+        self.renew(1 + max(longest, int(peak * self.row.kv_share)))
 
-    def set_blocks(self, num_blocks: int) -> None:
+    def renew(self, num_blocks: int | None) -> None:
+        """Another engine, with so many blocks, in place of this one; None: with enough."""
+        kv_bytes = None if num_blocks is None else num_blocks * self.engine.block_bytes
         self.engine.sleep()
-        self.engine.num_blocks = num_blocks
+        self.engine = engine_for(self.row, self.model, self.prompts, kv_bytes)
 
     def against_fixed(self, best: dict[str, Any], out: dict[str, Any]) -> dict[str, Any]:
         """The rate against that of fixed lengths with the same mean rows, and of no limit."""
         lengths = [n for line in limits_of(self.row) for n in line]
         mean_prompt = sum(len(p.token_ids) for p in self.prompts) / len(self.prompts)
         fixed = same_rows(self.row, best["mean rows"], mean_prompt, sum(lengths) / len(lengths))
-        self.set_blocks(self.all_blocks)
+        if self.row.kv_share < 1:
+            self.renew(None)
         self.once(fixed, 8, short=True)
         times, _ = self.once(fixed, 9)
         rate = times["tokens"] / (times["rollout"] - times["capture"])
@@ -378,7 +384,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--one", action="store_true", help="measure the rows in this process")
     parser.add_argument("--tiny", action="store_true", help="miniatures for a CPU: no figures")
-    parser.add_argument("--runs", type=int, default=0, help="measured runs in place of the row's")
+    parser.add_argument("--runs", type=int, help="measured runs in place of the row's; 0: compile")
     arguments = parser.parse_args()
     if arguments.list:
         print("\n".join(ROWS))
@@ -386,7 +392,7 @@ def main() -> None:
     rows = {name: ROWS[name] for name in arguments.rows or ROWS}
     if arguments.tiny:
         rows = {name: tiny(row) for name, row in rows.items()}
-    if arguments.runs:
+    if arguments.runs is not None:
         rows = {name: replace(row, runs=arguments.runs) for name, row in rows.items()}
     if arguments.one:
         run_all(rows, arguments.output)
@@ -394,7 +400,9 @@ def main() -> None:
     result: dict[str, Any] = {"environment": environment(), "rows": {}}
     if arguments.tiny:
         result["tiny"] = True
-    flags = ["--tiny"] * arguments.tiny + [f"--runs={arguments.runs}"] * bool(arguments.runs)
+    flags = ["--tiny"] * arguments.tiny
+    if arguments.runs is not None:
+        flags.append(f"--runs={arguments.runs}")
     part = arguments.output.with_suffix(".part")
     for _, group in itertools.groupby(rows, key=lambda name: process_of(rows[name])):
         names = list(group)
@@ -420,6 +428,8 @@ def told(name: str, row: dict[str, Any]) -> str:
     """The row in one line."""
     if "failed" in row:
         return f"{name}: FAILED\n{row['failed'][-2500:]}"
+    if not row["runs"]:
+        return f"{name}: compiled and captured in {row['first']['rollout']:.1f} s"
     best = min(row["runs"], key=lambda times: times["rollout"])
     parts = [
         f"{row['tokens/s']:,.0f} tok/s, best {row['best seconds']:.3f} s of "

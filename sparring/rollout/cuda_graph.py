@@ -10,8 +10,9 @@ before the last one is read, so the device does not wait for the host's books.
 
 Graphs read weights, adapter shadows, rules and rows where they lie, and the pool of keys and values
 through its address in device memory: they stay valid over optimizer steps, and when that pool is
-freed and taken again. They are captured anew only where a transient copy of decoded weights has
-moved. With cuda_graphs = false the same steps run without capture, to the same tokens.
+freed and taken again in the same size. They are captured anew only where that size has changed or a
+transient copy of decoded weights has moved. With cuda_graphs = false the same steps run without
+capture, to the same tokens.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ class GraphSteps:
         self._kv_pool: weakref.ref[KVPool] | None = None
         self._graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph] = {}
         self._memory = GraphMemory(device) if captures else None
-        self._weights_at: tuple[int, ...] = ()
+        self._held: tuple[int, ...] = ()  # numbers that a captured step holds
         self._capture_seconds = 0.0
 
     @property
@@ -143,10 +144,10 @@ class GraphSteps:
         and draw as `sampling` says.
         """
         self._kv_pool = weakref.ref(kv_pool)
-        weights_at = cached_addresses(self._model)
-        if weights_at != self._weights_at:
+        held = kv_pool.num_blocks, *cached_addresses(self._model)
+        if held != self._held:
             self._graphs.clear()
-            self._weights_at = weights_at
+            self._held = held
         rules = draw_rules(sampling, self._max_rows, self._end_ids, self._model.device)
         self._is_cut = rules.cut is not None
         if self._is_cut in self._rules:

@@ -164,14 +164,32 @@ def test_stop_strings_cut_what_a_burst_drew_past_them() -> None:
     assert len(got[0].logprobs) == len(got[0].token_ids)
 
 
-def test_scarce_memory_preempts_and_finishes() -> None:
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_scarce_memory_preempts_and_writes_the_same(temperature: float) -> None:
+    model = adapted(gpu_model())
+    model.set_bitwise(True)
+    sampling = Sampling(max_completion_tokens=200, temperature=temperature)
+    limits = [[200, 30, 170, 90], [5, 200, 60, 199], [120, 1, 200, 80]]
+    roomy = engine(model, stop_ids=())
+    want = roomy.generate(prompts(70, 3, 130), sampling, num_samples=4, limits=limits)
+    assert roomy.stats.num_preemptions == 0
+    scarce = engine(model, stop_ids=(), kv_bytes=14 * roomy.block_bytes)
+    for _ in range(2):
+        got = scarce.generate(prompts(70, 3, 130), sampling, num_samples=4, limits=limits)
+        assert [len(r.token_ids) for r in flat(got)] == [n for line in limits for n in line]
+        assert_same(got, want)
+        assert scarce.stats.num_preemptions > 0
+        assert scarce.stats.num_free_blocks == scarce.stats.num_blocks
+
+
+def test_a_pool_of_another_size_has_graphs_of_its_own() -> None:
     model = gpu_model()
-    sampling = Sampling(max_completion_tokens=200)
-    scarce = engine(model, stop_ids=(), kv_bytes=14 * engine(model).block_bytes)
-    got = flat(scarce.generate(prompts(70, 3, 130), sampling, num_samples=4))
-    assert all(len(r.token_ids) == 200 for r in got)
-    assert scarce.stats.num_preemptions > 0
-    assert scarce.stats.num_free_blocks == scarce.stats.num_blocks
+    sampling = Sampling(max_completion_tokens=40)
+    changed = engine(model, stop_ids=())
+    want = changed.generate(prompts(70, 3), sampling, num_samples=4)
+    changed.sleep()
+    changed.num_blocks //= 2
+    assert_same(changed.generate(prompts(70, 3), sampling, num_samples=4), want)
 
 
 @pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
