@@ -199,8 +199,6 @@ def fit_memory(
     device = pick_device() if loaded is None else loaded.model.device
     if device.type != "cuda":
         return _decided(recipe, settings_of(recipe))
-    if str(device) == "cuda":  # without a number; the allocator's limits are set by a card's number
-        device = torch.device("cuda", torch.cuda.current_device())
     if loaded is None:
         # the one way to set it after the process began; the public one is a variable read at import
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
@@ -240,6 +238,8 @@ def hold_budget(
     memory: int | Literal["auto"], device: torch.device, say: Callable[[str], None]
 ) -> int:
     """Bytes that a process may take, context included, by run.memory; the allocator is told."""
+    if device.index is None:  # the allocator's limits are set by a card's number
+        device = torch.device("cuda", torch.cuda.current_device())
     total = int(torch.cuda.get_device_properties(device).total_memory)
     free = free_bytes(device) + torch.cuda.memory_reserved(device)
     if memory == "auto":

@@ -10,11 +10,14 @@ import torch
 
 import sparring
 from sparring import runlog
+from sparring.errors import MemoryBudgetError
 from sparring.kernels import capability_for
 from sparring.models import quantised
 from sparring.models.attention_paged_kernel import PagedKernelPlan
 from sparring.models.attention_shared import KernelPlan
+from sparring.recipe import build_recipe
 from sparring.train import grpo, sft
+from sparring.train.measure import measure
 from tests.train.tiny_run import grpo_recipe, sft_recipe, write_checkpoint, write_data
 
 pytestmark = pytest.mark.gpu
@@ -148,3 +151,28 @@ def test_grpo_with_a_head_of_8_bits_and_the_embedding_on_the_host(
     steps = [record.metrics for record in runlog.read_steps(tmp_path / "run")]
     assert len(steps) == 4
     assert all(step["mismatch_mean"] < 0.05 for step in steps)
+
+
+def test_what_only_samples_keeps_to_a_budget(folder: Path) -> None:
+    tables = {
+        "model": {"path": str(folder / "model"), "dtype": "bfloat16"},
+        "data": {"eval": str(folder / "prompts.jsonl")},
+        "reward": [{"name": f"{folder}/rewards.py:many_e"}],
+        "rollout": {"max_completion_tokens": 12},
+        "run": {"memory": "2GiB"},
+    }
+    try:
+        report = measure(build_recipe(tables, command="eval"), say=print)
+        assert report.measured.evaluation.n == 12
+        model, tokenizer = sparring.load(
+            str(folder / "model"), dtype="bfloat16", device="cuda", adapter=None
+        )
+        asked = {"num_samples": 3, "max_completion_tokens": 20}
+        wide = sparring.generate(model, tokenizer, ["One", "Two"], **asked)
+        held = sparring.generate(model, tokenizer, ["One", "Two"], memory=2 << 30, **asked)
+        for one, other in zip(wide, held, strict=True):
+            assert [r.token_ids.tolist() for r in one] == [r.token_ids.tolist() for r in other]
+        with pytest.raises(MemoryBudgetError, match="left for keys and values"):
+            sparring.generate(model, tokenizer, ["One"], memory=1 << 30)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

@@ -31,7 +31,13 @@ from sparring.train.plan_job import (
     Trained,
     Work,
 )
-from sparring.train.plan_recipe import algorithm_of, fit_memory, job_of, plan_recipe
+from sparring.train.plan_recipe import (
+    algorithm_of,
+    fit_memory,
+    hold_budget,
+    job_of,
+    plan_recipe,
+)
 from sparring.train.plan_table import as_dict, plan_lines
 
 GIB = 2**30
@@ -297,6 +303,13 @@ def test_on_a_card_everything_open_is_decided_before_anything_is_loaded(
     free = fit_memory(recipe_for(tmp_path), "grpo", said.append)
     assert free.run.memory == 23 * GIB
     assert card["share"] == 1.0
+
+
+def test_a_budget_is_held_on_a_card_without_a_number(card: dict[str, Any]) -> None:
+    assert hold_budget(6 * GIB, torch.device("cuda"), print) == 6 * GIB
+    assert (card["share"], card["index"]) == (pytest.approx(5 / 24), 0)
+    assert hold_budget("auto", torch.device("cuda"), print) == 23 * GIB
+    assert (card["share"], card["index"]) == (1.0, 0)
 
 
 def test_on_a_card_settings_that_do_not_fit_are_refused_with_those_that_do(
