@@ -52,9 +52,10 @@ BLOCK_V = 512
 NUM_WARPS = 1
 COMBINE_WARPS = 2
 MAX_REGISTERS = 96
-BUSY_PROGRAMS = 4096
-"""Programs that keep a large card busy: with more tiles than that, a program takes several."""
-MAX_SPAN = 32
+BUSY_PROGRAMS = 2772
+"""Programs that run at once on a large card (132 multiprocessors of 21 warps): with more tiles than
+that, a program takes several, so that all end together.
+"""
 AHEAD = 1
 """Where the next tile is brought while one is computed: 0 nowhere, 1 the L2 cache, 2 registers."""
 ALIGNED = 16
@@ -291,11 +292,8 @@ def _combine_kernel(
 
 
 def span_of(num_rows: int, num_tiles: int) -> int:
-    """Tiles of a row that one program takes, a power of two; it changes no result."""
-    span = 1
-    while span < MAX_SPAN and num_rows * num_tiles >= 2 * span * BUSY_PROGRAMS:
-        span *= 2
-    return span
+    """Tiles of a row that one program takes; it changes no result."""
+    return triton.cdiv(num_tiles, min(num_tiles, max(1, BUSY_PROGRAMS // num_rows)))
 
 
 def draw_tokens_triton(
