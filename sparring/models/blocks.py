@@ -104,14 +104,15 @@ def _forward(x: Tensor, layer: Frozen) -> tuple[Tensor, Tensor | None]:
     return lora.add(layer.weight.matmul(x, layer.bias), xa), xa
 
 
-def _adds_in_swiglu(gate_up: Frozen) -> bool:
-    """Whether SwiGLU adds gate's and up's adapters."""
-    return not gate_up.is_fixed and gate_up.lora is not None and gate_up.lora.covers_all
+def _adds_in_swiglu(x: Tensor, gate_up: Frozen) -> bool:
+    """Whether SwiGLU adds gate's and up's adapters; x is any tensor of the pass."""
+    lora = gate_up.lora
+    return not gate_up.is_fixed and lora is not None and lora.adds_in_swiglu(x)
 
 
 def _into_hidden(x: Tensor, gate_up: Frozen) -> tuple[Tensor, Tensor | None]:
     """(gate and up, x A^T), without the adapter's part where SwiGLU adds it."""
-    if not _adds_in_swiglu(gate_up):
+    if not _adds_in_swiglu(x, gate_up):
         return _forward(x, gate_up)
     assert gate_up.lora is not None, "it is added in SwiGLU"
     xa = gate_up.lora.shrink(x)
@@ -121,7 +122,7 @@ def _into_hidden(x: Tensor, gate_up: Frozen) -> tuple[Tensor, Tensor | None]:
 def _hidden(projected: Tensor, xa: Tensor | None, gate_up: Frozen) -> Tensor:
     """silu(gate) up of what `_into_hidden` made."""
     lora = gate_up.lora
-    if lora is None or xa is None or not _adds_in_swiglu(gate_up):
+    if lora is None or xa is None or not _adds_in_swiglu(projected, gate_up):
         return swiglu(projected)
     b = lora.matrices_used()[1]
     return lora_swiglu(projected, xa, b, lora.scale, capability=lora.capability)
@@ -167,7 +168,7 @@ def _through_hidden(
     """
     xa, ha = kept
     inner, outer = gate_up.lora, down.lora
-    adds = _adds_in_swiglu(gate_up) and (needs[0] or needs[1])
+    adds = _adds_in_swiglu(dy, gate_up) and (needs[0] or needs[1])
     if adds and inner is not None and outer is not None and xa is not None:
         t, db = _narrow_gradients(dy, outer, ha, needs)
         assert t is not None, "needed"
@@ -230,7 +231,7 @@ class _LoraMlp(torch.autograd.Function):
             if down.lora is not None and needs_down_b:
                 ha = _shrink(_hidden(projected, xa, gate_up), down)
         ctx.layers, ctx.has_run = (gate_up, down), False
-        keeps_xa = needs_b or _adds_in_swiglu(gate_up)
+        keeps_xa = needs_b or _adds_in_swiglu(x, gate_up)
         kept = (x if needs_a else None, projected, xa if keeps_xa else None)
         ctx.save_for_backward(*kept, ha if needs_down_b else None, *_matrices(gate_up, down))
         return y

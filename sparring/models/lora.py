@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from sparring.errors import CheckpointError
 from sparring.kernels import Capability, capability_of
 from sparring.kernels.lora import lora_shrink, lora_shrink_beside
-from sparring.kernels.lora_rows import Parts, add_rows, outer_rows, shrink_rows, wide_product
+from sparring.kernels.lora_rows import (
+    Parts,
+    add_rows,
+    outer_rows,
+    shrink_rows,
+    takes_rows,
+    wide_product,
+)
 from sparring.kernels.low_rank import LowRank
 
 PROJECTIONS = (
@@ -170,10 +177,10 @@ class LoraAdapter(nn.Module):
             return self.a_shadow, self.b_shadow
         return self.a.detach(), self.b.detach()
 
-    @property
-    def covers_all(self) -> bool:
-        """Whether every output of the layer is of an adapted matrix."""
-        return len(self.b) == self.num_outputs
+    def adds_in_swiglu(self, x_TI: Tensor) -> bool:
+        """Whether a kernel of SwiGLU can add to gate and up: both are adapted, and kernels run."""
+        covers_all = len(self.b) == self.num_outputs
+        return covers_all and takes_rows(x_TI, self.rank, self.capability)
 
     def _where(self) -> Parts:
         return Parts(self._spans, self.part_table, self._granule, *self._sizes)

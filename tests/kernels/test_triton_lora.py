@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from sparring.kernels import INTERPRETER, capability_of, lora_rows, lora_swiglu, swiglu
+from sparring.models import lora as adapters
 from sparring.models.blocks import lora_mlp
 from sparring.models.linear import Linear
 from sparring.models.lora import LoraConfig
@@ -171,6 +172,7 @@ def test_the_feed_forward_runs_through_the_kernels(targets, kernels, monkeypatch
         record(lora_rows, name)
     for name in ("lora_swiglu", "lora_swiglu_gradients"):
         record(lora_swiglu, name)
+    monkeypatch.setattr(adapters, "takes_rows", lambda *_: True)
     dtype = torch.bfloat16
     gate_up = layer_of(64, {"gate_proj": 256, "up_proj": 256}, targets, dtype, 1)
     down = layer_of(256, {"down_proj": 128}, targets, dtype, 3)

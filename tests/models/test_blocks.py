@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from sparring.models.blocks import lora_mlp
 from sparring.models.linear import Linear
-from sparring.models.lora import LoraConfig
+from sparring.models.lora import LoraAdapter, LoraConfig
 from sparring.models.quantised import Quantised
 
 CPU = torch.device("cpu")
@@ -128,9 +128,20 @@ def layer_of(layer: Linear) -> Callable[[Tensor], Tensor]:
 @pytest.mark.parametrize(("dtype", "limit"), LIMITS)
 @pytest.mark.parametrize(
     "targets",
-    [(), ("gate_proj", "up_proj", "down_proj"), ("down_proj",), ("up_proj",)],
+    [
+        (),
+        ("gate_proj", "up_proj", "down_proj"),
+        ("gate_proj", "up_proj"),
+        ("down_proj",),
+        ("up_proj",),
+    ],
 )
-def test_the_feed_forward(targets, dtype, limit):
+@pytest.mark.parametrize("in_swiglu", [True, False])
+def test_the_feed_forward(in_swiglu, targets, dtype, limit, monkeypatch):
+    if in_swiglu:  # as on a GPU, with the reference of its kernels
+        monkeypatch.setattr(
+            LoraAdapter, "adds_in_swiglu", lambda self, _: len(self.b) == self.num_outputs
+        )
     is_quantised = dtype == torch.bfloat16
     kinds = {"dtype": dtype, "is_quantised": is_quantised}
     names = [tuple(t for t in targets if t in parts) for parts in (GATE_UP, DOWN)]
