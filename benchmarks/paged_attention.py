@@ -402,13 +402,13 @@ def eight_bits(copy_gbs: float) -> list[dict[str, object]]:
 
 
 SECTIONS: dict[str, Callable[[float], object]] = {
+    "decode": decode_rows,
+    "shared prompts": lambda _: shared_prompts(),
+    "decode, 8 bits": eight_bits,
     "decode checks": lambda _: check_decode(),
     "rotate_write checks": lambda _: check_rotate_write(),
     "prefill": lambda _: prefill(),
     "launches": lambda _: launches(),
-    "shared prompts": lambda _: shared_prompts(),
-    "decode": decode_rows,
-    "decode, 8 bits": eight_bits,
 }
 
 
@@ -465,14 +465,11 @@ def main() -> None:
         "torch": torch.__version__, "triton": triton.__version__, "block size": BLOCK,
         "copy GB/s": round(copy_gbs), "prefill tile": tile_of(capability_of(CUDA), 128, "forward"),
     }  # fmt: skip
-    if "--vary" in sys.argv:
-        results["decode, varied"] = varied(copy_gbs)
-    else:
-        for name, section in SECTIONS.items():
-            results[name] = section(copy_gbs)
-    Path(sys.argv[1]).write_text(json.dumps(results, indent=1) + "\n")
-    for name, rows in results.items():
+    sections = {"decode, varied": varied} if "--vary" in sys.argv else SECTIONS
+    for name, section in sections.items():
+        results[name] = rows = section(copy_gbs)
         print(name, *(rows if isinstance(rows, list) else [rows]), sep="\n ", flush=True)
+        Path(sys.argv[1]).write_text(json.dumps(results, indent=1) + "\n")
     print(f"{time.time() - started:.0f} s")
 
 
