@@ -4,10 +4,11 @@
 
 The four matrices of a layer: qkv 4608 x 3584, o 3584 x 3584, gate_up 37888 x 3584, down 3584 x
 18944. Columns: the fused kernel, the same with rows in its order of columns (column_order.py: as
-norms and SwiGLU write them in decoding), the library's bf16 product with a weight decoded before,
-decoding plus that product, bitsandbytes' where it can be imported, and what a rank 16 adapter (q,
-k, v; o) adds to the fused kernel. First bits and errors are checked. --sweep: tiles, warps and
-pipeline depths instead, what the tables in nf4_matmul.py and nf4_hopper.py were filled from.
+norms and SwiGLU write them in decoding), that begun while the launch before ends, and with scales
+in float32, the library's bf16 product with a weight decoded before, decoding plus that product, bitsandbytes' where it can be imported,
+and what a rank 16 adapter (q, k, v; o) adds to the fused kernel. First bits and errors are checked.
+--sweep: tiles, warps and pipeline depths instead, what the tables in nf4_matmul.py and
+nf4_hopper.py were filled from.
 
 A time is that of one call in a CUDA graph that goes through copies of the weight larger than the L2
 cache together; medians of replays.
@@ -21,6 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -106,6 +108,21 @@ def weights_of(name: str) -> list[nf4.NF4Matrix]:
     return many
 
 
+def in_order_alone(x: torch.Tensor, w: nf4.NF4Matrix) -> torch.Tensor:
+    """The product of rows in order that waits for the launch before it to end."""
+    capability = capability_of(CUDA)
+    if not nf4_hopper.serves(x, capability.arch, in_order=True):
+        return nf4_matmul.nf4_matmul(x, w, in_order=True)
+    segments = nf4_matmul.nf4_segments_of(capability, *w.shape)
+    return nf4_hopper.launch(x, w, None, segments, overlaps=False)
+
+
+def single_level(w: nf4.NF4Matrix) -> nf4.NF4Matrix:
+    """The same weight with scales in float32."""
+    scales = nf4.scales_of(w).clone()
+    return replace(w, absmax=scales, absmax2=None, offset=None)
+
+
 def adapter(name: str, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> LowRank:
     xa, scratch = lora.lora_shrink_beside(x, a, capability_of(CUDA))
     return LowRank(xa=xa, b=b, parts=TABLES[name], scale=1.0, granule=512, scratch=scratch)
@@ -169,9 +186,15 @@ def one_row(name: str, num_rows: int, weights: list, decoded: list, bnb: object)
     row: dict[str, object] = {"matrix": name, "rows": num_rows}
     row["fused us"] = timed([partial(nf4_matmul.launch, x, w) for w in weights])
     ordered = in_kernel_order(x)
-    row["rows in order us"] = timed(
+    row["rows in order us"] = timed([partial(in_order_alone, ordered, w) for w in weights])
+    row["rows in order, overlapping us"] = timed(
         [partial(nf4_matmul.nf4_matmul, ordered, w, in_order=True) for w in weights]
     )
+    wide = [single_level(w) for w in weights]
+    row["rows in order, float32 scales us"] = timed(
+        [partial(in_order_alone, ordered, w) for w in wide]
+    )
+    del wide
     row["library us"] = timed([partial(torch.mm, x, w.T) for w in decoded])
     row["16-bit fixed order us"] = timed([partial(matmul.launch, x, w) for w in decoded])
     scratch = torch.empty_like(decoded[0])
@@ -247,6 +270,8 @@ def compile_table(which: int, of: int) -> None:
         x = normal(num_rows, 3584)
         nf4_matmul.launch(x, weight)
         nf4_matmul.nf4_matmul(x, weight, in_order=True)
+        in_order_alone(x, weight)
+        in_order_alone(x, single_level(weight))
         matmul.launch(x, nf4.dequantize_nf4(weight))
 
 

@@ -32,6 +32,7 @@ if triton is not None:
         fence_async_shared,
         warpgroup_mma,
     )
+    from triton.language.extra.cuda import gdc_wait
 
     jit = gluon.jit
     barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7, 3.6
@@ -212,7 +213,8 @@ def _kernel(
     x_ptr, words_ptr, absmax_ptr, absmax2_ptr, offset_ptr, map_ptr, bias_ptr, out_ptr, work_ptr,
     count_ptr, num_rows, num_outputs, blocks, segments, steps, stride_xt, stride_ot,
     T: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, DOUBLE: gl.constexpr,
-    SPLIT: gl.constexpr, HAS_BIAS: gl.constexpr, WORDS: gl.constexpr, ROWS: gl.constexpr,
+    SPLIT: gl.constexpr, HAS_BIAS: gl.constexpr, OVERLAPS: gl.constexpr, WORDS: gl.constexpr,
+    ROWS: gl.constexpr,
 ):  # fmt: skip
     """steps: turns of 256 columns in a segment. WORDS, ROWS: `words_layout`, `rows_layout`."""
     N: gl.constexpr = 16 * WARPS
@@ -240,6 +242,8 @@ def _kernel(
     high = gl.load(words_ptr + at * 8 + 4 + w_offset)
     block = tile * N * blocks + first * 4 + b_offset
     index = gl.load(absmax_ptr + block)
+    if OVERLAPS:  # until here nothing was read that the launch before writes
+        gdc_wait()
     t = gl.minimum(gl.arange(0, T, layout=gl.SliceLayout(1, ROWS)), num_rows - 1)
     k = gl.arange(0, 128, layout=gl.SliceLayout(0, ROWS))
     x_offset = (t * stride_xt)[:, None] + k[None, :]
@@ -302,10 +306,13 @@ def launch(
     bias: Tensor | None,
     segments: int,
     tile: Tile | None = None,
+    *,
+    overlaps: bool = True,
 ) -> Tensor:
     """y [T, N] of x [T, K] in the order of the sum and a weight [N, K], where `serves` allows it.
 
-    tile: for tests and measurements.
+    overlaps: the launch begins while the one before it ends, with what that one cannot write. tile:
+    for tests and measurements.
     """
     (num_rows, num_inputs), num_outputs = x.shape, weight.shape[0]
     out = torch.empty(num_rows, num_outputs, dtype=x.dtype, device=x.device)
@@ -319,8 +326,8 @@ def launch(
         x if bias is None else bias, out, work, count, num_rows, num_outputs, num_inputs // BLOCK,
         segments, steps_of(num_inputs, segments) // 4, x.stride(0), out.stride(0),
         num_warps=tile.num_warps, enable_fp_fusion=False, **constants_of(tile),
-        DOUBLE=double, SPLIT=segments > 1, HAS_BIAS=bias is not None,
-        **({"maxnreg": tile.max_registers} if tile.max_registers else {}),
+        DOUBLE=double, SPLIT=segments > 1, HAS_BIAS=bias is not None, OVERLAPS=overlaps,
+        launch_pdl=overlaps, **({"maxnreg": tile.max_registers} if tile.max_registers else {}),
     )  # fmt: skip
     return out
 

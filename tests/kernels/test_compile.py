@@ -338,13 +338,14 @@ def test_products_with_layouts_written_out(index, dtype):
     tile = nf4_hopper.TILES[index]
     constants = {
         **nf4_hopper.constants_of(tile), "DOUBLE": True, "SPLIT": True, "HAS_BIAS": True,
-        "num_warps": tile.num_warps, "maxnreg": tile.max_registers, "enable_fp_fusion": False,
+        "OVERLAPS": True, "num_warps": tile.num_warps, "maxnreg": tile.max_registers, "enable_fp_fusion": False,
     }  # fmt: skip
     pointers = {**POINTERS, **dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr"), dtype)}
     found, ptx = check(nf4_hopper._kernel, pointers, constants, 90, products=True, stack_limit=0)
     assert found == {"wgmma.mma"}
     loop = ptx[: ptx.index("wgmma.mma")]
     assert "0xd9c8" in loop, "decoded in registers"
+    assert loop.index("griddepcontrol.wait") < loop.index("cp.async.cg.shared.global")
     assert "cp.async.cg.shared.global" in loop, "x comes 16 bytes at a time"
 
 
