@@ -5,10 +5,10 @@
 The four matrices of a layer: qkv 4608 x 3584, o 3584 x 3584, gate_up 37888 x 3584, down 3584 x
 18944. Columns: the fused kernel, the same with rows in its order of columns (column_order.py: as
 norms and SwiGLU write them in decoding), that begun while the launch before ends, and with scales
-in float32, the library's bf16 product with a weight decoded before, decoding plus that product, bitsandbytes' where it can be imported,
-and what a rank 16 adapter (q, k, v; o) adds to the fused kernel. First bits and errors are checked.
---sweep: tiles, warps and pipeline depths instead, what the tables in nf4_matmul.py and
-nf4_hopper.py were filled from.
+in float32, the library's bf16 product with a weight decoded before, decoding plus that product,
+bitsandbytes' where it can be imported, and what a rank 16 adapter (q, k, v; o) adds to the fused
+kernel. First bits and errors are checked. --sweep: tiles, warps and pipeline depths instead, what
+the tables in nf4_matmul.py and nf4_hopper.py were filled from.
 
 A time is that of one call in a CUDA graph that goes through copies of the weight larger than the L2
 cache together; medians of replays.

@@ -338,7 +338,8 @@ def test_products_with_layouts_written_out(index, dtype):
     tile = nf4_hopper.TILES[index]
     constants = {
         **nf4_hopper.constants_of(tile), "DOUBLE": True, "SPLIT": True, "HAS_BIAS": True,
-        "OVERLAPS": True, "num_warps": tile.num_warps, "maxnreg": tile.max_registers, "enable_fp_fusion": False,
+        "OVERLAPS": True, "num_warps": tile.num_warps, "maxnreg": tile.max_registers,
+        "enable_fp_fusion": False,
     }  # fmt: skip
     pointers = {**POINTERS, **dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr"), dtype)}
     found, ptx = check(nf4_hopper._kernel, pointers, constants, 90, products=True, stack_limit=0)
