@@ -289,7 +289,7 @@ class Measurement:
             if work not in unlimited:
                 unlimited[work], _ = self.once(row, 0)
             out["without limit"] = unlimited[work]
-            self.limit_blocks(unlimited[work]["peak blocks"])
+            self.limit_blocks(unlimited[work])
         runs = []
         for number in range(1, 1 + row.runs):
             times, groups = self.once(row, number)
@@ -325,10 +325,15 @@ class Measurement:
             return {"failed": repr(problem)[:500]}  # the row's other figures stand
         return counts | {"us each": 1e3 * ms_a_step / counts["nodes"]}
 
-    def limit_blocks(self, peak: int) -> None:
-        """Leaves the engine the row's share of the blocks that the work takes at most."""
+    def limit_blocks(self, whole: dict[str, Any]) -> None:
+        """Another engine with the row's share of the blocks that the work takes at most.
+
+        As one that has seen such work before: it knows how long completions are on average.
+        """
         longest = blocks_for(self.engine.max_tokens, self.engine.block_size)
-        self.renew(1 + max(longest, int(peak * self.row.kv_share)))
+        self.renew(1 + max(longest, int(whole["peak blocks"] * self.row.kv_share)))
+        prompts, samples, _, _ = self.row.work
+        self.engine._mean_completion_tokens = whole["tokens"] / (prompts * samples)
 
     def renew(self, num_blocks: int | None) -> None:
         """Another engine, with so many blocks, in place of this one; None: with enough."""
