@@ -30,7 +30,7 @@ from torch import Tensor
 from sparring.kernels import dot, jit, rounded, tl, triton, uses_triton
 from sparring.kernels.attention_plan import SharedPlan, tile_of
 from sparring.kernels.split_attention import split_attention_packed
-from sparring.kernels.splits import LOG2_E, whole_level
+from sparring.kernels.splits import LOG2_E, rounded_and_wide, whole_level
 
 __all__ = ["shared_attention", "shared_attention_reference", "shared_attention_triton"]
 
@@ -95,9 +95,10 @@ def _attend_range(
             s = tl.where(seen, s, -float("inf"))
         above = tl.maximum(peak, whole_level(tl.max(s, axis=1) * scale))
         level = tl.where(above == -float("inf"), 0.0, above)
-        p = rounded(tl.exp2(tl.fma(s, scale, -level[:, None])), v_ptr.dtype.element_ty)
+        p = tl.exp2(tl.fma(s, scale, -level[:, None]))
+        p, wide = rounded_and_wide(p, v_ptr.dtype.element_ty)
         shrink = tl.exp2(peak - level)
-        total = total * shrink + tl.sum(p.to(tl.float32), axis=1)
+        total = total * shrink + tl.sum(wide, axis=1)
         acc = dot(p, v, acc * shrink[:, None])
         peak = above
     return acc, peak, total

@@ -20,7 +20,7 @@ from sparring.kernels import Capability, dot, jit, rounded, tl
 from sparring.kernels.attention_plan import tile_of
 from sparring.kernels.paged_attention import constants_of, read_slots
 from sparring.kernels.paged_plan import PrefillTiles
-from sparring.kernels.splits import LOG2_E, scales_of, whole_level, widened
+from sparring.kernels.splits import LOG2_E, rounded_and_wide, scales_of, whole_level, widened
 from sparring.layout import KVPool
 
 __all__ = ["paged_prefill_reference", "paged_prefill_triton"]
@@ -111,8 +111,8 @@ def _paged_range(
             total = total * shrink + tl.sum(p, axis=1)
             used = rounded(p * v_scale[None, :], q.dtype)
         else:
-            used = rounded(p, q.dtype)
-            total = total * shrink + tl.sum(used.to(tl.float32), axis=1)
+            used, wide = rounded_and_wide(p, q.dtype)
+            total = total * shrink + tl.sum(wide, axis=1)
         acc = dot(used, v, acc * shrink[:, None])
         peak = above
         after = start + BLOCK_N

@@ -21,20 +21,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.shared]
 BEGINNINGS = ("Once upon a time", "Lily and Tom went to", "The little dog was", "One day, a girl")
 
 
-MISSED = pytest.mark.xfail(
-    raises=AssertionError,
-    strict=True,
-    reason="failed in bfloat16 on an H200, its figures lost: see LOG.md; a pass must end this mark",
-)
-
-
 @pytest.mark.parametrize(
     ("name", "is_bitwise"),
-    [
-        pytest.param("TinyStories-656K", False, marks=MISSED),
-        ("TinyStories-656K", True),
-        pytest.param("stories260K", False, marks=MISSED),
-    ],
+    [("TinyStories-656K", False), ("TinyStories-656K", True), ("stories260K", False)],
 )
 def test_log_probabilities_of_real_checkpoints(
     shared_dir: Path, name: str, is_bitwise: bool
