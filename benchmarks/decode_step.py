@@ -5,11 +5,11 @@
 
 Random weights of real shapes. A step runs from the rows' tokens to the next ones in a captured
 graph, at a context of 512 tokens in keys and values that are random; forms of it: "library" (the
-layers' own forward), "fused" (kernels/few_rows.py), "overlapped" (the same, launches beginning
-while the one before runs). Before anything is timed, fused logits are held against the library's
-and a float32 model's, and replays with other tokens must give the same bits overlapped and
-not. Nodes and edges are counted in the captured graph. A step reads all weights, so nothing of it
-is in the L2 cache from the step before.
+layers' own forward), "in turn" (models/few_rows.py, launches one after the other), "overlapped"
+(the same, launches beginning while the one before runs). Before anything is timed, logits are held
+against a float32 model's, and replays with other tokens must give the same bits in all forms. Nodes
+and edges are counted in the captured graph. A step reads all weights, so nothing of it is in the L2
+cache from the step before.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ from sparring.kernels.few_rows import Form
 from sparring.kernels.matmul import Tile
 from sparring.kernels.sampling import draw_tokens
 from sparring.layout import DecodeLayout
+from sparring.models import few_rows as chain_of_steps
 from sparring.models.few_rows import step_logits
 from sparring.models.transformer import Decoder, new_kv_pool
 from sparring.rollout.sampler import Sampling, draw_rules
 
 CONTEXT = 512
 BLOCK_SIZE = 64
-FORMS = ("library", "fused", "overlapped")
+FORMS = ("library", "in turn", "overlapped")
 
 
 @contextmanager
@@ -136,21 +137,22 @@ def errors(model: Decoder, step: Step) -> dict[str, float]:
     return out
 
 
-def same_bits(model: Decoder, step: Step, replays: int) -> int:
-    """Of so many replays with other tokens, how many differ overlapped and not."""
-    made = []
-    for name in ("fused", "overlapped"):
+def same_bits(model: Decoder, step: Step, replays: int) -> dict[str, int]:
+    """Of so many replays with other tokens, how many differ from the overlapped form's."""
+    made = {}
+    for name in FORMS:
         with form_of_step(model, name):
-            made.append(captured(step.logits))
-    (plain, want), (early, got) = made
-    wrong = torch.zeros((), dtype=torch.int64, device=model.device)
+            made[name] = captured(step.logits)
+    others = [name for name in FORMS if name != "overlapped"]
+    wrong = {n: torch.zeros((), dtype=torch.int64, device=model.device) for n in others}
     for _ in range(replays):
         step.tokens_R.random_(0, model.config.vocab_size)
-        for graph, out in ((plain, want), (early, got)):
+        for graph, out in made.values():
             out.fill_(float("nan"))
             graph.replay()
-        wrong += (want != got).any()
-    return int(wrong)
+        for name in others:
+            wrong[name] += (made[name][1] != made["overlapped"][1]).any()
+    return {name: int(count) for name, count in wrong.items()} | {"of": replays}
 
 
 def profiled(graph: torch.cuda.CUDAGraph) -> list[tuple[str, int, float]]:
@@ -162,15 +164,52 @@ def profiled(graph: torch.cuda.CUDAGraph) -> list[tuple[str, int, float]]:
     return sorted((row for row in rows if row[2]), key=lambda row: -row[2])[:14]
 
 
-def by_prefetch(model: Decoder, step: Step) -> dict[int, float]:
-    """Microseconds of an overlapped step by what each product asks for before its turn."""
-    kept, found = few_rows.PREFETCHED_BYTES, {}
-    with form_of_step(model, "overlapped"):
-        for mebibytes in (0, 4, 8, 12, 16, 24, 32):
-            few_rows.PREFETCHED_BYTES = mebibytes << 20
-            found[mebibytes] = microseconds(captured(step)[0])
-    few_rows.PREFETCHED_BYTES = kept
-    return found
+@contextmanager
+def knobs(model: Decoder, chosen: dict[str, Any]) -> Iterator[None]:
+    """What the chain asks for, and forms of products, changed for a while."""
+    forms = {k: v for k, v in chosen.items() if isinstance(v, Form)}
+    kept = chain_of_steps.ASKED_BYTES, chain_of_steps.CACHE_BYTES, few_rows.FORMS
+    chain_of_steps.ASKED_BYTES = chosen.get("asked", kept[0])
+    chain_of_steps.CACHE_BYTES = chosen.get("beside attention", kept[1])
+    keys = paged_attention.ASKED_BYTES
+    paged_attention.ASKED_BYTES = chosen.get("keys", keys)
+    if forms:
+        shapes = shapes_of(model)
+        few_rows.FORMS = {model.capability.arch: {shapes[k]: v for k, v in forms.items()}}
+    try:
+        yield
+    finally:
+        chain_of_steps.ASKED_BYTES, chain_of_steps.CACHE_BYTES, few_rows.FORMS = kept
+        paged_attention.ASKED_BYTES = keys
+
+
+def variants_of(num_rows: int) -> dict[str, dict[str, Any]]:
+    """What is varied of an overlapping step."""
+    found: dict[str, dict[str, Any]] = {
+        "nothing asked for": {"asked": 0, "beside attention": 0, "keys": 0},
+        "keys alone": {"asked": 0, "beside attention": 0},
+        "no weights beside attention": {"beside attention": 0},
+        "40 MiB of keys": {"keys": 40 << 20},
+        "8 MiB": {"asked": 8 << 20},
+        "32 MiB": {"asked": 32 << 20, "beside attention": 40 << 20},
+    }
+    if num_rows > 32:
+        return found
+    t = 16 if num_rows <= 16 else 32
+    own = {
+        "qkv": Form(Tile(64, t, 4, 4), 6),
+        "output": Form(Tile(32, t, 4, 4), 2),
+        "down": Form(Tile(64, t, 4, 4), 5),
+        "head": Form(Tile(128, t, 4, 3)),
+    }
+    found |= {f"own {which}": {which: form} for which, form in own.items() if which != "head"}
+    found["own output and down"] = {k: own[k] for k in ("output", "down")}
+    found["own qkv and down"] = {k: own[k] for k in ("qkv", "down")}
+    return (
+        found
+        | {"own qkv, output, down": {k: own[k] for k in ("qkv", "output", "down")}}
+        | {"own qkv, output, down, head": own}
+    )
 
 
 def steps(name: str, rows: list[int], replays: int) -> dict[str, Any]:
@@ -180,37 +219,29 @@ def steps(name: str, rows: list[int], replays: int) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for num_rows in rows:
         step, out = Step(model, num_rows), {}
-        if num_rows == rows[0]:
+        if num_rows == rows[0] and replays >= 1000:
             out["relative error"] = errors(model, step)
             torch.cuda.empty_cache()
         wrong = same_bits(model, step, replays)
-        out["replays that differ"] = f"{wrong} of {replays}"
-        print(f"{name} {num_rows} rows: {wrong} of {replays} replays differ", flush=True)
+        out["replays that differ"] = wrong
+        print(f"{name} {num_rows} rows: replays that differ: {wrong}", flush=True)
         for each in FORMS:
             with form_of_step(model, each):
                 graph, _ = captured(step)
             counts, time = counted(graph), microseconds(graph)
             out[each] = {"us": time, "us a launch": time / counts["nodes"], **counts}
             print(f"  {each}: {out[each]}", flush=True)
-            if each != "overlapped":
+            if replays >= 1000:
                 out[each]["kernels"] = profiled(graph)
                 for row in out[each]["kernels"]:
                     print("     ", *row)
             del graph
-        out["by MiB prefetched"] = by_prefetch(model, step)
-        print("  us by MiB prefetched:", out["by MiB prefetched"], flush=True)
+        for told, chosen in variants_of(num_rows).items():
+            with knobs(model, chosen), form_of_step(model, "overlapped"):
+                out[told] = microseconds(captured(step)[0], 20)
+            print(f"  {out[told]:.1f} us: {told}", flush=True)
         result[str(num_rows)] = out
     return result
-
-
-def start_forms(num_rows: int) -> dict[str, Form | None]:
-    """Where the search begins."""
-    t = 16 if num_rows <= 16 else 32
-    small = Form(Tile(16, t, 4, 4, block_k=256))
-    return {
-        "qkv": small, "output": small, "gate_up": Form(Tile(32, t, 4, 4)),
-        "down": Form(Tile(32, t, 4, 4), 9), "head": None,
-    }  # fmt: skip
 
 
 def candidates(which: str, num_rows: int) -> list[Form | None]:
@@ -266,11 +297,11 @@ def search(name: str, num_rows: int, part: int, parts: int) -> dict[str, Any]:
     model = build(name, lora_rank=0)
     model.requires_grad_(False)
     step, shapes = Step(model, num_rows), shapes_of(model)
-    forms = start_forms(num_rows)
+    forms: dict[str, Form | None] = dict.fromkeys(shapes)
     result: dict[str, Any] = {}
 
     def use(chosen: dict[str, Form | None]) -> None:
-        few_rows.FORMS[model.capability.arch] = {shapes[k]: v for k, v in chosen.items()}
+        few_rows.FORMS[model.capability.arch] = {shapes[k]: v for k, v in chosen.items() if v}
 
     if parts:
         variants = [forms | {k: form} for k in forms for form in candidates(k, num_rows)]
@@ -295,23 +326,18 @@ def search(name: str, num_rows: int, part: int, parts: int) -> dict[str, Any]:
             print(f"   {which}: {time:.1f} us a step, {what}")
         sys.stdout.flush()
     use(forms)
-    for each in ("fused", "overlapped"):
+    for each in ("in turn", "overlapped"):
         with form_of_step(model, each):
             graph, _ = captured(step)
             result[each] = {"us": microseconds(graph), **counted(graph)}
-    result["by MiB prefetched"] = by_prefetch(model, step)
-    paged_attention.ASKS_FOR_KEYS = False
-    with form_of_step(model, "overlapped"):
-        result["keys not asked for"] = microseconds(captured(step)[0])
-    paged_attention.ASKS_FOR_KEYS = True
-    result["replays that differ"] = f"{same_bits(model, step, 200)} of 200"
+    result["replays that differ"] = same_bits(model, step, 200)
     logits = {}
     for each in ("library", "overlapped"):
         with form_of_step(model, each):
             logits[each] = step.logits().double()
     gap = (logits["library"] - logits["overlapped"]).norm() / logits["library"].norm()
     result["distance from the library"] = gap.item()
-    with form_of_step(model, "fused"):
+    with form_of_step(model, "in turn"):
         result["kernels"] = profiled(captured(step)[0])
     for key in list(result)[6:]:
         print("  ", key, result[key], flush=True)

@@ -60,14 +60,16 @@ class Form:
 
 
 FORMS: dict[int, dict[tuple[int, int], Form | None]] = {}
-"""By architecture and shape [N, K], None: the library's product; other shapes go by `form_of`."""
+"""By architecture and shape [N, K], where it was measured to be faster than the library's product;
+for up to as many rows as the tile holds.
+"""
 
 PREFETCHED_BYTES = 16 << 20
 """Of a matrix, asked for before its launch may begin: what the L2 cache keeps until then."""
 
-FASTER_ROWS: dict[int, int] = {}
-"""By architecture: rows up to which a step of these is faster than of the library's products, as
-measured (docs/benchmarks); cards that are not here were not measured and keep the library.
+FASTER_ROWS: dict[int, int] = {90: 128}
+"""By architecture: rows up to which a step's launches are chained (models/few_rows.py), as measured
+(docs/benchmarks); on cards that are not here layers run as in prefill.
 """
 
 PDL_ARCH = 90
@@ -238,10 +240,8 @@ def _few_rows_kernel(
 def form_of(capability: Capability, num_rows: int, weight: Tensor) -> Form | None:
     """The form of a product with a weight [N, K] for a number of rows; None: the library's."""
     num_outputs, columns = weight.shape
-    found = FORMS.get(capability.arch, {})
-    if (num_outputs, columns) in found:
-        return found[num_outputs, columns]
-    return general_form(capability, num_rows, num_outputs, columns)
+    form = FORMS.get(capability.arch, {}).get((num_outputs, columns))
+    return form if form is not None and form.tile.block_t >= num_rows else None
 
 
 def general_form(capability: Capability, num_rows: int, num_outputs: int, columns: int) -> Form:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sparring.kernels import Capability, jit, rounded, tl, triton
+from sparring.kernels.chain import Ahead, ask
 from sparring.kernels.paged_plan import DecodeWorkspace, span_of, split_of
 from sparring.kernels.rotate_write import (
     kv_dtype_of,
@@ -39,8 +40,10 @@ from sparring.kernels.splits import (
 )
 from sparring.layout import KVPool
 
-ASKS_FOR_KEYS = True
-"""In a chain of launches keys of few rows come to the L2 cache before the queries are there."""
+ASKED_BYTES = 24 << 20
+"""Of keys and values, asked for by a launch of a chain before the queries are there: half of an
+H100's L2 cache.
+"""
 
 __all__ = ["paged_decode_reference", "paged_decode_triton", "rotate_decode_triton"]
 
@@ -83,11 +86,39 @@ def read_slots(kv_pool: KVPool, layer: int, blocks: Tensor, places: Tensor) -> T
     return found.float() * kv_pool.scales[layer][blocks, :, :, places].unsqueeze(-1)
 
 
-@jit(do_not_specialize=["layer", "num_blocks", "num_slots", "table_stride", "window"])
+@jit
+def _before_turn(
+    k_ptr, table_ptr, length_ptr, next_ptr, next_lines, next_step, after_ptr, after_lines,
+    after_step, asked_keys, K: tl.constexpr, E: tl.constexpr, B: tl.constexpr, KEYS: tl.constexpr,
+    ASKS: tl.constexpr,
+):  # fmt: skip
+    """Asks for the program's first keys and values and for weights to come, then waits for its
+    turn.
+    """
+    part = tl.program_id(2)
+    if ASKS:
+        low = part * KEYS
+        end = tl.minimum(tl.load(length_ptr), low + tl.minimum(asked_keys, KEYS))
+        ask_for_keys(k_ptr, k_ptr + K * B * E, table_ptr, low, end, 2 * K * B * E, B, E)
+    program = (part * K + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+    programs = tl.num_programs(0) * K * tl.num_programs(2)
+    ask(next_ptr, next_lines, next_step, 0, program, programs)
+    ask(after_ptr, after_lines, after_step, 0, program, programs)
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
+
+
+@jit(
+    do_not_specialize=[
+        "layer", "num_blocks", "num_slots", "table_stride", "window", "next_lines", "next_step",
+        "after_lines", "after_step", "asked_keys",
+    ]
+)  # fmt: skip
 def _decode_kernel(
     q_ptr, address_ptr, tables_ptr, lengths_ptr, shared_ptr, out_ptr, partial_ptr, states_ptr,
     tickets_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, slots_ptr, stride_t, table_stride, layer,
-    num_blocks, num_slots, scale, window, eps,
+    num_blocks, num_slots, scale, window, eps, next_ptr, next_lines, next_step, after_ptr,
+    after_lines, after_step, asked_keys,
     K: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr, B: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, HAS_WINDOW: tl.constexpr,
     KV_DTYPE: tl.constexpr, LIMIT: tl.constexpr, SHARED: tl.constexpr, ROTATES: tl.constexpr,
@@ -99,15 +130,11 @@ def _decode_kernel(
     part = tl.program_id(2)
     pool_ptr = tl.multiple_of(tl.load(address_ptr).to(tl.pointer_type(KV_DTYPE)), 16)
     k_ptr = pool_ptr + (layer.to(tl.int64) * num_blocks * (2 * K) + kv_head) * (B * E)
-    if OVERLAPS:  # in a chain of launches, see few_rows.py; lengths are as the step began
-        if ASKS:
-            end = tl.minimum(tl.load(lengths_ptr + row), (part + 1) * SPLIT)
-            ask_for_keys(
-                k_ptr, k_ptr + K * B * E, tables_ptr + row * table_stride, part * SPLIT, end,
-                2 * K * B * E, B, E,
-            )  # fmt: skip
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    if OVERLAPS:  # in a chain of launches, see chain.py; lengths are as the step began
+        _before_turn(
+            k_ptr, tables_ptr + row * table_stride, lengths_ptr + row, next_ptr, next_lines,
+            next_step, after_ptr, after_lines, after_step, asked_keys, K, E, B, SPLIT * SPAN, ASKS,
+        )  # fmt: skip
     scales_ptr = scales_of(address_ptr, layer, num_blocks, kv_head, K, B, LIMIT)
     shared = 0
     if SHARED > 1:
@@ -239,9 +266,9 @@ def paged_decode_triton(
             q_RHE.contiguous(), kv_pool.address, tables_RN, lengths_R,
             lengths_R if shared_R is None else shared_R, out, workspace.partial, workspace.states,
             workspace.tickets, *[workspace.states] * 4, tables_RN, 0, tables_RN.stride(0), layer,
-            kv_pool.num_blocks, max_splits, LOG2_E / math.sqrt(size), window, 0.0,
-            HAS_WINDOW=window > 0, ROTATES=False, HAS_NORM=False, OVERLAPS=False, ASKS=False,
-            **form, **constants,
+            kv_pool.num_blocks, max_splits, LOG2_E / math.sqrt(size), window, 0.0, q_RHE, 0, 1,
+            q_RHE, 0, 1, 0, HAS_WINDOW=window > 0, ROTATES=False, HAS_NORM=False, OVERLAPS=False,
+            ASKS=False, **form, **constants,
         )  # fmt: skip
     return out
 
@@ -266,12 +293,14 @@ def rotate_decode_triton(
     workspace: DecodeWorkspace | None = None,
     shared_R: Tensor | None = None,
     overlaps: bool = False,
+    ahead: tuple[Ahead, Ahead] | None = None,
 ) -> Tensor:
     """`rotate_write` and `paged_decode_triton` of its queries in one launch, the same bits.
 
     The program of a row's last split writes the row's new key and value before it reads them; a row
     of length 0 writes nothing. overlaps: it may be launched while the launch before it runs, and
-    waits for that one (few_rows.py).
+    waits for that one (few_rows.py); ahead: weights of the next two products to be asked for before
+    that (chain.py).
     """
     rows, size = len(qkv_RC), kv_pool.data.shape[5]
     num_kv_heads = kv_pool.data.shape[3]
@@ -282,8 +311,11 @@ def rotate_decode_triton(
     has_norm = q_norm is not None and k_norm is not None
     constants = constants_of(kv_pool.data, num_heads) | split_of(capability, size) | OPTIONS
     constants["BLOCK_M"] = max(16, triton.next_power_of_2(num_heads // num_kv_heads + 2))
+    asked: list[object] = [qkv_RC, 0, 1, qkv_RC, 0, 1]
     if overlaps:
         constants["launch_pdl"] = True
+    if ahead is not None:
+        asked = [item for one in ahead for item in (one.weight, one.lines, one.stride)]
     if rows:
         form = _form(capability, rows, constants, shared_R, window)
         grid = (rows, num_kv_heads, _parts(max_splits, form))
@@ -293,8 +325,8 @@ def rotate_decode_triton(
             workspace.tickets, cos.contiguous(), sin.contiguous(),
             q_norm if has_norm else cos, k_norm if has_norm else cos, slots_R, qkv_RC.stride(0),
             tables_RN.stride(0), layer, kv_pool.num_blocks, max_splits, LOG2_E / math.sqrt(size),
-            window, eps, HAS_WINDOW=window > 0, ROTATES=True, HAS_NORM=has_norm,
-            OVERLAPS=overlaps, ASKS=overlaps and _asks(form, constants, window), **form,
+            window, eps, *asked, _keys_asked_for(grid, kv_pool), HAS_WINDOW=window > 0,
+            ROTATES=True, HAS_NORM=has_norm, OVERLAPS=overlaps, ASKS=overlaps and _asks(form, constants, window), **form,
             **constants,
         )  # fmt: skip
     return out
@@ -326,10 +358,16 @@ def _prepared(
 
 
 def _asks(form: dict[str, int], constants: dict[str, object], window: int) -> bool:
-    """Whether programs ask for their keys before their turn: few ones, of whole lines."""
+    """Whether programs ask for their keys before their turn: whole lines of 16-bit numbers."""
     lines = constants["B"] * constants["E"] // 64
-    few = form["SPAN"] == form["SHARED"] == 1 and not window
-    return ASKS_FOR_KEYS and few and lines & (lines - 1) == 0 and constants["LIMIT"] == 0
+    is_plain = form["SHARED"] == 1 and not window and constants["LIMIT"] == 0
+    return ASKED_BYTES > 0 and is_plain and lines & (lines - 1) == 0
+
+
+def _keys_asked_for(grid: tuple[int, ...], kv_pool: KVPool) -> int:
+    """Keys a program asks for, so that all of them are in the cache together."""
+    each = 2 * kv_pool.data.shape[5] * kv_pool.data.element_size()
+    return ASKED_BYTES // (math.prod(grid) * each) // kv_pool.block_size * kv_pool.block_size
 
 
 def _form(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparring.kernels import Capability
+from sparring.kernels.chain import Ahead
 from sparring.kernels.paged_attention import paged_decode_triton, rotate_decode_triton
 from sparring.kernels.paged_plan import DecodeWorkspace, PrefillTiles, sharing_pays, split_of
 from sparring.kernels.paged_prefill import paged_prefill_triton
@@ -116,10 +117,11 @@ class PagedKernelPlan:
         window: int,
         *,
         overlaps: bool = False,
+        ahead: tuple[Ahead, Ahead] | None = None,
     ) -> Tensor:
         """Norm and rotate the projection qkv [T, (H + 2K) E], write and attend: [T, H, E].
 
-        A decode step is one launch. overlaps: see kernels/few_rows.py; of a decode step only.
+        A decode step is one launch. overlaps, ahead: of a decode step only, see kernels/chain.py.
         """
         if self.tiles is None:
             num_heads = num_heads_of(qkv_TC, self.pool)
@@ -141,6 +143,7 @@ class PagedKernelPlan:
                 workspace=self._decode_workspace(num_heads),
                 shared_R=self._shared_splits(num_heads, window),
                 overlaps=overlaps,
+                ahead=ahead,
             )
         q_THE = rotate_write_triton(
             qkv_TC, cos, sin, q_norm, k_norm, eps, self.slots_T, self.pool, layer

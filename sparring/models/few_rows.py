@@ -16,9 +16,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparring.kernels import Capability
+from sparring.kernels.chain import Ahead, add_norm_ahead, ahead_of, swiglu_ahead
 from sparring.kernels.few_rows import Norm, Squares, few_rows, form_of, overlaps, squares_of
 from sparring.kernels.matmul import BLOCK
 from sparring.kernels.norm import add_rms_norm, rms_norm
+from sparring.kernels.paged_plan import split_of
 from sparring.kernels.step_start import start_step
 from sparring.kernels.swiglu import swiglu
 from sparring.layout import DecodeLayout, KVPool
@@ -27,6 +29,11 @@ from sparring.models.attention_paged_kernel import PagedKernelPlan
 from sparring.models.linear import Dense, Linear
 from sparring.models.quantised import Quantised
 from sparring.models.transformer import Decoder, DecoderLayer
+
+ASKED_BYTES = 16 << 20
+"""Of the weights of a product to come, asked for by one launch."""
+CACHE_BYTES = 24 << 20
+"""Of keys, values and weights that attention asks for: half of an H100's L2 cache."""
 
 
 def step_logits(
@@ -63,9 +70,9 @@ def step_logits(
             capability=model.capability,
             form=form,
         )[0]
-    if stream.added is None:
-        return model.logits(rms_norm(stream.x_TD, model.norm, stream.eps))
-    return model.logits(add_rms_norm(stream.added, stream.x_TD, model.norm, stream.eps)[0])
+    if isinstance(table, Tensor):
+        return model.logits(stream.normed(model.norm, table))
+    return model.logits(stream.normed(model.norm, model.norm))
 
 
 def serves(model: Decoder, num_rows: int, plan: AttentionPlan, adapter: str | None) -> bool:
@@ -125,15 +132,38 @@ class _Stream:
         if form is not None and self.squares is not None and form.folds_norm:
             folded = Norm(weight=norm, eps=self.eps, squares=self.squares)
             return product(self.x_TD, weight, linear.bias, norm=folded)[0]
-        if self.added is None:
+        # attention has asked for other lines of gate and up
+        normed = self.normed(norm, weight, turn=int(gated))
+        if form is not None:
+            return product(normed, weight, linear.bias)[0]
+        return F.linear(normed, weight, linear.bias)
+
+    def normed(self, norm: Tensor, weight: Tensor, *, turn: int = 0) -> Tensor:
+        """The stream's norm, with what was to be added; a product with the weight reads it."""
+        if overlaps(self.capability):
+            ahead = ahead_of(weight, ASKED_BYTES, turn=turn)
+            residual = None if self.added is None else self.x_TD
+            x_TD = self.x_TD if self.added is None else self.added
+            normed, self.x_TD = add_norm_ahead(x_TD, residual, norm, self.eps, ahead)
+        elif self.added is None:
             normed = rms_norm(self.x_TD, norm, self.eps)
         else:
             normed, self.x_TD = add_rms_norm(self.added, self.x_TD, norm, self.eps)
-            self.added = None
-        if form is not None:
-            return product(normed, weight, linear.bias)[0]
-        y = F.linear(normed, weight, linear.bias)
-        return swiglu(y) if gated else y
+        self.added = None
+        return normed
+
+    def gate(self, gate_up: Linear, norm: Tensor, down: Linear) -> Tensor:
+        """silu(gate) up of the normed stream, which `down` reads."""
+        weight = _weight_of(gate_up)
+        assert weight is not None, "`serves` says so"
+        y = self.into(norm, gate_up, gated=True)
+        if form_of(self.capability, len(y), weight) is not None:
+            return y
+        read = _weight_of(down)
+        assert read is not None, "`serves` says so"
+        if overlaps(self.capability):
+            return swiglu_ahead(y, ahead_of(read, ASKED_BYTES))
+        return swiglu(y)
 
     def onto(self, y: Tensor, linear: Linear, ahead: Linear | None = None) -> None:
         """Adds a product to the stream; weights of `ahead` may be asked for beside it."""
@@ -154,6 +184,22 @@ class _Stream:
             form=form,
             ahead=None if ahead is None else _weight_of(ahead),
         )
+
+
+def _beside_attention(layer: DecoderLayer, plan: PagedKernelPlan) -> tuple[Ahead, Ahead] | None:
+    """Weights that attention asks for: what the cache has room for beside its keys and values."""
+    data = plan.pool.data
+    split = split_of(layer.qkv.capability, data.shape[5])["SPLIT"]
+    tokens = len(plan.lengths_R) * plan.max_splits * split
+    room = CACHE_BYTES - tokens * 2 * data.shape[3] * data.shape[5] * data.element_size()
+    output, gate_up = _weight_of(layer.output), _weight_of(layer.gate_up)
+    assert output is not None, "`serves` says so"
+    assert gate_up is not None, "`serves` says so"
+    if room <= 0 or not overlaps(layer.qkv.capability):
+        return None
+    near = ahead_of(output, room)
+    room -= output.nbytes // near.stride
+    return near, ahead_of(gate_up, min(room, ASKED_BYTES))
 
 
 def run_layers(
@@ -179,8 +225,8 @@ def run_layers(
             layer.index,
             layer.window,
             overlaps=overlaps(capability),
+            ahead=_beside_attention(layer, plan),
         )
         stream.onto(attended.view(len(x_TD), -1), layer.output, layer.gate_up)
-        hidden = stream.into(layer.mlp_norm, layer.gate_up, gated=True)
-        stream.onto(hidden, layer.down)
+        stream.onto(stream.gate(layer.gate_up, layer.mlp_norm, layer.down), layer.down)
     return stream

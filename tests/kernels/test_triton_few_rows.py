@@ -10,7 +10,7 @@ import os
 import pytest
 import torch
 
-from sparring.kernels import capability_of, few_rows
+from sparring.kernels import capability_of, chain, few_rows
 from sparring.kernels.few_rows import (
     Form,
     Norm,
@@ -19,8 +19,9 @@ from sparring.kernels.few_rows import (
     general_form,
     squares_of,
 )
-from sparring.kernels.norm import rms_norm
+from sparring.kernels.norm import add_rms_norm_triton, rms_norm_triton
 from sparring.kernels.step_start import start_step, start_step_reference, start_step_triton
+from sparring.kernels.swiglu import swiglu_triton
 from sparring.layout import DecodeLayout
 from sparring.models.attention_paged_kernel import PagedKernelPlan
 from sparring.models.few_rows import run_layers
@@ -114,6 +115,37 @@ def test_a_chain_of_layers_finds_its_own_squares():
     assert error(y, want) < 2 * LIMIT[dtype]
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+def test_norm_and_swiglu_of_a_chain_have_the_bits_of_the_plain_ones(rows):
+    dtype, width = torch.bfloat16, 96
+    x, before = (random(rows, width, dtype=dtype, seed=i) for i in (1, 2))
+    gain = random(width, dtype=dtype, seed=3) + 1
+    ahead = chain.ahead_of(random(64, width, dtype=dtype, seed=4), 1 << 20)
+    given = {"ahead": ahead, "overlaps": few_rows.overlaps(CAPABILITY)}
+    for residual in (None, before):
+        got = chain.add_norm_ahead(x, residual, gain, 1e-6, **given)
+        if residual is None:
+            want = (rms_norm_triton(x, gain, 1e-6), x)
+        else:
+            want = add_rms_norm_triton(x, residual, gain, 1e-6)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    gate_up = random(rows, 2 * 1100, dtype=dtype, seed=5)
+    assert torch.equal(chain.swiglu_ahead(gate_up, **given), swiglu_triton(gate_up))
+
+
+def test_which_lines_are_asked_for():
+    weight = torch.empty(48, 640, dtype=torch.bfloat16)  # 480 lines of 64 numbers
+    whole = chain.ahead_of(weight, 1 << 20)
+    assert (whole.lines, whole.stride, whole.first) == (480, 1, 0)
+    assert chain.ahead_of(weight, 1 << 20, turn=1).lines == 0, "nothing is left to ask for"
+    parts = [chain.ahead_of(weight, 20_000, turn=turn) for turn in (0, 1)]
+    lines = [set(range(one.first, one.first + one.lines * one.stride, one.stride)) for one in parts]
+    assert not lines[0] & lines[1]
+    assert max(lines[0] | lines[1]) < 480
+    assert all(len(each) * 128 <= 20_000 for each in lines)
+    assert chain.ahead_of(weight, 0).lines == 0
+
+
 def test_the_start_of_a_step():
     table = random(50, 72, dtype=torch.bfloat16, seed=1)
     ids = torch.tensor([0, 49, 7, 7, 3], device=DEVICE)
@@ -127,9 +159,12 @@ def test_the_start_of_a_step():
         assert (table_got - table_want).abs().max() < 3e-7
 
 
+@pytest.mark.parametrize("folds", [False, True])
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_a_decoder_in_five_launches_a_layer(qk_norm):
-    """The layers' own forward and the folded one, over the same keys and values."""
+def test_a_decoder_step_as_a_chain(qk_norm, folds, monkeypatch):
+    """The layers' own forward and the chain, with the library's products and with folded ones, over
+    the same keys and values.
+    """
     config = TransformerConfig(
         family="qwen2", vocab_size=50, width=64, num_layers=2, num_heads=4, num_kv_heads=2,
         head_size=16, ffn_width=128, norm_eps=1e-6, rope=RopeConfig(), windows=(0, 5),
@@ -138,6 +173,9 @@ def test_a_decoder_in_five_launches_a_layer(qk_norm):
     model = Decoder(config, device=DEVICE, dtype=torch.bfloat16, capability=CAPABILITY)
     model.init_weights(0)
     rows, context = 3, 13
+    shapes = {tuple(p.shape) for p in model.parameters() if p.dim() == 2} if folds else set()
+    forms = {shape: general_form(CAPABILITY, rows, *shape) for shape in shapes}
+    monkeypatch.setitem(few_rows.FORMS, CAPABILITY.arch, forms)
     found = []
     for fuses in (False, True):
         pool = new_kv_pool(config, 4, 16, torch.bfloat16, DEVICE)
@@ -157,9 +195,10 @@ def test_a_decoder_in_five_launches_a_layer(qk_norm):
             if fuses:
                 start = start_step(model.embed.weight, tokens, positions, model.frequencies_E2)
                 stream = run_layers(list(model.layers), *start, plan)
-                x, squares = stream.x_TD, stream.squares
-                assert error(squares.parts.sum(0), x.float().square().sum(1)) < 1e-6
-                out = rms_norm(x, model.norm, config.norm_eps)
+                if folds:
+                    kept = stream.x_TD.float().square().sum(1)
+                    assert error(stream.squares.parts.sum(0), kept) < 1e-6
+                out = stream.normed(model.norm, model.embed.weight)
             else:
                 out = model.infer(model.embed.rows(tokens), cos, sin, plan, None)
         found.append((out, pool.data))
