@@ -326,8 +326,8 @@ def rotate_decode_triton(
             q_norm if has_norm else cos, k_norm if has_norm else cos, slots_R, qkv_RC.stride(0),
             tables_RN.stride(0), layer, kv_pool.num_blocks, max_splits, LOG2_E / math.sqrt(size),
             window, eps, *asked, _keys_asked_for(grid, kv_pool), HAS_WINDOW=window > 0,
-            ROTATES=True, HAS_NORM=has_norm, OVERLAPS=overlaps, ASKS=overlaps and _asks(form, constants, window), **form,
-            **constants,
+            ROTATES=True, HAS_NORM=has_norm, OVERLAPS=overlaps,
+            ASKS=overlaps and _asks(form, constants, window), **form, **constants,
         )  # fmt: skip
     return out
 
