@@ -44,7 +44,10 @@ def test_paged_decode(span, block_size, size, arch):
     constants |= {"ROTATES": block_size == 64, "HAS_NORM": True, "OVERLAPS": arch >= 90}
     constants["ASKS"] = arch >= 90 and size in (64, 128, 256)
     constants |= split_of(Capability(arch=arch, tensor_dots=True), size)
-    found, ptx = check(paged_attention._decode_kernel, POINTERS, constants, arch, products=True)
+    limit = 16 if size <= 128 else 64  # a few registers of several splits of the largest heads
+    found, ptx = check(
+        paged_attention._decode_kernel, POINTERS, constants, arch, products=True, stack_limit=limit
+    )
     assert found == {90: {"wgmma.mma"}, 100: {"tcgen05.mma"}}.get(arch, {"mma.sync"})
     assert "cp.async.cg.shared.global" in ptx, "keys are under way while others are used"
 

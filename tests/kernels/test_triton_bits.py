@@ -206,17 +206,16 @@ def run_shared(monkeypatch, heads, kv_heads, size, lengths, shared, block_size=1
     how = {"max_splits": most, "capability": CAPABILITY, "workspace": workspace}
     rotate_decode_triton(qkv, *rotation, pool, 1, tables, lengths_R, **how)  # it writes
     outputs = []
-    for span in (1, 2):
+    for span, shared_R in ((1, None), (2, None), (1, counted), (2, counted)):
         monkeypatch.setattr(paged_attention, "span_of", lambda *_, n=span: n)
-        for shared_R in (None, counted, counted):
-            workspace.partial.fill_(float("nan"))
-            workspace.states.fill_(float("nan"))
-            plain = paged_decode_triton(q, pool, 1, tables, lengths_R, shared_R=shared_R, **how)
-            rotated = rotate_decode_triton(
-                qkv, *rotation, pool, 1, tables, lengths_R, shared_R=shared_R, **how
-            )
-            outputs.append((plain, rotated))
-            assert not workspace.tickets.any(), "every ticket is given back"
+        workspace.partial.fill_(float("nan"))
+        workspace.states.fill_(float("nan"))
+        plain = paged_decode_triton(q, pool, 1, tables, lengths_R, shared_R=shared_R, **how)
+        rotated = rotate_decode_triton(
+            qkv, *rotation, pool, 1, tables, lengths_R, shared_R=shared_R, **how
+        )
+        outputs.append((plain, rotated))
+        assert not workspace.tickets.any(), "every ticket is given back"
     assert not outputs[0][0].isnan().any()
     assert not outputs[0][1].isnan().any()
     for plain, rotated in outputs[1:]:
