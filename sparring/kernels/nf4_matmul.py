@@ -15,7 +15,7 @@ memory, which every tile of weight rows does again. Few rows in that order on sm
 adapter, go to kernels/nf4_hopper.py, which computes the same bits.
 
 Bytes: 0.516 a weight (0.5625 without double quantisation) once per tile of rows of x, 2 (K + N) a
-row. 4.3 to 5 instructions a weight on sm_90 for up to 64 rows, some 3.1 of them integer ones of
+row. 4.3 to 5.5 instructions a weight on sm_90 for up to 64 rows, some 3.1 of them integer ones of
 decoding. From some number of rows on, decoding to memory and a library product is
 faster; a copy of the decoded weights, where there is room, is faster still.
 """
