@@ -23,6 +23,7 @@ from sparring.kernels import Capability, jit, rounded, tl, triton
 from sparring.kernels.chain import Ahead, ask
 from sparring.kernels.paged_plan import DecodeWorkspace, span_of, split_of
 from sparring.kernels.rotate_write import (
+    LEAST_VALUES,
     kv_dtype_of,
     num_heads_of,
     rotated_heads,
@@ -310,7 +311,10 @@ def rotate_decode_triton(
     )
     has_norm = q_norm is not None and k_norm is not None
     constants = constants_of(kv_pool.data, num_heads) | split_of(capability, size) | OPTIONS
-    constants["BLOCK_M"] = max(16, triton.next_power_of_2(num_heads // num_kv_heads + 2))
+    columns = max(16, triton.next_power_of_2(num_heads // num_kv_heads + 2))
+    if has_norm:
+        columns = max(columns, LEAST_VALUES // constants["BLOCK_E"])
+    constants["BLOCK_M"] = columns
     asked: list[object] = [qkv_RC, 0, 1, qkv_RC, 0, 1]
     if overlaps:
         constants["launch_pdl"] = True
@@ -380,9 +384,9 @@ def _form(
     """How programs share the work of so many rows: splits one takes, and rows of a chunk."""
     chunk = 1 if shared_R is None else chunk_of(constants["GROUP"])
     assert chunk == 1 or not window, "a window's rows share no splits"
-    width = triton.next_power_of_2(chunk * constants["GROUP"])
+    width = max(triton.next_power_of_2(chunk * constants["GROUP"]), constants["BLOCK_M"])
     span = span_of(capability, rows * constants["K"], constants["E"])
-    return {"SPAN": span, "SHARED": chunk, "BLOCK_W": max(16, width)}
+    return {"SPAN": span, "SHARED": chunk, "BLOCK_W": width}
 
 
 def _parts(max_splits: int, form: dict[str, int]) -> int:

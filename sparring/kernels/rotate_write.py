@@ -21,6 +21,11 @@ from sparring.layout import KVPool
 
 __all__ = ["rotate_write", "rotate_write_reference", "rotate_write_triton"]
 
+LEAST_VALUES = 1024
+"""Values a tile of heads has at least where they are normed: eight a thread, as in the norm's own
+tile, since what a thread holds decides the order of a sum.
+"""
+
 
 def num_heads_of(qkv_TC: Tensor, kv_pool: KVPool) -> int:
     """Query heads H, from the widths of the projection and of the pool's heads."""
@@ -150,8 +155,8 @@ def rotated_heads(
     E: tl.constexpr, BLOCK_E: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
     """Heads [M], [M, BLOCK_E]: what the kernel above makes of them, for a kernel that goes on with
-    them; M BLOCK_E must be at least the norm's tile. Every column finds its partner in the other
-    half of the head. row_ptr, cos_ptr, sin_ptr: of one token, or [M, 1] of as many tokens.
+    them; with a norm M BLOCK_E must be at least LEAST_VALUES. Every column finds its partner in the
+    other half of the head. row_ptr, cos_ptr, sin_ptr: of one token, or [M, 1] of as many tokens.
     """
     HALF: tl.constexpr = E // 2
     columns = tl.arange(0, BLOCK_E)

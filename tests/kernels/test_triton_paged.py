@@ -251,7 +251,14 @@ def test_how_programs_share_the_splits_changes_no_bit(window, size, span, monkey
 @pytest.mark.parametrize("has_norm", [True, False])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "size"),
-    [(7, 1, 64), *(pytest.param(*n, marks=SLOW) for n in ((28, 4, 128), (4, 2, 80), (16, 8, 128)))],
+    [
+        (7, 1, 64),
+        (4, 2, 32),
+        *(
+            pytest.param(*n, marks=SLOW)
+            for n in ((28, 4, 128), (4, 2, 80), (16, 8, 128), (4, 2, 16))
+        ),
+    ],
 )
 def test_one_launch_for_rotation_writing_and_decoding(heads, kv_heads, size, has_norm):
     lengths = (1, 0, 17, SPLIT, 2 * SPLIT + 5)
