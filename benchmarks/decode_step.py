@@ -169,29 +169,32 @@ def knobs(model: Decoder, chosen: dict[str, Any]) -> Iterator[None]:
     """What the chain asks for, and forms of products, changed for a while."""
     forms = {k: v for k, v in chosen.items() if isinstance(v, Form)}
     kept = chain_of_steps.ASKED_BYTES, chain_of_steps.CACHE_BYTES, few_rows.FORMS
+    chain_of_steps.ASKS_FOR_WEIGHTS = "asked" in chosen or "beside attention" in chosen
     chain_of_steps.ASKED_BYTES = chosen.get("asked", kept[0])
     chain_of_steps.CACHE_BYTES = chosen.get("beside attention", kept[1])
     keys = paged_attention.ASKED_BYTES
     paged_attention.ASKED_BYTES = chosen.get("keys", keys)
-    if forms:
+    if forms or "forms" in chosen:
         shapes = shapes_of(model)
         few_rows.FORMS = {model.capability.arch: {shapes[k]: v for k, v in forms.items()}}
     try:
         yield
     finally:
         chain_of_steps.ASKED_BYTES, chain_of_steps.CACHE_BYTES, few_rows.FORMS = kept
+        chain_of_steps.ASKS_FOR_WEIGHTS = False
         paged_attention.ASKED_BYTES = keys
 
 
 def variants_of(num_rows: int) -> dict[str, dict[str, Any]]:
     """What is varied of an overlapping step."""
     found: dict[str, dict[str, Any]] = {
-        "nothing asked for": {"asked": 0, "beside attention": 0, "keys": 0},
-        "keys alone": {"asked": 0, "beside attention": 0},
-        "no weights beside attention": {"beside attention": 0},
-        "40 MiB of keys": {"keys": 40 << 20},
-        "8 MiB": {"asked": 8 << 20},
-        "32 MiB": {"asked": 32 << 20, "beside attention": 40 << 20},
+        "no keys asked for": {"keys": 0},
+        "early norms, no weights": {"asked": 0, "beside attention": 0},
+        "weights, none beside attention": {"beside attention": 0},
+        "weights": {"asked": 16 << 20},
+        "8 MiB of weights": {"asked": 8 << 20},
+        "32 MiB of weights": {"asked": 32 << 20, "beside attention": 40 << 20},
+        "library's products": {"forms": {}},
     }
     if num_rows > 32:
         return found

@@ -59,15 +59,25 @@ class Form:
     folds_norm: bool = True
 
 
-FORMS: dict[int, dict[tuple[int, int], Form | None]] = {}
-"""By architecture and shape [N, K], where it was measured to be faster than the library's product;
-for up to as many rows as the tile holds.
+FORMS: dict[int, dict[tuple[int, int], Form]] = {
+    90: {
+        # Qwen2.5-1.5B: qkv, o, down and head at 8 rows
+        (2048, 1536): Form(Tile(64, 16, 4, 4), 6),
+        (1536, 1536): Form(Tile(32, 16, 4, 4), 2),
+        (1536, 8960): Form(Tile(64, 16, 4, 4), 5),
+        (151936, 1536): Form(Tile(128, 16, 4, 3)),
+        # Qwen2.5-7B: gate and up at 32 rows
+        (37888, 3584): Form(Tile(64, 32, 4, 3), folds_norm=False),
+    },
+}
+"""By architecture and shape [N, K], where a whole step was measured to be faster than with the
+library's product (benchmarks/decode_step.py --search); for as many rows as need that tile.
 """
 
 PREFETCHED_BYTES = 16 << 20
 """Of a matrix, asked for before its launch may begin: what the L2 cache keeps until then."""
 
-FASTER_ROWS: dict[int, int] = {90: 128}
+FASTER_ROWS: dict[int, int] = {90: 32}
 """By architecture: rows up to which a step's launches are chained (models/few_rows.py), as measured
 (docs/benchmarks); on cards that are not here layers run as in prefill.
 """
@@ -241,7 +251,10 @@ def form_of(capability: Capability, num_rows: int, weight: Tensor) -> Form | Non
     """The form of a product with a weight [N, K] for a number of rows; None: the library's."""
     num_outputs, columns = weight.shape
     form = FORMS.get(capability.arch, {}).get((num_outputs, columns))
-    return form if form is not None and form.tile.block_t >= num_rows else None
+    if form is None:
+        return None
+    most = form.tile.block_t
+    return form if num_rows <= most and (most == 16 or num_rows > most // 2) else None
 
 
 def general_form(capability: Capability, num_rows: int, num_outputs: int, columns: int) -> Form:

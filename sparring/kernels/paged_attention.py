@@ -364,7 +364,7 @@ def _prepared(
 def _asks(form: dict[str, int], constants: dict[str, object], window: int) -> bool:
     """Whether programs ask for their keys before their turn: whole lines of 16-bit numbers."""
     lines = constants["B"] * constants["E"] // 64
-    is_plain = form["SHARED"] == 1 and not window and constants["LIMIT"] == 0
+    is_plain = form["SPAN"] == form["SHARED"] == 1 and not window and constants["LIMIT"] == 0
     return ASKED_BYTES > 0 and is_plain and lines & (lines - 1) == 0
 
 

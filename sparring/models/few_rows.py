@@ -30,6 +30,10 @@ from sparring.models.linear import Dense, Linear
 from sparring.models.quantised import Quantised
 from sparring.models.transformer import Decoder, DecoderLayer
 
+ASKS_FOR_WEIGHTS = False
+"""Whether norms and SwiGLU are launched early, and they and attention ask for weights of products to
+come (kernels/chain.py): the same bits, not yet timed against doing without.
+"""
 ASKED_BYTES = 16 << 20
 """Of the weights of a product to come, asked for by one launch."""
 CACHE_BYTES = 24 << 20
@@ -140,7 +144,7 @@ class _Stream:
 
     def normed(self, norm: Tensor, weight: Tensor, *, turn: int = 0) -> Tensor:
         """The stream's norm, with what was to be added; a product with the weight reads it."""
-        if overlaps(self.capability):
+        if ASKS_FOR_WEIGHTS and overlaps(self.capability):
             ahead = ahead_of(weight, ASKED_BYTES, turn=turn)
             residual = None if self.added is None else self.x_TD
             x_TD = self.x_TD if self.added is None else self.added
@@ -161,7 +165,7 @@ class _Stream:
             return y
         read = _weight_of(down)
         assert read is not None, "`serves` says so"
-        if overlaps(self.capability):
+        if ASKS_FOR_WEIGHTS and overlaps(self.capability):
             return swiglu_ahead(y, ahead_of(read, ASKED_BYTES))
         return swiglu(y)
 
@@ -195,7 +199,7 @@ def _beside_attention(layer: DecoderLayer, plan: PagedKernelPlan) -> tuple[Ahead
     output, gate_up = _weight_of(layer.output), _weight_of(layer.gate_up)
     assert output is not None, "`serves` says so"
     assert gate_up is not None, "`serves` says so"
-    if room <= 0 or not overlaps(layer.qkv.capability):
+    if not ASKS_FOR_WEIGHTS or room <= 0 or not overlaps(layer.qkv.capability):
         return None
     near = ahead_of(output, room)
     room -= output.nbytes // near.stride

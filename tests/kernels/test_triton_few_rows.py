@@ -6,11 +6,12 @@ The interpreter's process is started by tests/kernels/test_processes.py.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 
-from sparring.kernels import capability_of, chain, few_rows
+from sparring.kernels import Capability, capability_of, chain, few_rows
 from sparring.kernels.few_rows import (
     Form,
     Norm,
@@ -23,6 +24,7 @@ from sparring.kernels.norm import add_rms_norm_triton, rms_norm_triton
 from sparring.kernels.step_start import start_step, start_step_reference, start_step_triton
 from sparring.kernels.swiglu import swiglu_triton
 from sparring.layout import DecodeLayout
+from sparring.models import few_rows as steps
 from sparring.models.attention_paged_kernel import PagedKernelPlan
 from sparring.models.few_rows import run_layers
 from sparring.models.rope import RopeConfig, inverse_frequencies
@@ -133,6 +135,17 @@ def test_norm_and_swiglu_of_a_chain_have_the_bits_of_the_plain_ones(rows):
     assert torch.equal(chain.swiglu_ahead(gate_up, **given), swiglu_triton(gate_up))
 
 
+def test_forms_serve_the_rows_they_were_measured_for():
+    hopper = Capability(arch=90, tensor_dots=True)
+    weight = torch.empty(2048, 1536, device="meta")
+    assert few_rows.form_of(hopper, 8, weight) is not None
+    assert few_rows.form_of(hopper, 17, weight) is None
+    gate_up = torch.empty(37888, 3584, device="meta")
+    found = [few_rows.form_of(hopper, n, gate_up) is not None for n in (16, 17, 32, 33)]
+    assert found == [False, True, True, False]
+    assert few_rows.form_of(Capability(arch=80, tensor_dots=True), 8, weight) is None
+
+
 def test_which_lines_are_asked_for():
     weight = torch.empty(48, 640, dtype=torch.bfloat16)  # 480 lines of 64 numbers
     whole = chain.ahead_of(weight, 1 << 20)
@@ -159,9 +172,10 @@ def test_the_start_of_a_step():
         assert (table_got - table_want).abs().max() < 3e-7
 
 
+@pytest.mark.parametrize("asks", [False, True])
 @pytest.mark.parametrize("folds", [False, True])
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_a_decoder_step_as_a_chain(qk_norm, folds, monkeypatch):
+def test_a_decoder_step_as_a_chain(qk_norm, folds, asks, monkeypatch):
     """The layers' own forward and the chain, with the library's products and with folded ones, over
     the same keys and values.
     """
@@ -174,8 +188,12 @@ def test_a_decoder_step_as_a_chain(qk_norm, folds, monkeypatch):
     model.init_weights(0)
     rows, context = 3, 13
     shapes = {tuple(p.shape) for p in model.parameters() if p.dim() == 2} if folds else set()
-    forms = {shape: general_form(CAPABILITY, rows, *shape) for shape in shapes}
+    forms = {}
+    for shape in shapes:
+        form = general_form(CAPABILITY, rows, *shape)
+        forms[shape] = replace(form, tile=replace(form.tile, block_t=16))
     monkeypatch.setitem(few_rows.FORMS, CAPABILITY.arch, forms)
+    monkeypatch.setattr(steps, "ASKS_FOR_WEIGHTS", asks)
     found = []
     for fuses in (False, True):
         pool = new_kv_pool(config, 4, 16, torch.bfloat16, DEVICE)
