@@ -61,11 +61,10 @@ class Form:
 
 FORMS: dict[int, dict[tuple[int, int], Form]] = {
     90: {
-        # Qwen2.5-1.5B: qkv, o, down and head at 8 rows
+        # Qwen2.5-1.5B: qkv, o and down at 8 rows
         (2048, 1536): Form(Tile(64, 16, 4, 4), 6),
         (1536, 1536): Form(Tile(32, 16, 4, 4), 2),
         (1536, 8960): Form(Tile(64, 16, 4, 4), 5),
-        (151936, 1536): Form(Tile(128, 16, 4, 3)),
         # Qwen2.5-7B: gate and up at 32 rows
         (37888, 3584): Form(Tile(64, 32, 4, 3), folds_norm=False),
     },

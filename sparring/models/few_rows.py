@@ -31,8 +31,8 @@ from sparring.models.quantised import Quantised
 from sparring.models.transformer import Decoder, DecoderLayer
 
 ASKS_FOR_WEIGHTS = False
-"""Whether norms and SwiGLU are launched early, and they and attention ask for weights of products to
-come (kernels/chain.py): the same bits, not yet timed against doing without.
+"""Whether norms and SwiGLU are launched early, and they and attention ask for weights of products
+to come (kernels/chain.py): the same bits, not yet timed against doing without.
 """
 ASKED_BYTES = 16 << 20
 """Of the weights of a product to come, asked for by one launch."""
