@@ -311,10 +311,7 @@ def rotate_decode_triton(
     )
     has_norm = q_norm is not None and k_norm is not None
     constants = constants_of(kv_pool.data, num_heads) | split_of(capability, size) | OPTIONS
-    columns = max(16, triton.next_power_of_2(num_heads // num_kv_heads + 2))
-    if has_norm:
-        columns = max(columns, LEAST_VALUES // constants["BLOCK_E"])
-    constants["BLOCK_M"] = columns
+    constants["BLOCK_M"] = rotated_columns(constants["GROUP"], constants["BLOCK_E"], has_norm)
     asked: list[object] = [qkv_RC, 0, 1, qkv_RC, 0, 1]
     if overlaps:
         constants["launch_pdl"] = True
@@ -372,6 +369,14 @@ def _keys_asked_for(grid: tuple[int, ...], kv_pool: KVPool) -> int:
     """Keys a program asks for, so that all of them are in the cache together."""
     each = 2 * kv_pool.data.shape[5] * kv_pool.data.element_size()
     return ASKED_BYTES // (math.prod(grid) * each) // kv_pool.block_size * kv_pool.block_size
+
+
+def rotated_columns(group: int, block_e: int, has_norm: bool) -> int:
+    """Columns of a tile of heads to be rotated: queries, a key and a value; with a norm as many as
+    its order of sums takes.
+    """
+    least = LEAST_VALUES // block_e if has_norm else 16
+    return max(16, least, triton.next_power_of_2(group + 2))
 
 
 def _form(

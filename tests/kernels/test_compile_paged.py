@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from sparring.kernels import (
     Capability,
+    norm,
     paged_attention,
     paged_prefill,
     rotate_write,
@@ -16,7 +19,7 @@ from sparring.kernels.attention_plan import tile_of
 from sparring.kernels.paged_plan import sharing_pays, span_of, split_of
 from sparring.kernels.shared_decode import chunk_of
 from sparring.kernels.splits import OPTIONS as SPLIT_OPTIONS
-from tests.kernels.test_compile import ARCHS, POINTERS, check, triton
+from tests.kernels.test_compile import ARCHS, OPTIONS, POINTERS, check, triton
 
 POINTERS = {
     **POINTERS,
@@ -135,3 +138,46 @@ def test_how_much_work_a_program_takes():
     assert not sharing_pays(h200, 512, 2)
     assert not sharing_pays(h200, 1024, 7)
     assert not sharing_pays(ada, 4096, 2)
+
+
+def lanes_of_sums(kernel, constants, pointers) -> list[tuple[str, str]]:
+    """(shape, values a thread and threads a row) of every sum over the rows of a matrix."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    options = {name: constants.pop(name) for name in OPTIONS & constants.keys()}
+    plain = {"eps": "fp32", "scale": "fp32"}
+    signature = {
+        name: "constexpr" if name in constants else pointers.get(name, plain.get(name, "i32"))
+        for name in kernel.arg_names
+    }
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or name.startswith("stride")
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    text = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ttgir"]
+    layouts = dict(re.findall(r"^(#\w+) = #ttg.blocked<([^>]*)>", text, re.M))
+    first = r'"tt.reduce"\([^)]*\) <{axis = 1 : i32}>'
+    sums = re.findall(first + r".*?\(tensor<([\dx]+)xf32, (#\w+)>\)", text, re.S)
+    lanes = r"sizePerThread = \[\d+, (\d+)\], threadsPerWarp = \[\d+, (\d+)\]"
+    return [(shape, "x".join(re.search(lanes, layouts[name]).groups())) for shape, name in sums]
+
+
+@pytest.mark.parametrize(
+    "size", [32, *(pytest.param(n, marks=pytest.mark.slow) for n in (16, 128))]
+)
+def test_heads_are_normed_by_as_many_threads_as_in_the_norm(size):
+    """What a thread holds decides the order of a sum, and so the last bit of a normed head."""
+    norms = {"D": size, "HAS_RESIDUAL": False, "enable_fp_fusion": True, **norm.tile_of(size)}
+    flags = {name: False for name in norm._forward_kernel.arg_names if name.isupper()}
+    [(_, alone)] = lanes_of_sums(norm._forward_kernel, flags | norms, POINTERS)
+    columns = paged_attention.rotated_columns(2, size, has_norm=True)
+    constants = paged_constants(size, 64) | SPLIT_OPTIONS | {"GROUP": 2, "BLOCK_M": columns}
+    constants |= {"ROTATES": True, "HAS_NORM": True, "SHARED": 1, "BLOCK_W": columns, "SPAN": 1}
+    constants |= split_of(Capability(arch=90, tensor_dots=True), size)
+    kernel = paged_attention._decode_kernel
+    flags = {name: False for name in kernel.arg_names if name.isupper() and name not in constants}
+    fused = dict(lanes_of_sums(kernel, flags | constants, POINTERS))
+    assert fused[f"{columns}x{size}"] == alone
