@@ -287,15 +287,8 @@ FOLDED = {
 }
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize(
-    "rows", [8, *(pytest.param(n, marks=pytest.mark.slow) for n in (32, 64, 128))]
-)
-@pytest.mark.parametrize("which", FOLDED)
-def test_few_rows(which, rows, arch):
-    capability = Capability(arch=arch, tensor_dots=True)
-    overlaps = few_rows.overlaps(capability)
-    tile = few_rows.general_form(capability, rows, 1536, 8960).tile
+def check_few_rows(tile, which, arch):
+    overlaps = few_rows.overlaps(Capability(arch=arch, tensor_dots=True))
     constants = {
         "BLOCK_N": tile.block_n, "BLOCK_T": tile.block_t, "BLOCK_K": tile.block_k,
         "STAGES": tile.num_stages, "BLOCK_S": 64, "EVEN_K": True, "num_warps": tile.num_warps,
@@ -314,6 +307,24 @@ def test_few_rows(which, rows, arch):
         before = ptx[: ptx.index("griddepcontrol.wait")]
         assert "prefetch.global.L2" in before
         assert not re.search(r"(ld|st|atom|red|cp\.async)\S*\.global|ld\.volatile", before)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    "rows", [8, *(pytest.param(n, marks=pytest.mark.slow) for n in (32, 64, 128))]
+)
+@pytest.mark.parametrize("which", FOLDED)
+def test_few_rows(which, rows, arch):
+    capability = Capability(arch=arch, tensor_dots=True)
+    check_few_rows(few_rows.general_form(capability, rows, 1536, 8960).tile, which, arch)
+
+
+@pytest.mark.parametrize("which", FOLDED)
+def test_forms_that_are_in_use(which):
+    tiles = {form.tile for form in few_rows.FORMS[90].values()}
+    assert tiles
+    for tile in tiles:
+        check_few_rows(tile, which, 90)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
