@@ -146,6 +146,7 @@ def merged(layer, leaves):
     return weight
 
 
+@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")  # autograd's thread, its first call
 @pytest.mark.parametrize(
     ("targets", "kernels"),
     [
