@@ -15,7 +15,7 @@ from sparring.kernels import capability_for
 from sparring.models import quantised
 from sparring.models.attention_paged_kernel import PagedKernelPlan
 from sparring.models.attention_shared import KernelPlan
-from sparring.recipe import build_recipe
+from sparring.recipe import build_recipe, load_recipe
 from sparring.train import grpo, sft
 from sparring.train.measure import measure
 from tests.train.tiny_run import grpo_recipe, sft_recipe, write_checkpoint, write_data
@@ -176,3 +176,20 @@ def test_what_only_samples_keeps_to_a_budget(folder: Path) -> None:
             sparring.generate(model, tokenizer, ["One"], memory=1 << 30)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_a_recipe_in_bitwise_mode_writes_as_the_default_does(tmp_path: Path) -> None:
+    rewards = {}
+    for is_bitwise in (False, True):
+        directory = tmp_path / str(is_bitwise)
+        overrides = ["--model.dtype", "bfloat16", "--run.bitwise", str(is_bitwise).lower()]
+        overrides += ["--run.dir", str(directory), "--train.steps", "3", "--eval.limit", "64"]
+        grpo.train(load_recipe("quickstart", overrides, command="grpo"))
+        steps = [record.metrics for record in runlog.read_steps(directory)]
+        rewards[is_bitwise] = [step["reward"] for step in steps]
+        largest = [step["mismatch_max"] for step in steps if "mismatch_max" in step]
+        assert largest
+        assert not is_bitwise or not any(largest), "the trainer's bits are the sampler's"
+    assert min(rewards[False]) > 0.3
+    for one, other in zip(rewards[False], rewards[True], strict=True):
+        assert abs(one - other) < 0.15, rewards
