@@ -238,8 +238,9 @@ def hold_budget(
     memory: int | Literal["auto"], device: torch.device, say: Callable[[str], None]
 ) -> int:
     """Bytes that a process may take, context included, by run.memory; the allocator is told."""
-    if device.index is None:  # the allocator's limits are set by a card's number
-        device = torch.device("cuda", torch.cuda.current_device())
+    # the allocator's limits are set by a card's number
+    index = torch.cuda.current_device() if device.index is None else device.index
+    device = torch.device("cuda", index)
     total = int(torch.cuda.get_device_properties(device).total_memory)
     free = free_bytes(device) + torch.cuda.memory_reserved(device)
     if memory == "auto":

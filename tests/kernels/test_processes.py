@@ -22,6 +22,10 @@ FILES = {
 }
 FIRST = {"", "attention"}
 """What one of the two processes runs; the other runs all the rest."""
+NOT_INTERPRETED = {"nf4_hopper._kernel"}
+"""Gluon: its layouts and instructions are sm_90's, which no interpreter has. It is compiled in
+test_compile.py; tests/models/test_order_gpu.py compares its bits with the interpreted kernel's.
+"""
 
 
 def start(names: set[str], launches: Path) -> subprocess.Popen[str]:
@@ -53,5 +57,6 @@ def test_every_kernel_in_the_interpreter(tmp_path: Path):
         assert process.returncode == 0, text[-4000:]
         assert " passed" in text
     launched = {line for launches in lists for line in launches.read_text().splitlines()}
-    missing = KERNELS - launched
+    assert NOT_INTERPRETED <= KERNELS, "the list names what is there"
+    missing = KERNELS - launched - NOT_INTERPRETED
     assert not missing, f"no test in tests/kernels/test_triton*.py launches {sorted(missing)}"
