@@ -47,7 +47,8 @@ def test_paged_decode(span, block_size, size, arch):
     constants |= {"ROTATES": block_size == 64, "HAS_NORM": True, "OVERLAPS": arch >= 90}
     constants["ASKS"] = arch >= 90 and size in (64, 128, 256)
     constants |= split_of(Capability(arch=arch, tensor_dots=True), size)
-    limit = 16 if size <= 128 else 64  # a few registers of several splits of the largest heads
+    # bytes of stack: heads of 80 spill 24 on sm_120, the largest a few registers of several splits
+    limit = {80: 32, 256: 64}.get(size, 16)
     found, ptx = check(
         paged_attention._decode_kernel, POINTERS, constants, arch, products=True, stack_limit=limit
     )
@@ -92,7 +93,7 @@ def test_split_attention(source, size, arch):
         constants = {name: constants[name] for name in kernel.arg_names if name in constants} | {
             name: constants[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")
         }
-    found, ptx = check(kernel, POINTERS, constants, arch, products=True, stack_limit=256)
+    found, ptx = check(kernel, POINTERS, constants, arch, products=True, stack_limit=320)
     assert found == {90: {"wgmma.mma"}, 100: {"tcgen05.mma"}}.get(arch, {"mma.sync"})
     assert "cp.async.cg.shared.global" in ptx
 
