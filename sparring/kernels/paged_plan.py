@@ -27,8 +27,13 @@ def split_of(capability: Capability, head_size: int) -> dict[str, int]:
     if capability.arch == 0:
         return _INTERPRETED
     is_large = 90 <= capability.arch < 120  # shared memory of 227 KiB
-    return {"SPLIT": SPLIT, "BLOCK_N": 64, "num_stages": 3 if is_large else 2}
+    most = 128 if capability.arch >= 100 else 256  # with larger heads a third stage spills there
+    is_deep = head_size <= (most if is_large else 64)
+    return {"SPLIT": SPLIT, "BLOCK_N": 64, "num_stages": 3 if is_deep else 2}
 
+
+LARGEST_SPANNED = 128
+"""Larger heads take one split a program: nothing else was measured, and registers are short."""
 
 SPANS = {90: ((4, 128, 16384), (8, 512, 0))}
 """By architecture, ascending: splits of a program, and from how many rows times key heads, and
@@ -42,6 +47,8 @@ def span_of(capability: Capability, num_pairs: int, head_size: int) -> int:
     it changes no bit.
     """
     span = 1
+    if head_size > LARGEST_SPANNED:
+        return span
     for splits, pairs, values in SPANS.get(capability.arch, ()):
         if num_pairs >= pairs and num_pairs * head_size >= values:
             span = splits

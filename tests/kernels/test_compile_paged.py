@@ -16,7 +16,7 @@ from sparring.kernels import (
     split_attention,
 )
 from sparring.kernels.attention_plan import tile_of
-from sparring.kernels.paged_plan import sharing_pays, span_of, split_of
+from sparring.kernels.paged_plan import SHARING, sharing_pays, span_of, split_of
 from sparring.kernels.shared_decode import chunk_of
 from sparring.kernels.splits import OPTIONS as SPLIT_OPTIONS
 from tests.kernels.test_compile import ARCHS, OPTIONS, POINTERS, check, triton
@@ -37,23 +37,36 @@ def paged_constants(size: int, block_size: int) -> dict[str, object]:
     return {**sizes, "HAS_WINDOW": False, "KV_DTYPE": triton.language.bfloat16, "LIMIT": 0.0}
 
 
+def check_decode(constants, arch, **form):
+    """Compiles one form of decoding: (matrix instructions found, PTX)."""
+    capability = Capability(arch=arch, tensor_dots=True)
+    constants |= SPLIT_OPTIONS | split_of(capability, constants["E"]) | form
+    constants |= {"HAS_NORM": True, "OVERLAPS": arch >= 90}
+    constants["ASKS"] = arch >= 90 and paged_attention._asks(form, constants, 0)
+    return check(paged_attention._decode_kernel, POINTERS, constants, arch, products=True)
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("block_size", [64, pytest.param(16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("span", [1, 4])
 def test_paged_decode(span, block_size, size, arch):
-    constants = paged_constants(size, block_size) | {"BLOCK_M": 16} | SPLIT_OPTIONS
-    constants |= {"SPAN": span, "SHARED": chunk_of(7), "BLOCK_W": 32}
-    constants |= {"ROTATES": block_size == 64, "HAS_NORM": True, "OVERLAPS": arch >= 90}
-    constants["ASKS"] = arch >= 90 and size in (64, 128, 256)
-    constants |= split_of(Capability(arch=arch, tensor_dots=True), size)
-    # bytes of stack: heads of 80 spill 24 on sm_120, the largest a few registers of several splits
-    limit = {80: 32, 256: 64}.get(size, 16)
-    found, ptx = check(
-        paged_attention._decode_kernel, POINTERS, constants, arch, products=True, stack_limit=limit
-    )
+    if size > 128:
+        span = 1  # as `span_of` has it, whatever the number of rows
+    constants = paged_constants(size, block_size) | {"BLOCK_M": 16, "ROTATES": block_size == 64}
+    found, ptx = check_decode(constants, arch, SPAN=span, SHARED=1, BLOCK_W=16)
     assert found == {90: {"wgmma.mma"}, 100: {"tcgen05.mma"}}.get(arch, {"mma.sync"})
     assert "cp.async.cg.shared.global" in ptx, "keys are under way while others are used"
+
+
+@pytest.mark.parametrize("span", [1, 4, 8])
+def test_decode_that_shares_prompts(span):
+    """The heads and the architecture that do: see `SHARING`."""
+    group = SHARING[90][1]
+    constants = paged_constants(128, 64) | {"GROUP": group, "BLOCK_M": 16, "ROTATES": True}
+    chunk = chunk_of(group)
+    found, _ = check_decode(constants, 90, SPAN=span, SHARED=chunk, BLOCK_W=chunk * group)
+    assert found == {"wgmma.mma"}
 
 
 def test_shared_splits():
@@ -93,8 +106,7 @@ def test_split_attention(source, size, arch):
         constants = {name: constants[name] for name in kernel.arg_names if name in constants} | {
             name: constants[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")
         }
-    # heads of 256 spill 288 bytes on sm_100 in training
-    found, ptx = check(kernel, POINTERS, constants, arch, products=True, stack_limit=320)
+    found, ptx = check(kernel, POINTERS, constants, arch, products=True, stack_limit=256)
     assert found == {90: {"wgmma.mma"}, 100: {"tcgen05.mma"}}.get(arch, {"mma.sync"})
     assert "cp.async.cg.shared.global" in ptx
 
@@ -136,6 +148,7 @@ def test_how_much_work_a_program_takes():
         assert set(spans) == {1, 4, 8}
     assert span_of(h200, 128, 64) < span_of(h200, 128, 128)
     assert {span_of(ada, n, 128) for n in pairs} == {1}
+    assert {span_of(h200, n, 256) for n in pairs} == {1}
     assert sharing_pays(h200, 1024, 2)
     assert not sharing_pays(h200, 512, 2)
     assert not sharing_pays(h200, 1024, 7)
