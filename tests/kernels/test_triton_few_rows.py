@@ -5,7 +5,6 @@ The interpreter's process is started by tests/kernels/test_processes.py.
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import pytest
@@ -29,40 +28,14 @@ from sparring.models.attention_paged_kernel import PagedKernelPlan
 from sparring.models.few_rows import run_layers
 from sparring.models.rope import RopeConfig, inverse_frequencies
 from sparring.models.transformer import Decoder, TransformerConfig, new_kv_pool
+from tests.kernels.test_triton import DEVICE, INTERPRETED, _poisoned, pytestmark, random
+from tests.kernels.test_triton_matmul import error
 
-pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-GPU = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-]
-pytestmark = [] if INTERPRETED else GPU
+__all__ = ["_poisoned", "pytestmark"]
+
 LIMIT = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 1e-5}
 CAN_RUN = DEVICE.type == "cpu" or torch.cuda.is_available()
 CAPABILITY = capability_of(DEVICE) if CAN_RUN else capability_for(90)
-
-
-@pytest.fixture(autouse=True)
-def _poisoned(monkeypatch):
-    """What kernels allocate starts as NaN, so that an element nobody wrote shows."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        out = empty(*args, **kwargs)
-        return out.fill_(float("nan")) if out.is_floating_point() else out
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-
-
-def random(*shape, dtype, seed=0, scale=1.0):
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(shape, generator=generator) * scale).to(dtype).to(DEVICE)
-
-
-def error(got, want):
-    got, want = got.double(), want.double()
-    return ((got - want).norm() / want.norm()).item()
 
 
 CASES = [

@@ -5,8 +5,6 @@ The interpreter's process is started by tests/kernels/test_processes.py.
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -16,16 +14,11 @@ from sparring.models import lora as adapters
 from sparring.models.blocks import lora_mlp
 from sparring.models.linear import Linear
 from sparring.models.lora import LoraConfig
+from tests.kernels.test_triton import DEVICE, HALVES, _poisoned, pytestmark, random
+from tests.kernels.test_triton_matmul import error
 
-pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-GPU = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-]
-pytestmark = [] if INTERPRETED else GPU
-HALVES = [torch.bfloat16, torch.float16]
+__all__ = ["_poisoned", "pytestmark"]
+
 LIMIT = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
 SIZES = [
     (1, (128, 128, 128), 16),
@@ -36,16 +29,6 @@ SIZES = [
     (40, (128, 128, 256), 100),
 ]
 """Rows, columns of three matrices of which the first and the last are adapted, rank."""
-
-
-def random(*shape, dtype, seed=0, scale=1.0):
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(shape, generator=generator) * scale).to(dtype).to(DEVICE)
-
-
-def error(got, want):
-    got, want = got.double(), want.double()
-    return ((got - want).norm() / want.norm()).item()
 
 
 def parts_of(sizes, rank):

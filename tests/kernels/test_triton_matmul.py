@@ -6,41 +6,17 @@ The interpreter's process is started by tests/kernels/test_processes.py.
 from __future__ import annotations
 
 import dataclasses
-import os
 
 import pytest
 import torch
 
 from sparring.kernels import capability_of, column_order, lora, matmul, nf4, nf4_matmul
 from sparring.kernels import low_rank as adapters
+from tests.kernels.test_triton import DEVICE, HALVES, INTERPRETED, _poisoned, pytestmark, random
 
-pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-GPU = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-]
-pytestmark = [] if INTERPRETED else GPU
-HALVES = [torch.bfloat16, torch.float16]
+__all__ = ["_poisoned", "pytestmark"]
+
 LIMIT = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
-
-
-@pytest.fixture(autouse=True)
-def _poisoned(monkeypatch):
-    """What kernels allocate starts as NaN, so that an element nobody wrote shows."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        out = empty(*args, **kwargs)
-        return out.fill_(float("nan")) if out.is_floating_point() else out
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-
-
-def random(*shape, dtype, seed=0, scale=1.0):
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(shape, generator=generator) * scale).to(dtype).to(DEVICE)
 
 
 def error(got, want):
