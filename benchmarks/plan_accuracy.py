@@ -9,8 +9,8 @@ weights are in place; between phases free pages are given back, as a run does. A
 the allocator to N - 1.0 GiB. Two steps after one to warm up; all are reported. Allocated and device
 memory stand beside it, each part of the prediction, and what every pool of the allocator held at a
 phase's end. Rows share a process; what one leaves (library workspaces) is freed before the next.
-Small models wait for the host, so how fast it is stands beside each row: microseconds of a small
-operation on the CPU, which no GPU has a part in.
+Small models wait for the host, so how fast it is stands beside each row: microseconds of pieces of
+work that keep it busy.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import gc
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -249,14 +250,58 @@ def measured(row: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def host_microseconds() -> float:
-    """Of a small operation on the CPU, the best of some hundreds of them at a time."""
-    x, found = torch.zeros(4), []
+class _Doubled(torch.autograd.Function):
+    """A node such as those of the model's blocks: one operation each way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(y)
+        return x.mul(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (y,) = ctx.saved_tensors
+        return dy.mul(y), None
+
+
+def host_microseconds() -> dict[str, float]:
+    """Of pieces of work that keep a host busy, the best of twenty loops each.
+
+    "python": 30 turns of a loop without torch. "operation": an operation on four numbers of the
+    CPU. "node": an autograd node of a chain of 20, forward and backward, on the CPU. "launch": an
+    operation on four numbers of the GPU, queued.
+    """
+
+    def python() -> None:
+        total = 0
+        for number in range(30):
+            total += number ^ 7
+
+    def chain() -> None:
+        x = start
+        for _ in range(20):
+            x = _Doubled.apply(x, small)
+        x.sum().backward()  # type: ignore[no-untyped-call]
+
+    small, start = torch.ones(4), torch.ones(4, requires_grad=True)
+    on_gpu = torch.zeros(4, device="cuda")
+    works = {
+        "python": (python, 500, 1),
+        "operation": (lambda: small.mul_(1.0), 500, 1),
+        "node": (chain, 10, 20),
+        "launch": (lambda: on_gpu.mul_(1.0), 300, 1),
+    }
+    return {name: _best_microseconds(*work) for name, work in works.items()}
+
+
+def _best_microseconds(work: Callable[[], object], times: int, pieces: int) -> float:
+    found = []
     for _ in range(20):
+        torch.cuda.synchronize()
         start = time.perf_counter()
-        for _ in range(500):
-            x.add_(1.0)
-        found.append((time.perf_counter() - start) / 500 * 1e6)
+        for _ in range(times):
+            work()
+        found.append((time.perf_counter() - start) / times / pieces * 1e6)
     return min(found)
 
 
@@ -280,7 +325,12 @@ def table_line(name: str, row: dict[str, Any]) -> str:
             f"{phase}: {took / GIB:.2f} GiB, plan {said / GIB:.2f} ({said / took - 1:+.1%});"
             f" {best:.2f} s, plan {plan:.2f} ({plan / best - 1:+.0%})"
         )
-    return f"{name:10} " + " | ".join(cells) + f" | host {row['host microseconds']:.2f} us"
+    return (
+        f"{name:10} "
+        + " | ".join(cells)
+        + " | host us: "
+        + ", ".join(f"{name} {took:.2f}" for name, took in row["host microseconds"].items())
+    )
 
 
 def detail_lines(row: dict[str, Any]) -> list[str]:
