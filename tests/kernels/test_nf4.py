@@ -117,3 +117,29 @@ def test_quantised_from_the_host_onto_a_gpu():
     assert torch.equal(there.packed.cpu(), here.packed)
     assert (there.absmax.cpu().int() - here.absmax.int()).abs().max() <= 1
     torch.testing.assert_close(there.offset.cpu(), here.offset, rtol=1e-6, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1024, 3584), (70, 192)])
+def test_a_card_decodes_as_bitsandbytes_does_there(shape, dtype, double):
+    """Their kernel against ours on the same stored tensors: whole, fused and in slices of rows."""
+    weight = sample(shape, dtype).cuda()
+    packed, state = oracle.quantize_4bit(
+        weight, quant_type="nf4", compress_statistics=double, blocksize=64
+    )
+    want = oracle.dequantize_4bit(packed, state)
+    ours = nf4.NF4Matrix(
+        packed=packed.reshape(-1),
+        absmax=state.absmax,
+        absmax2=state.state2.absmax if double else None,
+        offset=torch.full_like(state.state2.absmax, float(state.offset)) if double else None,
+        shape=shape,
+        dtype=dtype,
+    )
+    assert torch.equal(nf4.dequantize_nf4_triton(ours), want)
+    out = torch.full((9, shape[1]), float("nan"), dtype=dtype, device="cuda")
+    assert torch.equal(nf4.dequantize_nf4_triton(ours, rows=slice(5, 14), out=out), want[5:14])
+    fused = nf4.fuse_nf4([ours, ours])
+    assert torch.equal(nf4.dequantize_nf4_triton(fused), torch.cat([want, want]))

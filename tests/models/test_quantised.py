@@ -261,3 +261,40 @@ def test_what_transformers_and_bitsandbytes_wrote(plain: Path, tmp_path: Path, d
             rounding = (logits - want).norm()
             assert 0 < rounding < 3e-2 * want.norm()
             assert (theirs(ids[None]).logits[0].float() - want).norm() < 2 * rounding
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("writer", ["ours", "theirs"])
+def test_a_card_gives_the_logits_of_transformers_from_the_same_files(
+    plain: Path, tmp_path: Path, writer: str
+):
+    """Their kernels and ours differ from float32 of the decoded weights by as much."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    pytest.importorskip("accelerate")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    folder = tmp_path / "nf4"
+    if writer == "ours":
+        save_model(load_model(plain, dtype="bfloat16", quantization="nf4", device="cuda"), folder)
+    else:
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        )
+        AutoModelForCausalLM.from_pretrained(
+            plain, quantization_config=settings, dtype=torch.bfloat16, device_map={"": 0}
+        ).save_pretrained(folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map={"": 0})
+    ours = load_model(folder, dtype="bfloat16", device="cuda")
+    for layer in range(2):
+        for path, name in (("output", "self_attn.o_proj"), ("down", "mlp.down_proj")):
+            stored = theirs.get_submodule(f"model.layers.{layer}.{name}").weight
+            decoded = functional.dequantize_4bit(stored.data, stored.quant_state)
+            assert torch.equal(decoded, ours.get_submodule(f"layers.{layer}.{path}").base.dense())
+    exact = logits_of(load_model(folder, dtype="float32"), SEQUENCES)
+    with torch.no_grad():
+        for ids, logits, want in zip(SEQUENCES, logits_of(ours, SEQUENCES), exact, strict=True):
+            rounding = (logits.cpu() - want).norm()
+            assert 0 < rounding < 3e-2 * want.norm()
+            other = theirs(ids[None].cuda()).logits[0].float().cpu()
+            assert (other - want).norm() < 2 * rounding
+            assert (other - logits.cpu()).norm() < 2 * rounding
