@@ -26,6 +26,7 @@ from sparring.kernels.swiglu import swiglu
 from sparring.layout import DecodeLayout, KVPool
 from sparring.models.attention import AttentionPlan
 from sparring.models.attention_paged_kernel import PagedKernelPlan
+from sparring.models.lanes import infer_in_lanes, lane_rows, lanes_of, layout_of
 from sparring.models.linear import Dense, Linear
 from sparring.models.quantised import Quantised
 from sparring.models.transformer import Decoder, DecoderLayer
@@ -48,20 +49,26 @@ def step_logits(
     kv_pool: KVPool,
     *,
     adapter: str | None,
+    beside: Sequence[torch.cuda.Stream] = (),
 ) -> Tensor:
-    """Logits [R, V] in float32 after each row's newest token [R], whose keys are written."""
+    """Logits [R, V] in float32 after each row's newest token [R], whose keys are written.
+
+    beside: streams of further lanes (lanes.py), where a step of so many rows has any.
+    """
+    num_rows = len(tokens_R)
+    if beside and (num_lanes := lanes_of(model, num_rows)) > 1:
+        rows = lane_rows(num_rows, min(num_lanes, 1 + len(beside)))
+        plans = [model.plan(layout_of(layout, r), kv_pool, adapter) for r in rows]
+        x_RD, _, cos, sin = _start(model, tokens_R, positions_R)
+        lanes = partial(infer_in_lanes, adapter=adapter, beside=beside)
+        return model.logits(lanes(model, x_RD, cos, sin, plans, rows))
     plan = model.plan(layout, kv_pool, adapter)
     layers = [layer for layer in model.layers if isinstance(layer, DecoderLayer)]
-    if not serves(model, len(tokens_R), plan, adapter):
+    if not serves(model, num_rows, plan, adapter):
         cos, sin = model.angles(positions_R)
         return model.logits(model.infer(model.embed.rows(tokens_R), cos, sin, plan, adapter))
     assert isinstance(plan, PagedKernelPlan), "`serves` says so"
-    if isinstance(model.embed, Dense):
-        given = start_step(model.embed.weight, tokens_R, positions_R, model.frequencies_E2)
-    else:
-        x_RD = model.embed.rows(tokens_R)
-        given = (x_RD, squares_of(x_RD), *model.angles(positions_R))
-    stream = run_layers(layers, *given, plan)
+    stream = run_layers(layers, *_start(model, tokens_R, positions_R), plan)
     table = model.head.table
     form = form_of(model.capability, len(tokens_R), table) if isinstance(table, Tensor) else None
     if isinstance(table, Tensor) and form is not None and stream.squares is not None:
@@ -77,6 +84,16 @@ def step_logits(
     if isinstance(table, Tensor):
         return model.logits(stream.normed(model.norm, table))
     return model.logits(stream.normed(model.norm, model.norm))
+
+
+def _start(
+    model: Decoder, tokens_R: Tensor, positions_R: Tensor
+) -> tuple[Tensor, Squares, Tensor, Tensor]:
+    """Embeddings [R, D], their squares, cosines and sines of the positions."""
+    if isinstance(model.embed, Dense):
+        return start_step(model.embed.weight, tokens_R, positions_R, model.frequencies_E2)
+    x_RD = model.embed.rows(tokens_R)
+    return x_RD, squares_of(x_RD), *model.angles(positions_R)
 
 
 def serves(model: Decoder, num_rows: int, plan: AttentionPlan, adapter: str | None) -> bool:
