@@ -28,8 +28,9 @@ import torch
 from benchmarks.launches import counted
 from benchmarks.rollouts import environment
 from benchmarks.shapes import SHAPES, build
-from sparring.kernels import few_rows, paged_attention
+from sparring.kernels import few_rows, few_rows_hopper, paged_attention
 from sparring.kernels.few_rows import Form
+from sparring.kernels.few_rows_hopper import Ring
 from sparring.kernels.matmul import Tile
 from sparring.kernels.sampling import draw_tokens
 from sparring.layout import DecodeLayout
@@ -168,7 +169,8 @@ def profiled(graph: torch.cuda.CUDAGraph) -> list[tuple[str, int, float]]:
 def knobs(model: Decoder, chosen: dict[str, Any]) -> Iterator[None]:
     """What the chain asks for, and forms of products, changed for a while."""
     forms = {k: v for k, v in chosen.items() if isinstance(v, Form)}
-    kept = chain_of_steps.ASKED_BYTES, chain_of_steps.CACHE_BYTES, few_rows.FORMS
+    kept = chain_of_steps.ASKED_BYTES, chain_of_steps.CACHE_BYTES
+    kept_forms = few_rows.FORMS, few_rows_hopper.RINGS
     chain_of_steps.ASKS_FOR_WEIGHTS = "asked" in chosen or "beside attention" in chosen
     chain_of_steps.ASKED_BYTES = chosen.get("asked", kept[0])
     chain_of_steps.CACHE_BYTES = chosen.get("beside attention", kept[1])
@@ -176,11 +178,12 @@ def knobs(model: Decoder, chosen: dict[str, Any]) -> Iterator[None]:
     paged_attention.ASKED_BYTES = chosen.get("keys", keys)
     if forms or "forms" in chosen:
         shapes = shapes_of(model)
-        few_rows.FORMS = {model.capability.arch: {shapes[k]: v for k, v in forms.items()}}
+        use_forms(model, {shapes[k]: v for k, v in forms.items()}, 8)
     try:
         yield
     finally:
-        chain_of_steps.ASKED_BYTES, chain_of_steps.CACHE_BYTES, few_rows.FORMS = kept
+        chain_of_steps.ASKED_BYTES, chain_of_steps.CACHE_BYTES = kept
+        few_rows.FORMS, few_rows_hopper.RINGS = kept_forms
         chain_of_steps.ASKS_FOR_WEIGHTS = False
         paged_attention.ASKED_BYTES = keys
 
@@ -247,30 +250,40 @@ def steps(name: str, rows: list[int], replays: int) -> dict[str, Any]:
     return result
 
 
-def candidates(which: str, num_rows: int) -> list[Form | None]:
+def rings_of(num_rows: int) -> dict[str, Form | Ring | None]:
+    """Where the search begins."""
+    if num_rows <= 8:
+        return {
+            "qkv": Ring(128, 128, 3),
+            "output": Ring(96, 128, 4),
+            "gate_up": Ring(132, 64, 6, 2),
+            "down": Ring(120, 128, 5),
+            "head": Ring(132, 128, 6),
+        }
+    gated, wide = Ring(132, 64, 5, 2), Ring(132, 64, 6, 2)
+    return {"qkv": wide, "output": wide, "gate_up": gated, "down": wide, "head": wide}
+
+
+def candidates(which: str, num_rows: int) -> list[Form | Ring | None]:
     """Forms that are tried for a product; None: the library's."""
     t = 16 if num_rows <= 16 else 32
+    tried: list[Form | Ring] = []
     if which in ("qkv", "output"):
-        small = Tile(16, t, 4, 4, block_k=256)
-        tried = [
-            Form(small), Form(small, folds_norm=False), Form(Tile(16, t, 4, 6, block_k=256)),
-            Form(Tile(16, t, 2, 4, block_k=256)), Form(small, 2), Form(Tile(32, t, 4, 4), 2),
-            Form(Tile(32, t, 4, 3, block_k=256), 3), Form(Tile(64, t, 4, 4), 6),
-        ]  # fmt: skip
+        tried = [Form(Tile(32, t, 4, 4), 2), Form(Tile(64, t, 4, 4), 6)]
+        tried += [Ring(n, 128, s) for n, s in ((96, 4), (128, 3), (132, 3), (64, 6))]
+        if num_rows > 8:
+            tried += [Ring(132, 64, s, 2) for s in (4, 6)]
     elif which == "gate_up":
-        tried = [
-            Form(Tile(32, t, 4, 4)), Form(Tile(32, t, 4, 4), folds_norm=False),
-            Form(Tile(32, t, 4, 6)), Form(Tile(32, t, 2, 4)), Form(Tile(64, t, 4, 3)),
-            Form(Tile(64, t, 4, 4, block_k=64)), Form(Tile(32, t, 4, 3, block_k=256)),
-            Form(Tile(16, t, 4, 4, block_k=256)), Form(Tile(64, t, 4, 3), folds_norm=False),
-        ]  # fmt: skip
+        tried = [Form(Tile(64, t, 4, 3), folds_norm=num_rows <= 8)]
+        tried += [Ring(132, 64, s, 2) for s in (4, 5, 6, 8)]
+        tried += [Ring(140, 64, 5, 2), Ring(264, 64, 4, 2), Ring(132, 128, 3, 2)]
     elif which == "down":
-        tried = [Form(Tile(32, t, 4, 4), n) for n in (5, 9, 12)]
-        tried += [Form(Tile(16, t, 4, 4, block_k=256), n) for n in (3, 5)]
-        tried += [Form(Tile(64, t, 4, 4), n) for n in (5, 9)]
-        tried += [Form(Tile(32, t, 4, 3, block_k=256), n) for n in (5, 9)]
+        tried = [Form(Tile(64, t, 4, 4), 5)]
+        tried += [Ring(n, 128, s) for n, s in ((120, 4), (120, 5), (120, 8), (132, 5), (264, 4))]
+        if num_rows > 8:
+            tried += [Ring(132, 64, s, 2) for s in (4, 6)]
     else:
-        tried = [Form(Tile(64, t, 4, 4)), Form(Tile(32, t, 4, 4)), Form(Tile(128, t, 4, 3))]
+        tried = [Ring(132, 128, 4), Ring(132, 128, 6), Ring(132, 64, 6, 2), Ring(264, 128, 4)]
     return [None, *tried]
 
 
@@ -282,12 +295,25 @@ def shapes_of(model: Decoder) -> dict[str, tuple[int, int]]:
     return found | {"head": tuple(model.head.shape)}
 
 
-def told_form(form: Form | None) -> str:
+def told_form(form: Form | Ring | None) -> str:
     """A form in a line."""
     if form is None:
         return "library"
+    if isinstance(form, Ring):
+        return str(form)
     apart = "" if form.folds_norm else ", norm apart"
     return f"{str(form.tile)[5:-1]} segments {form.segments}{apart}"
+
+
+def use_forms(
+    model: Decoder, chosen: dict[tuple[int, int], Form | Ring | None], num_rows: int
+) -> None:
+    """Products [N, K] take these forms, all others the library's."""
+    rows = few_rows_hopper.block_t_of(num_rows)
+    few_rows.FORMS = {
+        model.capability.arch: {k: v for k, v in chosen.items() if isinstance(v, Form)}
+    }
+    few_rows_hopper.RINGS = {k: {rows: v} for k, v in chosen.items() if isinstance(v, Ring)}
 
 
 def search(name: str, num_rows: int, part: int, parts: int) -> dict[str, Any]:
@@ -300,11 +326,11 @@ def search(name: str, num_rows: int, part: int, parts: int) -> dict[str, Any]:
     model = build(name, lora_rank=0)
     model.requires_grad_(False)
     step, shapes = Step(model, num_rows), shapes_of(model)
-    forms: dict[str, Form | None] = dict.fromkeys(shapes)
+    forms: dict[str, Form | Ring | None] = rings_of(num_rows)
     result: dict[str, Any] = {}
 
-    def use(chosen: dict[str, Form | None]) -> None:
-        few_rows.FORMS[model.capability.arch] = {shapes[k]: v for k, v in chosen.items() if v}
+    def use(chosen: dict[str, Form | Ring | None]) -> None:
+        use_forms(model, {shapes[k]: v for k, v in chosen.items()}, num_rows)
 
     if parts:
         variants = [forms | {k: form} for k in forms for form in candidates(k, num_rows)]
@@ -316,6 +342,10 @@ def search(name: str, num_rows: int, part: int, parts: int) -> dict[str, Any]:
     with form_of_step(model, "library"):
         result["library"] = microseconds(captured(step)[0])
     print(f"{name} {num_rows} rows, library: {result['library']:.1f} us", flush=True)
+    use(forms)
+    with form_of_step(model, "overlapped"):
+        result["rings"] = microseconds(captured(step)[0])
+    print(f"{name} {num_rows} rows, rings: {result['rings']:.1f} us", flush=True)
     for which in ("gate_up", "down", "qkv", "output", "head"):
         found = []
         for form in candidates(which, num_rows):
@@ -340,9 +370,10 @@ def search(name: str, num_rows: int, part: int, parts: int) -> dict[str, Any]:
             logits[each] = step.logits().double()
     gap = (logits["library"] - logits["overlapped"]).norm() / logits["library"].norm()
     result["distance from the library"] = gap.item()
-    with form_of_step(model, "in turn"):
-        result["kernels"] = profiled(captured(step)[0])
-    for key in list(result)[6:]:
+    for each in ("in turn", "overlapped"):
+        with form_of_step(model, each):
+            result[f"kernels {each}"] = profiled(captured(step)[0])
+    for key in list(result)[7:]:
         print("  ", key, result[key], flush=True)
     return result
 

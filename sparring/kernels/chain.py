@@ -72,8 +72,8 @@ def _norm_ahead_kernel(
 ):  # fmt: skip
     if OVERLAPS:
         ask(ahead_ptr, lines, line_stride, first, tl.program_id(0), tl.num_programs(0))
+        tl.extra.cuda.gdc_launch_dependents()  # which all wait for this launch's end
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     if tl.program_id(0) < row_programs:
         norm_rows(
             x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, num_rows, 1, D, 0, eps, D, BLOCK_D,
@@ -90,8 +90,8 @@ def _swiglu_ahead_kernel(
         program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         programs = tl.num_programs(0) * tl.num_programs(1)
         ask(ahead_ptr, lines, line_stride, first, program, programs)
+        tl.extra.cuda.gdc_launch_dependents()  # which all wait for this launch's end
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     if tl.program_id(0) < rows:
         swiglu_rows(x_ptr, h_ptr, stride_xt, F, BLOCK_F)
 

@@ -30,7 +30,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparring.kernels import INTERPRETED, Capability, dot, jit, rounded, tl, triton, uses_triton
+from sparring.kernels import (
+    INTERPRETED,
+    Capability,
+    dot,
+    few_rows_hopper,
+    jit,
+    rounded,
+    tl,
+    triton,
+    uses_triton,
+)
+from sparring.kernels.few_rows_hopper import Ring, ring_of
 from sparring.kernels.matmul import (
     BLOCK,
     INTERPRETED_TILE,
@@ -94,11 +105,13 @@ class Squares:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Norm:
-    """The RMSNorm that x goes through: weight [K], eps and the squares of x."""
+    """The RMSNorm that x goes through: weight [K], eps and the squares of x, which a form that
+    finds them itself (kernels/few_rows_hopper.py) does not need.
+    """
 
     weight: Tensor
     eps: float
-    squares: Squares
+    squares: Squares | None
 
 
 @jit
@@ -246,9 +259,12 @@ def _few_rows_kernel(
         )  # fmt: skip
 
 
-def form_of(capability: Capability, num_rows: int, weight: Tensor) -> Form | None:
+def form_of(capability: Capability, num_rows: int, weight: Tensor) -> Form | Ring | None:
     """The form of a product with a weight [N, K] for a number of rows; None: the library's."""
     num_outputs, columns = weight.shape
+    ring = ring_of(capability, num_rows, num_outputs, columns)
+    if ring is not None:
+        return ring
     form = FORMS.get(capability.arch, {}).get((num_outputs, columns))
     if form is None:
         return None
@@ -263,6 +279,13 @@ def general_form(capability: Capability, num_rows: int, num_outputs: int, column
     block_t = next(n for n in (16, 32, 64, 128) if n >= num_rows)
     tile = Tile(32, block_t, 4, 4) if block_t <= 32 else Tile(64, block_t, 4, 4, block_k=64)
     return Form(tile, segments_of(capability, num_outputs, columns, tile.block_n))
+
+
+def folds_norm(form: Form | Ring, num_rows: int, weight: Tensor, squares: Squares | None) -> bool:
+    """Whether a product [N, K] in that form computes the norm of its rows."""
+    if isinstance(form, Ring):
+        return few_rows_hopper.folds_norm(form, num_rows, weight.shape[1])
+    return form.folds_norm and squares is not None
 
 
 def max_folded_rows(capability: Capability) -> int:
@@ -335,7 +358,10 @@ def few_rows_triton(
     squares = None
     if residual is not None:
         squares = Squares(torch.empty(tiles, num_rows, dtype=torch.float32, device=x.device))
-    parts = x if norm is None else norm.squares.parts
+    parts = x
+    if norm is not None:
+        assert norm.squares is not None, "this form does not find them itself"
+        parts = norm.squares.parts
     num_parts = 1 if norm is None else len(parts)
     ahead_columns = 0
     if prefetched_bytes is None:
@@ -388,9 +414,9 @@ def few_rows(
     out_dtype: torch.dtype | None = None,
     capability: Capability,
     ahead: Tensor | None = None,
-    form: Form | None = None,
+    form: Form | Ring | None = None,
 ) -> tuple[Tensor, Squares | None]:
-    """(out, the squares of out where a residual is given), no gradient.
+    """(out, the squares of out where a residual is given and the form leaves them), no gradient.
 
     x [T, K], weight [N, K], bias [N]. norm: x goes through it first. residual [T, N]: is added to
     the product, rounded. gated: the first half of the outputs are gates of the second, out [T, N /
@@ -398,6 +424,11 @@ def few_rows(
     form: of `form_of`. Raises ValueError on shapes, dtypes and strides that it does not take.
     """
     given = {"norm": norm, "residual": residual, "gated": gated, "out_dtype": out_dtype}
+    if isinstance(form, Ring):
+        _check(x, weight, residual, gated)
+        given["norm"] = None if norm is None else (norm.weight, norm.eps)
+        early = overlaps(capability)
+        return few_rows_hopper.launch(x, weight, bias, **given, ring=form, overlaps=early), None
     if uses_triton(x) and capability.tensor_dots:
         more = {"capability": capability, "ahead": ahead, "form": form}
         return few_rows_triton(x, weight, bias, **given, **more)

@@ -105,8 +105,8 @@ def _before_turn(
     programs = tl.num_programs(0) * K * tl.num_programs(2)
     ask(next_ptr, next_lines, next_step, 0, program, programs)
     ask(after_ptr, after_lines, after_step, 0, program, programs)
+    tl.extra.cuda.gdc_launch_dependents()  # it waits for the end of this one
     tl.extra.cuda.gdc_wait()
-    tl.extra.cuda.gdc_launch_dependents()
 
 
 @jit(

@@ -17,7 +17,16 @@ from torch.nn import functional as F
 
 from sparring.kernels import Capability
 from sparring.kernels.chain import Ahead, add_norm_ahead, ahead_of, swiglu_ahead
-from sparring.kernels.few_rows import Norm, Squares, few_rows, form_of, overlaps, squares_of
+from sparring.kernels.few_rows import (
+    Norm,
+    Squares,
+    few_rows,
+    folds_norm,
+    form_of,
+    overlaps,
+    squares_of,
+)
+from sparring.kernels.few_rows_hopper import Ring
 from sparring.kernels.matmul import BLOCK
 from sparring.kernels.norm import add_rms_norm, rms_norm
 from sparring.kernels.paged_plan import split_of
@@ -70,20 +79,11 @@ def step_logits(
     assert isinstance(plan, PagedKernelPlan), "`serves` says so"
     stream = run_layers(layers, *_start(model, tokens_R, positions_R), plan)
     table = model.head.table
-    form = form_of(model.capability, len(tokens_R), table) if isinstance(table, Tensor) else None
-    if isinstance(table, Tensor) and form is not None and stream.squares is not None:
-        norm = Norm(weight=model.norm, eps=stream.eps, squares=stream.squares)
-        return few_rows(
-            stream.x_TD,
-            table,
-            norm=norm,
-            out_dtype=torch.float32,
-            capability=model.capability,
-            form=form,
-        )[0]
-    if isinstance(table, Tensor):
+    if not isinstance(table, Tensor):
+        return model.logits(stream.normed(model.norm, model.norm))
+    if form_of(model.capability, len(tokens_R), table) is None:
         return model.logits(stream.normed(model.norm, table))
-    return model.logits(stream.normed(model.norm, model.norm))
+    return stream.product(model.norm, table, None, out_dtype=torch.float32)
 
 
 def _start(
@@ -148,21 +148,38 @@ class _Stream:
         """The product of the normed stream, its gate applied."""
         weight = _weight_of(linear)
         assert weight is not None, "`serves` says so"
+        return self.product(norm, weight, linear.bias, gated=gated)
+
+    def product(
+        self,
+        norm: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        gated: bool = False,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """The product of the normed stream with a weight: in the form of a table (out_dtype: of
+        its sums), or the library's, without a gate.
+        """
         form = form_of(self.capability, len(self.x_TD), weight)
-        product = partial(few_rows, form=form, gated=gated, capability=self.capability)
-        if form is not None and self.squares is not None and form.folds_norm:
+        product = partial(
+            few_rows, gated=gated, out_dtype=out_dtype, capability=self.capability, form=form
+        )
+        folds = form is not None and folds_norm(form, len(self.x_TD), weight, self.squares)
+        if folds and self.added is None:
             folded = Norm(weight=norm, eps=self.eps, squares=self.squares)
-            return product(self.x_TD, weight, linear.bias, norm=folded)[0]
+            return product(self.x_TD, weight, bias, norm=folded)[0]
         # attention has asked for other lines of gate and up
         normed = self.normed(norm, weight, turn=int(gated))
         if form is not None:
-            return product(normed, weight, linear.bias)[0]
-        return F.linear(normed, weight, linear.bias)
+            return product(normed, weight, bias)[0]
+        return F.linear(normed, weight, bias)
 
     def normed(self, norm: Tensor, weight: Tensor, *, turn: int = 0) -> Tensor:
         """The stream's norm, with what was to be added; a product with the weight reads it."""
-        if ASKS_FOR_WEIGHTS and overlaps(self.capability):
-            ahead = ahead_of(weight, ASKED_BYTES, turn=turn)
+        if self.launches_early(weight):
+            ahead = ahead_of(weight, ASKED_BYTES if ASKS_FOR_WEIGHTS else 0, turn=turn)
             residual = None if self.added is None else self.x_TD
             x_TD = self.x_TD if self.added is None else self.added
             normed, self.x_TD = add_norm_ahead(x_TD, residual, norm, self.eps, ahead)
@@ -182,9 +199,18 @@ class _Stream:
             return y
         read = _weight_of(down)
         assert read is not None, "`serves` says so"
-        if ASKS_FOR_WEIGHTS and overlaps(self.capability):
-            return swiglu_ahead(y, ahead_of(read, ASKED_BYTES))
+        if self.launches_early(read):
+            return swiglu_ahead(y, ahead_of(read, ASKED_BYTES if ASKS_FOR_WEIGHTS else 0))
         return swiglu(y)
+
+    def launches_early(self, weight: Tensor) -> bool:
+        """Whether what comes before a product with the weight may begin early: for the weights'
+        sake, that it asks for or that the product's own launch does, which comes after it.
+        """
+        if not overlaps(self.capability):
+            return False
+        form = form_of(self.capability, len(self.x_TD), weight)
+        return ASKS_FOR_WEIGHTS or isinstance(form, Ring)
 
     def onto(self, y: Tensor, linear: Linear, ahead: Linear | None = None) -> None:
         """Adds a product to the stream; weights of `ahead` may be asked for beside it."""

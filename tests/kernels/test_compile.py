@@ -22,6 +22,7 @@ from sparring.kernels import (
     decode_state,
     embedding,
     few_rows,
+    few_rows_hopper,
     head,
     int8,
     lora,
@@ -376,6 +377,40 @@ def test_products_with_layouts_written_out(index, dtype):
     assert "0xd9c8" in loop, "decoded in registers"
     assert loop.index("griddepcontrol.wait") < loop.index("cp.async.cg.shared.global")
     assert "cp.async.cg.shared.global" in loop, "x comes 16 bytes at a time"
+
+
+@pytest.mark.parametrize(
+    ("rows", "which", "ring"),
+    [
+        (8, "norm", few_rows_hopper.Ring(128, 128, 3)),
+        (8, "gated", few_rows_hopper.Ring(132, 64, 6, 2)),
+        (32, "residual", few_rows_hopper.Ring(132, 64, 5, 2)),
+        pytest.param(8, "residual", few_rows_hopper.Ring(132, 128, 5), marks=pytest.mark.slow),
+        pytest.param(64, "gated", few_rows_hopper.Ring(132, 64, 4, 2), marks=pytest.mark.slow),
+    ],
+)
+def test_products_through_a_ring(rows, which, ring):
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
+    norm = which != "residual" and rows == 8
+    constants = {
+        "T": rows, "BLOCK_K": ring.block_k, "STAGES": ring.stages, "BOXES": ring.boxes,
+        "CHUNKS": 1536 // ring.block_k if norm else ring.stages, "PIECES": 4, "HAS_NORM": norm,
+        "HAS_BIAS": which == "norm", "HAS_RESIDUAL": which == "residual", "GATED": which == "gated",
+        "OVERLAPS": True, "num_warps": 4,
+    }  # fmt: skip
+    layout = NVMMASharedLayout(128, 16, 2)
+    described = {
+        f"{name}_desc": f"tensordesc<bf16[{height},{ring.block_k}],{layout!r}>"
+        for name, height in (("w", 64), ("x", rows))
+    }
+    pointers = {**POINTERS, **described, "gain_ptr": "*bf16"}
+    found, ptx = check(few_rows_hopper._kernel, pointers, constants, 90, products=True)
+    assert found == {"wgmma.mma"}
+    before, after = ptx.split("griddepcontrol.wait", 1)
+    assert before.count("cp.async.bulk.tensor") == ring.stages * ring.boxes, "a ring of weights"
+    assert "griddepcontrol.launch_dependents" in before
+    assert "wgmma.mma" in after, "and what reads the rows"
 
 
 @pytest.mark.parametrize("arch", ARCHS)

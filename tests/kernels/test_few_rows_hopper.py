@@ -1,0 +1,143 @@
+"""Products of few rows whose weights come through a ring in shared memory, on an sm_90 card."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparring.kernels import capability_for, few_rows_hopper
+from sparring.kernels.few_rows import Norm, few_rows_reference
+from sparring.kernels.few_rows_hopper import Ring, launch, most_pieces
+from tests.kernels.test_triton import _poisoned, error, random
+
+__all__ = ["_poisoned"]
+
+ON_CARD = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+        reason="needs an sm_90 card",
+    ),
+]
+
+
+def on_card(test):
+    for mark in ON_CARD:
+        test = mark(test)
+    return test
+
+
+CASES = [
+    # rows, outputs, columns, ring
+    (1, 64, 128, Ring(1, 128, 2)),
+    (8, 200, 256, Ring(3, 64, 3)),
+    (8, 2048, 1536, Ring(128, 128, 3)),
+    (5, 1536, 8960, Ring(132, 128, 5)),
+    (13, 320, 1024, Ring(7, 128, 4, 2)),
+    (32, 1000, 3584, Ring(132, 64, 4, 2)),
+    (64, 520, 640, Ring(20, 128, 3)),
+    (8, 17920, 1536, Ring(132, 64, 6, 2)),
+]
+
+
+@on_card
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_every_form(case):
+    rows, outputs, columns, ring = CASES[case]
+    dtype = torch.float16 if case == 1 else torch.bfloat16
+    x = random(rows, columns, dtype=dtype, seed=1)
+    weight = random(outputs, columns, dtype=dtype, seed=2, scale=0.1)
+    bias, residual = random(outputs, dtype=dtype, seed=3), random(rows, outputs, dtype=dtype)
+    gain = random(columns, dtype=dtype, seed=5) + 1
+    limit = 4e-3 if dtype == torch.bfloat16 else 6e-4
+    cases = [{"bias": bias}, {"residual": residual}, {"bias": bias, "residual": residual}]
+    cases += [{"out_dtype": torch.float32}]
+    if few_rows_hopper.folds_norm(ring, rows, columns):
+        cases += [{"norm": gain, "bias": bias}, {"norm": gain, "out_dtype": torch.float32}]
+    if ring.boxes == 2:
+        cases += [case | {"gated": True} for case in cases if "residual" not in case]
+    for case in cases:
+        norm = case.pop("norm", None)
+        wanted = None if norm is None else Norm(weight=norm, eps=1e-6, squares=None)
+        want, _ = few_rows_reference(x, weight, **case, norm=wanted)
+        given = case | {"norm": None if norm is None else (norm, 1e-6), "ring": ring}
+        got = launch(x, weight, **given)
+        assert got.shape == want.shape
+        assert error(got, want) < limit
+        assert torch.equal(launch(x, weight, **given), got), "again"
+    assert torch.equal(launch(x, weight, **given, overlaps=False), got), "the last one in turn"
+
+
+@on_card
+@pytest.mark.parametrize("rows", [1, 8, 32])
+def test_overlapping_launches_change_no_bit(rows):
+    """A chain of the 1.5B's products in a graph, 1,000 replays, each with other inputs."""
+    dtype, width, inner = torch.bfloat16, 1536, 8960
+    torch.manual_seed(0)
+
+    def filled(*shape, scale):
+        return (torch.randn(shape, device="cuda") * scale).to(dtype)
+
+    layers = [
+        (
+            filled(2048, width, scale=0.03),
+            filled(width, 2048, scale=0.03),
+            filled(2 * inner, width, scale=0.03),
+            filled(width, inner, scale=0.02),
+            filled(width, scale=0.1) + 1,
+        )
+        for _ in range(4)
+    ]
+    first = filled(rows, width, scale=1.0)
+
+    def chain(x, *, overlaps):
+        for up, back, gate_up, down, gain in layers:
+            norm = (gain, 1e-6) if rows <= 8 else None
+            given = {"overlaps": overlaps}
+            y = launch(x, up, norm=norm, ring=Ring(128, 128, 3), **given)
+            x = launch(y, back, residual=x, ring=Ring(132, 128, 3), **given)
+            y = launch(x, gate_up, norm=norm, gated=True, ring=Ring(132, 64, 5, 2), **given)
+            x = launch(y, down, residual=x, ring=Ring(132, 128, 5), **given)
+        return x
+
+    for overlaps in (False, True):
+        chain(first, overlaps=overlaps)
+    torch.cuda.synchronize()
+    graphs, outs = [], []
+    for overlaps in (False, True):
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            outs.append(chain(first, overlaps=overlaps))
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(1000):
+        first.normal_()
+        for graph, out in zip(graphs, outs, strict=True):
+            out.fill_(float("nan"))
+            graph.replay()
+        wrong += (outs[0] != outs[1]).any()
+    assert int(wrong) == 0
+
+
+@pytest.mark.parametrize(
+    ("programs", "tiles", "steps"), [(4, 4, 3), (3, 4, 3), (128, 32, 12), (132, 24, 70), (7, 7, 1)]
+)
+def test_pieces_of_a_tile(programs, tiles, steps):
+    units, owners = tiles * steps, {}
+    for program in range(programs):
+        for unit in range(program * units // programs, (program + 1) * units // programs):
+            owners[unit] = program
+            assert ((unit + 1) * programs - 1) // units == program, "as the kernel finds it"
+    pieces = [
+        len({owners[unit] for unit in range(tile * steps, (tile + 1) * steps)})
+        for tile in range(tiles)
+    ]
+    assert most_pieces(Ring(programs), tiles, steps) == max(pieces)
+
+
+def test_forms_of_the_table_have_work_for_all_and_fit():
+    hopper = capability_for(90)
+    for (outputs, columns), rings in few_rows_hopper.RINGS.items():
+        for block_t, ring in rings.items():
+            assert few_rows_hopper.ring_of(hopper, block_t, outputs, columns) is ring
+            tiles = -(-outputs // (64 * ring.boxes))
+            assert ring.programs <= tiles * -(-columns // ring.block_k)
