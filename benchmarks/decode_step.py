@@ -28,7 +28,7 @@ import torch
 from benchmarks.launches import counted
 from benchmarks.rollouts import environment
 from benchmarks.shapes import SHAPES, build
-from sparring.kernels import few_rows, few_rows_hopper, paged_attention
+from sparring.kernels import few_rows, few_rows_hopper, paged_attention, paged_plan
 from sparring.kernels.few_rows import Form
 from sparring.kernels.few_rows_hopper import Ring
 from sparring.kernels.matmul import Tile
@@ -256,7 +256,7 @@ def rings_of(num_rows: int) -> dict[str, Form | Ring | None]:
         return {
             "qkv": Ring(128, 128, 3),
             "output": Ring(96, 128, 4),
-            "gate_up": Ring(132, 64, 6, 2),
+            "gate_up": Ring(132, 64, 6, 2, 6),
             "down": Ring(120, 128, 5),
             "head": Ring(132, 128, 6),
         }
@@ -275,15 +275,19 @@ def candidates(which: str, num_rows: int) -> list[Form | Ring | None]:
             tried += [Ring(132, 64, s, 2) for s in (4, 6)]
     elif which == "gate_up":
         tried = [Form(Tile(64, t, 4, 3), folds_norm=num_rows <= 8)]
-        tried += [Ring(132, 64, s, 2) for s in (4, 5, 6, 8)]
-        tried += [Ring(140, 64, 5, 2), Ring(264, 64, 4, 2), Ring(132, 128, 3, 2)]
+        rings = ((4, 0), (4, 12), (5, 6), (6, 0), (6, 6), (6, 12), (6, 18), (8, 0), (8, 12))
+        tried += [Ring(132, 64, s, 2, ahead) for s, ahead in rings]
+        tried += [Ring(140, 64, 5, 2, 6), Ring(264, 64, 4, 2, 4), Ring(132, 128, 3, 2, 3)]
     elif which == "down":
         tried = [Form(Tile(64, t, 4, 4), 5)]
-        tried += [Ring(n, 128, s) for n, s in ((120, 4), (120, 5), (120, 8), (132, 5), (264, 4))]
+        rings = ((120, 4), (120, 5), (120, 8), (132, 5), (264, 4))
+        tried += [Ring(n, 128, s) for n, s in rings]
+        tried += [Ring(120, 128, s, 1, ahead) for s, ahead in ((4, 4), (4, 10), (5, 4), (5, 9))]
         if num_rows > 8:
             tried += [Ring(132, 64, s, 2) for s in (4, 6)]
     else:
-        tried = [Ring(132, 128, 4), Ring(132, 128, 6), Ring(132, 64, 6, 2), Ring(264, 128, 4)]
+        tried = [Ring(132, 128, 4), Ring(132, 128, 6), Ring(132, 128, 6, 1, 12)]
+        tried += [Ring(132, 64, 6, 2), Ring(264, 128, 4), Ring(132, 256, 4), Ring(132, 128, 6, 2)]
     return [None, *tried]
 
 
@@ -359,6 +363,13 @@ def search(name: str, num_rows: int, part: int, parts: int) -> dict[str, Any]:
             print(f"   {which}: {time:.1f} us a step, {what}")
         sys.stdout.flush()
     use(forms)
+    kept = paged_plan.SPLIT
+    for split in (64, 128, 256):
+        paged_plan.SPLIT = split
+        with form_of_step(model, "overlapped"):
+            result[f"splits of {split}"] = microseconds(captured(step)[0])
+        print(f"   splits of {split} keys: {result[f'splits of {split}']:.1f} us a step")
+    paged_plan.SPLIT = kept
     for each in ("in turn", "overlapped"):
         with form_of_step(model, each):
             graph, _ = captured(step)
@@ -373,7 +384,7 @@ def search(name: str, num_rows: int, part: int, parts: int) -> dict[str, Any]:
     for each in ("in turn", "overlapped"):
         with form_of_step(model, each):
             result[f"kernels {each}"] = profiled(captured(step)[0])
-    for key in list(result)[7:]:
+    for key in list(result)[10:]:
         print("  ", key, result[key], flush=True)
     return result
 
