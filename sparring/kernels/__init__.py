@@ -67,6 +67,16 @@ def uses_triton(x: Tensor) -> bool:
     return x.is_cuda and x.dtype != torch.float64 and triton is not None
 
 
+def cdiv(total: int, size: int) -> int:
+    """How many pieces of that size hold the total; Triton's own takes a host 2 us."""
+    return -(-total // size)
+
+
+def power_of_two(least: int) -> int:
+    """The smallest power of two that is at least this, from 1 on."""
+    return 1 << (least - 1).bit_length()
+
+
 @jit
 def rounded(x, dtype: tl.constexpr):
     """float32 -> dtype, to nearest even; the interpreter truncates to bfloat16 unless told so."""

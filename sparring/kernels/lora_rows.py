@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparring.kernels import Capability, dot, jit, rounded, tl, triton
+from sparring.kernels import Capability, cdiv, dot, jit, power_of_two, rounded, tl, triton
 
 SHRINK_TILE = {"BLOCK_K": 128, "num_warps": 4, "num_stages": 4}
 OUTER_TILE = {"BLOCK_T": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 4}
@@ -193,7 +193,7 @@ class Parts:
 
 def padded(rank: int) -> int:
     """Columns that a tile of `rank` numbers takes."""
-    return max(16, triton.next_power_of_2(rank))
+    return max(16, power_of_two(rank))
 
 
 def shrink_tile(block_r: int) -> dict[str, int]:
@@ -243,7 +243,7 @@ def shrink_rows_triton(x: Tensor, m: Tensor, parts: Parts, scale: float) -> Tens
     block_t = next((size for size in (64, 32) if num_rows * count >= size * FULL), 16)
     tile = shrink_tile(padded(rank))
     if num_rows:
-        _shrink_kernel[(triton.cdiv(num_rows, block_t), count)](
+        _shrink_kernel[(cdiv(num_rows, block_t), count)](
             x, m, parts.table, u, scale, num_rows, x.stride(0), u.stride(0), BLOCK_T=block_t,
             IS_EVEN=parts.granule % tile["BLOCK_K"] == 0, RANK=rank, BLOCK_R=padded(rank),
             enable_fp_fusion=False, **tile,
@@ -257,8 +257,8 @@ def add_rows_triton(y: Tensor, u: Tensor, m: Tensor, parts: Parts, scale: float)
     (num_rows, num_columns), rank = y.shape, m.shape[1]
     if num_rows:
         grid = (
-            triton.cdiv(num_columns, ADD_TILE["BLOCK_N"]),
-            triton.cdiv(num_rows, ADD_TILE["BLOCK_T"]),
+            cdiv(num_columns, ADD_TILE["BLOCK_N"]),
+            cdiv(num_rows, ADD_TILE["BLOCK_T"]),
         )
         _add_kernel[grid](
             y, u, m, parts.table, scale, num_rows, num_columns, y.stride(0), u.stride(0),
@@ -273,6 +273,10 @@ def outer_rows_reference(x: Tensor, u: Tensor, parts: Parts, scale: float) -> Te
     [rows of all parts, r].
     """
     rank = parts.num_ranks // len(parts.spans)
+    if len(parts.spans) == 1:
+        ((first, last, _, column),) = parts.spans
+        product = wide_product(x[:, first:last].T, u[:, column : column + rank])
+        return product if scale == 1.0 else product.mul_(scale)
     wide = torch.promote_types(x.dtype, torch.float32)
     out = torch.empty(parts.num_rows, rank, dtype=wide, device=x.device)
     for first, last, row, column in parts.spans:
@@ -291,8 +295,8 @@ def outer_rows_triton(x: Tensor, u: Tensor, parts: Parts, scale: float) -> Tenso
     assert parts.granule % tile["BLOCK_N"] == 0, "a block of columns lies in one part"
     blocks, block_t = num_columns // tile["BLOCK_N"], tile["BLOCK_T"]
     shares = max(1, min(-(-2 * FULL // blocks), num_rows // (4 * block_t)))
-    rows_each = triton.cdiv(triton.cdiv(num_rows, shares), block_t) * block_t
-    shares = max(1, triton.cdiv(num_rows, max(1, rows_each)))
+    rows_each = cdiv(cdiv(num_rows, shares), block_t) * block_t
+    shares = max(1, cdiv(num_rows, max(1, rows_each)))
     out = torch.empty(shares, parts.num_rows, rank, dtype=torch.float32, device=x.device)
     _outer_kernel[(blocks, shares)](
         x, u, parts.table, out, scale, num_rows, rows_each, x.stride(0), u.stride(0),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sparring.kernels import Capability, jit, rounded, tl, triton
+from sparring.kernels import Capability, cdiv, jit, rounded, tl
 from sparring.kernels.lora_rows import low_rank_tile, padded, takes_rows
 from sparring.kernels.swiglu import swiglu_gradients_reference, swiglu_reference
 
@@ -123,7 +123,7 @@ def lora_swiglu_triton(gate_up: Tensor, xa: Tensor, b: Tensor, scale: float) -> 
     num_rows, half, rank = len(gate_up), gate_up.shape[1] // 2, b.shape[1]
     h = gate_up.new_empty(num_rows, half)
     if num_rows:
-        grid = (triton.cdiv(half, TILE["BLOCK_F"]), triton.cdiv(num_rows, TILE["BLOCK_T"]))
+        grid = (cdiv(half, TILE["BLOCK_F"]), cdiv(num_rows, TILE["BLOCK_T"]))
         _forward_kernel[grid](
             gate_up, xa, b, h, scale, num_rows, gate_up.stride(0), xa.stride(0),
             F=half, RANK=rank, BLOCK_R=padded(rank), enable_fp_fusion=True, **TILE,
@@ -139,7 +139,7 @@ def lora_swiglu_gradients_triton(
     assert a.is_contiguous(), "its rows lie one behind the other"
     num_rows, half, rank = len(dh), dh.shape[1], b.shape[1]
     if num_rows:
-        grid = (triton.cdiv(half, TILE["BLOCK_F"]), triton.cdiv(num_rows, TILE["BLOCK_T"]))
+        grid = (cdiv(half, TILE["BLOCK_F"]), cdiv(num_rows, TILE["BLOCK_T"]))
         _backward_kernel[grid](
             gate_up, dh, xa, b, t, a, scale, num_rows,
             gate_up.stride(0), xa.stride(0), t.stride(0), F=half,

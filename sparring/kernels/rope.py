@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparring.kernels import jit, rounded, tl, triton, uses_triton
+from sparring.kernels import cdiv, jit, power_of_two, rounded, tl, uses_triton
 
 __all__ = ["rope", "rope_reference", "rope_triton"]
 
@@ -77,8 +77,8 @@ def _rotate_kernel(
 
 def tile_of(num_heads: int, half: int) -> dict[str, int]:
     """Launch table: one program holds up to 4,096 pairs of one token's heads."""
-    block_e = max(16, triton.next_power_of_2(half))
-    block_h = min(triton.next_power_of_2(num_heads), max(1, 4096 // block_e))
+    block_e = max(16, power_of_two(half))
+    block_h = min(power_of_two(num_heads), max(1, 4096 // block_e))
     return {"BLOCK_E": block_e, "BLOCK_H": block_h, "num_warps": 4}
 
 
@@ -89,7 +89,7 @@ def _rotate_triton(x_THE: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> T
     y_THE = torch.empty(x_THE.shape, dtype=x_THE.dtype, device=x_THE.device)
     tile = tile_of(num_heads, size // 2)
     if num_tokens:
-        _rotate_kernel[(num_tokens, triton.cdiv(num_heads, tile["BLOCK_H"]))](
+        _rotate_kernel[(num_tokens, cdiv(num_heads, tile["BLOCK_H"]))](
             x_THE, cos.contiguous(), sin.contiguous(), y_THE, num_heads, *x_THE.stride()[:2],
             HALF=size // 2, BACKWARD=backward, enable_fp_fusion=True, **tile,
         )  # fmt: skip
