@@ -6,6 +6,9 @@ sm_90 and later). They need little of a multiprocessor, so they are there early,
 with the time is to ask for weights of the next product to come to the L2 cache: `Ahead` says
 which. Then every program waits for the launch before, reads, computes and writes. Weights do not
 change during a step, so asking early is safe, and asking in vain costs a request.
+
+Shapes: x and residual [T, D], gate_up [T, 2F]. Bytes: those of norm.py and swiglu.py; what is asked
+for goes to the L2 cache once.
 """
 
 from __future__ import annotations

@@ -15,7 +15,9 @@ used: the row's logits are gone through instead.
 
 Masses are integers, 2^40 exp(s - maximum) rounded down, so a sum has no order and no rounding of
 its own; they agree with float64 probabilities to V 2^-40 (1.4e-7 for 152,064 tokens) and the
-float32 exponential's 1e-6. A row without cuts costs a few loads.
+float32 exponential's 1e-6. Shapes: logits [R, V], rules [R] each. Bytes: 4 a logit in each of two
+or three passes over a row, then 4 an entry of its list a turn; a row without cuts costs a few
+loads.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ it attends to. `advance` runs after the draw: it writes tokens and log-probabili
 rows that end, and moves the others on. Between them nothing needs the host, so a graph of one step
 can be replayed many times. A row that is done stays where it is, writes into the spare block and
 attends to nothing. Stop strings are the host's: it cuts what was drawn past one.
-One launch each.
+Shapes: [R] each, block tables [R, N], what is written down [R, steps]. One launch each, of some 100
+bytes a row.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """SwiGLU that adds the adapters on either side of it while its tiles are in registers.
 
+Shapes: gate_up [T, 2F], xa [T, 2r], B [2F, r], dh and h [T, F], t [T, r], A [r, F].
 Forward, of the product gate_up = x W^T without its adapter: gate += s xa_gate B_gate^T, up alike,
 each rounded to the product's dtype, then h = silu(gate) up as in swiglu.py. Backward, of dh = dy W
 without its adapter: dh += t A, rounded; gate and up as forward; the gradients go over gate_up and h

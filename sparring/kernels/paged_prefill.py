@@ -5,7 +5,8 @@ The new tokens' keys and values are in the pool already; each token sees every k
 its own. A program takes a tile of one row's queries and one head: an online softmax in base 2 over
 the row's blocks from position 0, whole tiles first, then those seen in part. Which tiles there are
 is planned once a batch on the host. In bitwise mode kernels/split_attention.py takes this place.
-FLOP: 4 H E pairs of query and key. No gradient. arXiv 2205.14135, 2309.06180.
+FLOP: 4 H E pairs of query and key; bytes: each tile of queries reads the keys and values it sees.
+No gradient. arXiv 2205.14135, 2309.06180.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ head). The token is argmax_v of s_v - log E_v with E_v exponential noise (philox
 from softmax(s): an exponential race. The log-probability is s_token - logsumexp(s) over the whole
 vocabulary; both terms are counted from the row's largest logit, so that the token's own is the same
 number above and below. Greedy rows take argmax_v of the logits and the log-probability of
-temperature 1. What holds tokens back (a minimum length, cut.py's top-k, top-p
-and min-p) bends the draw and never the log-probability.
+temperature 1. What holds tokens back (a minimum length, cut.py's top-k, top-p and min-p) bends the
+draw and never the log-probability. Shapes: logits [R, V] -> tokens int64 [R], logprobs float32 [R].
 
 The Triton form reads the logits once. Tiles of BLOCK_V entries give their maximum, their sum of
 exponentials, and their best entry of the race; a second launch combines the tiles of a row in one

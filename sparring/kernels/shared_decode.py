@@ -6,8 +6,9 @@ front), provided it is not their last one. `shared_splits` counts, once a step a
 how many leading splits of each row are shared so; nothing about groups is an argument. In the
 decode launch (paged_attention.py) one program then computes such a split for all rows of its chunk,
 their query heads side by side, and counts as done in each of them; those rows' own programs leave
-it out. How many queries a program holds changes no bit (splits.py), so neither does this. Bytes: a
-shared split's keys once a chunk, not once a row.
+it out. How many queries a program holds changes no bit (splits.py), so neither does this. Shapes:
+those of paged_attention.py, counts int32 [R]. Bytes: a shared split's keys once a chunk, not once a
+row.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Two sources of keys and values, one order of sums (splits.py): a pool of blocks 
 prompts, recomputation: no gradient) and packed segments with shared prompts (the training forward;
 position j of a segment is token j of its parent, and from the parent's length on its own). A
 program takes a tile of one head's queries through every split that one of them sees; each query's
-splits are merged in order, as decoding merges them. Shapes and FLOP: those of
+splits are merged in order, as decoding merges them. Shapes, FLOP and bytes: those of
 kernels/paged_prefill.py and kernels/attention.py. The packed form also gives lse [H, T] = log2 sum
 2^(s log2 e), which is what the backward pass of kernels/attention.py needs.
 """

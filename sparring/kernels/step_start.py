@@ -3,7 +3,7 @@
 Shapes: table [V, D], ids and positions int64 [T], frequencies float32 [E / 2] -> x [T, D], its sums
 of squares (few_rows.py), cosines and sines float32 [T, E / 2] of position times frequency. Angles
 are a float32 product, and their cosine and sine right to 2 units in the last place, as torch's
-are. No gradient.
+are. Bytes: 4 D a row of 16-bit values. No gradient.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ to be called by one. That each is launched in the interpreter is seen in test_pr
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,3 +57,38 @@ def test_every_kernel_is_compiled_for_the_cards_that_users_own():
                 compiled.add(f"{node.value.id}.{node.attr}")
     missing = KERNELS - compiled
     assert not missing, f"no test in tests/kernels/test_compile*.py compiles {sorted(missing)}"
+
+
+CHOSEN_BY_A_PLAN = {"paged_decode", "paged_prefill", "rotate_decode"}
+"""Who plans a step chooses their form (models/attention_paged_kernel.py)."""
+OF_TWO_REFERENCES = {"rotate_decode": ("rotate_write_reference", "paged_decode_reference")}
+"""Several launches in one, with the bits of one after the other."""
+
+
+def test_every_launch_has_its_formula_in_torch_beside_it():
+    everywhere, wrong = set(), []
+    for path in FILES:
+        functions = {
+            node.name
+            for node in ast.parse(path.read_text(encoding="utf-8")).body
+            if isinstance(node, ast.FunctionDef)
+        }
+        everywhere |= functions
+        for name in (f.removesuffix("_triton") for f in functions if f.endswith("_triton")):
+            if name.startswith("_") or name == "uses":
+                continue
+            wanted = {name} - CHOSEN_BY_A_PLAN
+            if name not in OF_TWO_REFERENCES:
+                wanted.add(f"{name}_reference")
+            wrong += [f"{path.name}: {one}" for one in wanted - functions]
+    assert not wrong, f"a launch name_triton needs name and name_reference: {wrong}"
+    assert {one for pair in OF_TWO_REFERENCES.values() for one in pair} <= everywhere
+
+
+def test_every_file_with_a_kernel_says_what_shapes_and_bytes_it_moves():
+    wrong = []
+    for path in {path for path in FILES if any(n.name.endswith("_kernel") for n in jitted(path))}:
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        if not re.search(r"[Bb]ytes", text) or not re.search(r"\[\w|kernels/\w+\.py", text):
+            wrong.append(path.name)
+    assert not wrong, f"say formula, shapes and bytes at the top of {sorted(wrong)}"
