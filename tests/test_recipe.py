@@ -267,13 +267,15 @@ def test_group_size_1_needs_no_group_with_advantage_none(write):
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("512MiB", 2**29), ("8GiB", 2**33), ("8GB", 8 * 10**9), ("1.5gib", 3 * 2**29), (77, 77)],
+    [("512MiB", 2**29), ("8GiB", 2**33), ("8GB", 8 * 10**9), ("1.5gib", 3 * 2**29), (77000, 77000)],
 )
 def test_sizes(text, size):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "8 gigs", "8G", "-1GiB", 0, -5, True, "0MiB", 1.5, "1e9"])
+@pytest.mark.parametrize(
+    "text", ["", "8 gigs", "8G", "-1GiB", 0, -5, True, "0MiB", 1.5, "1e9", 24, "24"]
+)
 def test_what_is_no_size(text):
     with pytest.raises(ValueError, match="512MiB, 8GiB, 8GB"):
         parse_size(text)

@@ -21,13 +21,15 @@ _UNITS |= {f"{letter}b": 1000**power for power, letter in enumerate("kmgt", star
 
 def parse_size(value: object) -> int:
     """Bytes of 512MiB, 8GiB, 8GB (decimal) or a number of bytes; ValueError for anything else."""
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return value
-    text = value if isinstance(value, str) else ""
+    is_number = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    text = str(value) if is_number or isinstance(value, str) else ""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if found is None or found.group(2).lower() not in _UNITS or float(found.group(1)) == 0:
         raise ValueError("a size is written 512MiB, 8GiB, 8GB (decimal) or as a number of bytes")
-    return int(float(found.group(1)) * _UNITS[found.group(2).lower()])
+    size = int(float(found.group(1)) * _UNITS[found.group(2).lower()])
+    if not found.group(2) and size < 4096:
+        raise ValueError(f"{size} would be bytes: a size is written 512MiB, 8GiB, 8GB (decimal)")
+    return size
 
 
 def _size_or_auto(value: object) -> object:

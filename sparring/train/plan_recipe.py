@@ -28,6 +28,8 @@ from sparring.train.policy import MAX_RUNNING, Policy, pick_device, set_memory_s
 Algorithm = Literal["grpo", "ppo", "sft", "dpo"]
 DEFAULT_TOKENS, DEFAULT_MODE = 8192, "none"
 """What "auto" is where nothing is planned."""
+NOMINAL = 1.05
+"""A card's memory by its name, at most so many times what programs can use of it."""
 
 
 def algorithm_of(recipe: Recipe) -> Algorithm:
@@ -237,7 +239,11 @@ def _as_set(recipe: Recipe, model: Decoder) -> Recipe:
 def hold_budget(
     memory: int | Literal["auto"], device: torch.device, say: Callable[[str], None]
 ) -> int:
-    """Bytes that a process may take, context included, by run.memory; the allocator is told."""
+    """Bytes that a process may take, context included, by run.memory; the allocator is told.
+
+    A card sold as 24 GB has less that programs can use: memory just above that means all of it.
+    Raises MemoryBudgetError where it is far above.
+    """
     # the allocator's limits are set by a card's number
     index = torch.cuda.current_device() if device.index is None else device.index
     device = torch.device("cuda", index)
@@ -247,6 +253,9 @@ def hold_budget(
         torch.cuda.set_per_process_memory_fraction(1.0, device)
         return free
     budget = memory
+    if total < budget <= NOMINAL * total:
+        say(f"run.memory is {gib(budget)}; programs can use {gib(total)} of this card: all of it")
+        budget = total
     if budget > total:
         raise MemoryBudgetError(
             f"[run] memory = {gib(budget)}, but {torch.cuda.get_device_name(device)} has"

@@ -310,6 +310,12 @@ def test_a_budget_is_held_on_a_card_without_a_number(card: dict[str, Any]) -> No
     assert (card["share"], card["index"]) == (pytest.approx(5 / 24), 0)
     assert hold_budget("auto", torch.device("cuda"), print) == 23 * GIB
     assert (card["share"], card["index"]) == (1.0, 0)
+    said: list[str] = []
+    assert hold_budget(25 * GIB, torch.device("cuda"), said.append) == 24 * GIB
+    assert card["share"] == pytest.approx(23 / 24)
+    assert "programs can use 24.00 GiB" in said[0]
+    with pytest.raises(MemoryBudgetError, match=r"has 24\.00 GiB; give it at most that"):
+        hold_budget(26 * GIB, torch.device("cuda"), print)
 
 
 def test_on_a_card_settings_that_do_not_fit_are_refused_with_those_that_do(
