@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from sparring.kernels import Capability
 
 SPLIT = 256
 """Keys of a split."""
+TILE_KEYS = 64
+"""Keys of a tile."""
 
 _INTERPRETED = {"SPLIT": 64, "BLOCK_N": 16, "num_stages": 1}
 
@@ -29,7 +32,7 @@ def split_of(capability: Capability, head_size: int) -> dict[str, int]:
     is_large = 90 <= capability.arch < 120  # shared memory of 227 KiB
     most = 128 if capability.arch >= 100 else 256  # with larger heads a third stage spills there
     is_deep = head_size <= (most if is_large else 64)
-    return {"SPLIT": SPLIT, "BLOCK_N": 64, "num_stages": 3 if is_deep else 2}
+    return {"SPLIT": SPLIT, "BLOCK_N": TILE_KEYS, "num_stages": 3 if is_deep else 2}
 
 
 LARGEST_SPANNED = 128
@@ -68,22 +71,46 @@ def sharing_pays(capability: Capability, num_pairs: int, group: int) -> bool:
     return num_pairs >= pairs and group <= most
 
 
+TILE_PROGRAMS = {0: 64}
+"""By architecture: up to how many programs there are, in all, a program takes one tile of keys
+(tile_decode.py): with few rows a launch takes as long as its longest chain of waits.
+"""
+MOST_TILE_PROGRAMS = 1024
+
+
+def takes_tiles(
+    capability: Capability, num_pairs: int, max_splits: int, head_size: int, block_size: int
+) -> bool:
+    """Whether decoding's programs take a tile each, for rows times key heads of up to so many
+    splits; it changes no bit.
+    """
+    sizes = split_of(capability, head_size)
+    programs = num_pairs * max_splits * (sizes["SPLIT"] // sizes["BLOCK_N"])
+    fits = head_size <= LARGEST_SPANNED and block_size % sizes["BLOCK_N"] == 0
+    return fits and programs <= TILE_PROGRAMS.get(capability.arch, 0)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DecodeWorkspace:
     """Where the splits of rows meet; one serves every layer, and every step of a captured graph.
 
     partial [R, K, S, G, E] and states [R, K, S, 2, G] float32: acc, then peak and total of a split;
-    tickets [R, K] int32, 0 between launches: how many splits of a row are done.
+    tile_partial [P, G, E] and tile_states [P, 1 + N, G] float32, P = MOST_TILE_PROGRAMS, N =
+    TILE_KEYS: acc, then probabilities and peak of a tile. tickets [R, K] int32, 0 between launches:
+    how many programs of a row are done.
     """
 
     partial: Tensor
     states: Tensor
+    tile_partial: Tensor
+    tile_states: Tensor
     tickets: Tensor
 
     @staticmethod
     def num_bytes(rows: int, num_heads: int, num_kv_heads: int, size: int, max_splits: int) -> int:
         """Bytes of a workspace."""
-        return 4 * rows * (num_heads * max_splits * (size + 2) + num_kv_heads)
+        tiles = num_heads // num_kv_heads * MOST_TILE_PROGRAMS * (size + 1 + TILE_KEYS)
+        return 4 * (rows * (num_heads * max_splits * (size + 2) + num_kv_heads) + tiles)
 
     @classmethod
     def new(
@@ -98,9 +125,12 @@ class DecodeWorkspace:
         """A workspace for up to `rows` rows of up to `max_splits` splits."""
         group = num_heads // num_kv_heads
         shape = (rows, num_kv_heads, max_splits)
+        new = partial(torch.empty, dtype=torch.float32, device=device)
         return cls(
-            partial=torch.empty((*shape, group, size), dtype=torch.float32, device=device),
-            states=torch.empty((*shape, 2, group), dtype=torch.float32, device=device),
+            partial=new((*shape, group, size)),
+            states=new((*shape, 2, group)),
+            tile_partial=new((MOST_TILE_PROGRAMS, group, size)),
+            tile_states=new((MOST_TILE_PROGRAMS, 1 + TILE_KEYS, group)),
             tickets=torch.zeros(shape[:2], dtype=torch.int32, device=device),
         )
 

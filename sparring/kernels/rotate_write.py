@@ -182,9 +182,10 @@ def rotated_heads(
         b = rounded(b * scale[:, None], dtype).to(tl.float32)
         a = rounded(a * own, dtype).to(tl.float32)
         b = rounded(b * theirs, dtype).to(tl.float32)
-    angles = tl.where(is_first, columns, columns - HALF)
-    cos = tl.load(cos_ptr + angles[None, :], mask=(columns < E)[None, :], other=0.0)
-    sin = tl.load(sin_ptr + angles[None, :], mask=(columns < E)[None, :], other=0.0)
+    # a head's angles for every head: laid out as the heads are, nothing is moved between threads
+    angles = (heads * 0)[:, None] + tl.where(is_first, columns, columns - HALF)[None, :]
+    cos = tl.load(cos_ptr + angles, mask=inside, other=0.0)
+    sin = tl.load(sin_ptr + angles, mask=inside, other=0.0)
     sin = tl.where(is_first[None, :], -sin, sin)
     turned = tl.fma(a, cos, b * sin)
     return rounded(tl.where(is_value[:, None], x, turned), dtype)

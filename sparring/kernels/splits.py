@@ -1,11 +1,12 @@
 """One split of attention, in one order of sums wherever it is computed.
 
 Keys lie on an absolute grid from position 0: splits of a fixed size, each cut into tiles of a fixed
-size. A split gives (acc, peak, total): acc [E, M] = sum of v p with p = 2^(s - peak) and total [M]
-= sum of p, from an online softmax over its tiles in order; splits are merged in order. Decoding,
-prefill and the training forward of bitwise mode all call these functions, and no bit depends on how
-many queries M a program holds: keys (and the values' head dimension) are the matrix product's
-rows and queries its columns, so one kind of matrix instruction serves every number of queries.
+size N. A tile gives (acc, peak, p): acc [E, M] = sum of v p with p [N, M] = 2^(s - peak); it knows
+nothing of other tiles, so any program may compute it. A split merges its tiles in order, acc and p
+alike, and then adds up p over N; splits are merged in order.
+Decoding, prefill and the training forward of bitwise mode all call these functions, and no bit
+depends on how many queries M a program holds: keys (and the values' head dimension) are the matrix
+product's rows and queries its columns, so one kind of matrix instruction serves any number.
 Contraction to fused multiply-add is off in every kernel that calls them (`OPTIONS`); where one is
 meant, it is written. A tile that a query does not see changes none of its bits.
 """
@@ -110,42 +111,78 @@ def inverse(total):
 
 
 @jit
-def _softmax_step(
-    acc, peak, total, q, k, v, k_scale, v_scale, keys, positions, num_keys, scale, window,
-    HAS_WINDOW: tl.constexpr, IS_SCALED: tl.constexpr,
+def tile_sums(
+    q, k, v, k_scale, v_scale, keys, positions, num_keys, scale, window, HAS_WINDOW: tl.constexpr,
+    IS_SCALED: tl.constexpr,
 ):  # fmt: skip
-    """One tile: q [E, M], k and v [N, E] -> acc [E, M], peak [M], total [N, M]; total's columns are
-    summed at the end of a split: sums over a tile's keys wait for every warp. IS_SCALED: k and v
-    are k_scale and v_scale [N] times what they hold.
+    """One tile: q [E, M], k and v [N, E] -> acc [E, M], peak [M], p [N, M], which is added up at
+    the end of a split: sums over a tile's keys wait for every warp. IS_SCALED: k and v are k_scale
+    and v_scale [N] times what they hold.
     """
-    s = product(k, q, tl.zeros([k.shape[0], q.shape[1]], tl.float32))
+    N: tl.constexpr = k.shape[0]
+    M: tl.constexpr = q.shape[1]
+    s = product(k, q, tl.zeros([N, M], tl.float32))
     if IS_SCALED:
         s = s * k_scale[:, None]
     seen = (keys[:, None] <= positions[None, :]) & (keys < num_keys)[:, None]
     if HAS_WINDOW:
         seen = seen & (keys[:, None] > positions[None, :] - window)
     s = tl.where(seen, s, -float("inf"))
-    above = tl.maximum(peak, whole_level(tl.max(s, axis=0) * scale))
-    level = tl.where(above == -float("inf"), 0.0, above)
+    peak = whole_level(tl.max(s, axis=0) * scale)
+    level = tl.where(peak == -float("inf"), 0.0, peak)
     p = tl.exp2(tl.fma(s, scale, -level[None, :]))
-    shrink = tl.exp2(peak - level)
     if IS_SCALED:
-        total = tl.fma(total, shrink[None, :], p)
+        wide = p
         used = rounded(p * v_scale[:, None], q.dtype)
     else:
         used, wide = rounded_and_wide(p, q.dtype)
-        total = tl.fma(total, shrink[None, :], wide)
-    acc = product(tl.trans(v), used, acc * shrink[None, :])
-    return acc, above, total
+    acc = product(tl.trans(v), used, tl.zeros([v.shape[1], M], tl.float32))
+    return acc, peak, wide
+
+
+@jit
+def no_tiles(BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """What tiles are merged into: (acc, peak, p)."""
+    return (
+        tl.zeros([BLOCK_E, BLOCK_M], tl.float32),
+        tl.full([BLOCK_M], -float("inf"), tl.float32),
+        tl.zeros([BLOCK_N, BLOCK_M], tl.float32),
+    )
+
+
+@jit
+def with_tile(acc, peak, total, acc_new, peak_new, p):
+    """Tiles so far and the next one."""
+    peak, keep, add = merge_factors(peak, peak_new)
+    total = tl.fma(p, add[None, :], total * keep[None, :])
+    return tl.fma(acc_new, add[None, :], acc * keep[None, :]), peak, total
+
+
+@jit
+def whole_total(p):
+    """[M], the sum of [M, N] for an N of 16 or 64: sums of two, which have no order of their own,
+    first of what a thread of a matrix product holds, then of a warp's.
+    """
+    M: tl.constexpr = p.shape[0]
+    ROWS: tl.constexpr = p.shape[1] // 16
+    tl.static_assert(ROWS == 1 or ROWS == 4)
+    x = tl.sum(tl.reshape(p, [M, ROWS, 2, 8]), axis=2)
+    x = tl.sum(tl.reshape(x, [M, ROWS, 2, 4]), axis=2)
+    x = tl.sum(tl.reshape(x, [M, ROWS, 2, 2]), axis=2)
+    x = tl.sum(x, axis=2)
+    if ROWS == 1:
+        return tl.reshape(x, [M])
+    else:  # noqa: RET505 - Triton wants one type a branch
+        return tl.sum(tl.sum(tl.reshape(x, [M, 2, 2]), axis=1), axis=1)
 
 
 @jit
 def _paged_tile(
-    acc, peak, total, q, positions, k_ptr, v_ptr, scales_ptr, table_ptr, block, start, num_keys,
+    q, positions, k_ptr, v_ptr, scales_ptr, table_ptr, block, start, num_keys,
     scale, window, STRIDE: tl.constexpr, B: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """`_softmax_step` of the tile at key `start`, which lies in `block` where tiles lie in one."""
+    """`tile_sums` of the tile at key `start`, which lies in `block` where tiles lie in one."""
     columns = tl.arange(0, BLOCK_E)
     keys = start + tl.arange(0, BLOCK_N)
     inside = (keys < num_keys)[:, None] & (columns < E)[None, :]
@@ -160,21 +197,19 @@ def _paged_tile(
     if LIMIT == 0:
         k = tl.load(k_ptr + at, mask=inside, other=0.0)
         v = tl.load(v_ptr + at, mask=inside, other=0.0)
-        acc, peak, total = _softmax_step(
-            acc, peak, total, q, k, v, 0.0, 0.0, keys, positions, num_keys, scale, window,
-            HAS_WINDOW, False,
-        )  # fmt: skip
+        acc, peak, p = tile_sums(
+            q, k, v, 0.0, 0.0, keys, positions, num_keys, scale, window, HAS_WINDOW, False
+        )
     else:
         k = widened(tl.load(k_ptr + at, mask=inside, other=0.0), q.dtype)
         v = widened(tl.load(v_ptr + at, mask=inside, other=0.0), q.dtype)
         scale_at = scales_ptr + at_scale
         k_scale = tl.load(scale_at, mask=keys < num_keys, other=0.0)
         v_scale = tl.load(scale_at + STRIDE // E // 2, mask=keys < num_keys, other=0.0)
-        acc, peak, total = _softmax_step(
-            acc, peak, total, q, k, v, k_scale, v_scale, keys, positions, num_keys, scale,
-            window, HAS_WINDOW, True,
-        )  # fmt: skip
-    return acc, peak, total
+        acc, peak, p = tile_sums(
+            q, k, v, k_scale, v_scale, keys, positions, num_keys, scale, window, HAS_WINDOW, True
+        )
+    return acc, peak, p
 
 
 @jit
@@ -189,19 +224,18 @@ def paged_split(
     to block; LIMIT > 0: they are 8-bit numbers with scales.
     q [BLOCK_E, BLOCK_M], positions [BLOCK_M]: a query sees keys up to its position.
     """
-    acc = tl.zeros([BLOCK_E, BLOCK_M], tl.float32)
-    peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    acc, peak, total = no_tiles(BLOCK_E, BLOCK_M, BLOCK_N)
     # a tile's block is known a tile ahead, so that its keys can be under way two tiles ahead
     block = tl.load(table_ptr + low // B).to(tl.int64)
     for start in range(low, high, BLOCK_N):
-        acc, peak, total = _paged_tile(
-            acc, peak, total, q, positions, k_ptr, v_ptr, scales_ptr, table_ptr, block, start,
-            num_keys, scale, window, STRIDE, B, E, BLOCK_E, BLOCK_N, HAS_WINDOW, LIMIT,
+        acc_new, peak_new, p = _paged_tile(
+            q, positions, k_ptr, v_ptr, scales_ptr, table_ptr, block, start, num_keys, scale,
+            window, STRIDE, B, E, BLOCK_E, BLOCK_N, HAS_WINDOW, LIMIT,
         )  # fmt: skip
+        acc, peak, total = with_tile(acc, peak, total, acc_new, peak_new, p)
         after = start + BLOCK_N
         block = tl.load(table_ptr + after // B, mask=after < high, other=0).to(tl.int64)
-    return acc, peak, tl.sum(total, axis=0)
+    return acc, peak, whole_total(tl.trans(total))
 
 
 @jit
@@ -223,21 +257,20 @@ def paged_splits(
     row_acc = tl.zeros([BLOCK_E, BLOCK_M], tl.float32)
     row_peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
     row_total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_E, BLOCK_M], tl.float32)
-    peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    acc, peak, total = no_tiles(BLOCK_E, BLOCK_M, BLOCK_N)
     block = tl.load(table_ptr + low // B).to(tl.int64)
     for start in range(low, high, BLOCK_N):
-        # a peak of -inf makes the step multiply what the split before left by 0
+        # a peak of -inf multiplies what the split before left by 0
         peak = tl.where(start % SPLIT == 0, -float("inf"), peak)
-        acc, peak, total = _paged_tile(
-            acc, peak, total, q, positions, k_ptr, v_ptr, scales_ptr, table_ptr, block, start,
-            num_keys, scale, window, STRIDE, B, E, BLOCK_E, BLOCK_N, HAS_WINDOW, LIMIT,
+        acc_new, peak_new, p = _paged_tile(
+            q, positions, k_ptr, v_ptr, scales_ptr, table_ptr, block, start, num_keys, scale,
+            window, STRIDE, B, E, BLOCK_E, BLOCK_N, HAS_WINDOW, LIMIT,
         )  # fmt: skip
+        acc, peak, total = with_tile(acc, peak, total, acc_new, peak_new, p)
         after = start + BLOCK_N
         block = tl.load(table_ptr + after // B, mask=after < high, other=0).to(tl.int64)
         if (after % SPLIT == 0) | (after >= high):
-            whole = tl.sum(total, axis=0)
+            whole = whole_total(tl.trans(total))
             if keeps_each:
                 split = start // SPLIT
                 tl.store(partial_ptr + split * (GROUP * E) + to, acc, mask=inside)
@@ -260,9 +293,7 @@ def packed_split(
     from parent_length on token start + j - parent_length. j times a stride fits 32 bits.
     """
     columns = tl.arange(0, BLOCK_E)
-    acc = tl.zeros([BLOCK_E, BLOCK_M], tl.float32)
-    peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    acc, peak, total = no_tiles(BLOCK_E, BLOCK_M, BLOCK_N)
     own = start - parent_length
     for first in range(low, high, BLOCK_N):
         keys = first + tl.arange(0, BLOCK_N)
@@ -273,11 +304,11 @@ def packed_split(
         shift = tl.where(keys < parent_length, parent_start * stride_vt, own * stride_vt)
         at_v = (shift + keys * stride_vt)[:, None] + columns[None, :]
         v = tl.load(v_ptr + at_v, mask=inside, other=0.0)
-        acc, peak, total = _softmax_step(
-            acc, peak, total, q, k, v, 0.0, 0.0, keys, positions, num_keys, scale, window,
-            HAS_WINDOW, False,
-        )  # fmt: skip
-    return acc, peak, tl.sum(total, axis=0)
+        acc_new, peak_new, p = tile_sums(
+            q, k, v, 0.0, 0.0, keys, positions, num_keys, scale, window, HAS_WINDOW, False
+        )
+        acc, peak, total = with_tile(acc, peak, total, acc_new, peak_new, p)
+    return acc, peak, whole_total(tl.trans(total))
 
 
 @jit

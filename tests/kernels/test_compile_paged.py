@@ -14,6 +14,7 @@ from sparring.kernels import (
     rotate_write,
     shared_decode,
     split_attention,
+    tile_decode,
 )
 from sparring.kernels.attention_plan import tile_of
 from sparring.kernels.paged_plan import SHARING, sharing_pays, span_of, split_of
@@ -67,6 +68,23 @@ def test_decode_that_shares_prompts(span):
     chunk = chunk_of(group)
     found, _ = check_decode(constants, 90, SPAN=span, SHARED=chunk, BLOCK_W=chunk * group)
     assert found == {"wgmma.mma"}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("size", [128, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rotates", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_decode_by_tiles(rotates, size, arch):
+    constants = paged_constants(size, 64) | {"BLOCK_M": 16, "BLOCK_G": 8, "ROTATES": rotates}
+    constants |= SPLIT_OPTIONS | split_of(Capability(arch=arch, tensor_dots=True), size)
+    constants |= {"HAS_NORM": rotates, "OVERLAPS": arch >= 90 and rotates}
+    constants["AT_ONCE"] = tile_decode.AT_ONCE
+    del constants["LIMIT"]
+    found, ptx = check(tile_decode.tile_kernel, POINTERS, constants, arch, products=True)
+    assert found == {90: {"wgmma.mma"}, 100: {"tcgen05.mma"}}.get(arch, {"mma.sync"})
+    if constants["OVERLAPS"]:
+        before, _, after = ptx.partition("griddepcontrol.wait")
+        assert before.count("ld.global.v4") == 2 * 64 * size // 8 // 128, "keys before the turn"
+        assert after
 
 
 def test_shared_splits():
@@ -177,7 +195,8 @@ def lanes_of_sums(kernel, constants, pointers) -> list[tuple[str, str]]:
     first = r'"tt.reduce"\([^)]*\) <{axis = 1 : i32}>'
     sums = re.findall(first + r".*?\(tensor<([\dx]+)xf32, (#\w+)>\)", text, re.S)
     lanes = r"sizePerThread = \[\d+, (\d+)\], threadsPerWarp = \[\d+, (\d+)\]"
-    return [(shape, "x".join(re.search(lanes, layouts[name]).groups())) for shape, name in sums]
+    known = [(shape, re.search(lanes, layouts.get(name, ""))) for shape, name in sums]
+    return [(shape, "x".join(found.groups())) for shape, found in known if found]
 
 
 @pytest.mark.parametrize(
@@ -192,7 +211,9 @@ def test_heads_are_normed_by_as_many_threads_as_in_the_norm(size):
     constants = paged_constants(size, 64) | SPLIT_OPTIONS | {"GROUP": 2, "BLOCK_M": columns}
     constants |= {"ROTATES": True, "HAS_NORM": True, "SHARED": 1, "BLOCK_W": columns, "SPAN": 1}
     constants |= split_of(Capability(arch=90, tensor_dots=True), size)
-    kernel = paged_attention._decode_kernel
-    flags = {name: False for name in kernel.arg_names if name.isupper() and name not in constants}
-    fused = dict(lanes_of_sums(kernel, flags | constants, POINTERS))
-    assert fused[f"{columns}x{size}"] == alone
+    tiles = {"BLOCK_G": 2, "AT_ONCE": tile_decode.AT_ONCE}
+    for kernel, more in ((paged_attention._decode_kernel, {}), (tile_decode.tile_kernel, tiles)):
+        of_kernel = {k: v for k, v in constants.items() if k in {*kernel.arg_names, *OPTIONS}}
+        flags = {n: False for n in kernel.arg_names if n.isupper() and n not in of_kernel | more}
+        fused = dict(lanes_of_sums(kernel, flags | of_kernel | more, POINTERS))
+        assert fused[f"{columns}x{size}"] == alone

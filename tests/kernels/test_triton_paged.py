@@ -212,7 +212,7 @@ def test_a_captured_graph_follows_a_pool_that_moved():
     [(0, 64, 4), (SPLIT + 9, 64, 2), pytest.param(0, 128, 2, marks=SLOW)],
 )
 def test_how_programs_share_the_splits_changes_no_bit(window, size, span, monkeypatch):
-    """Programs of one split and of several."""
+    """Programs of one split, of several and of a tile."""
     heads, kv_heads, dtype = 6, 2, torch.bfloat16
     lengths = (1, 0, SPLIT, SPLIT + 1, 2 * SPLIT - 7, 3 * SPLIT, 5 * SPLIT + 5)
     rows, most = len(lengths), 6
@@ -222,13 +222,14 @@ def test_how_programs_share_the_splits_changes_no_bit(window, size, span, monkey
     last = (lengths_R.long() - 1).clamp_min(0)
     workspace = DecodeWorkspace.new(rows, heads, kv_heads, size, most, DEVICE)
     found = []
-    for splits in (1, span):
+    for splits in (1, span, 0):
+        monkeypatch.setattr(paged_attention, "takes_tiles", lambda *_, n=splits: n == 0)
         monkeypatch.setattr(paged_attention, "span_of", lambda *_, n=splits: n)
         pool, tables = paged(lengths, kv_heads, size, 64, dtype)
         slots = tables.gather(1, last[:, None] // 64).long()[:, 0] * 64 + last % 64
         pool.data[:, slots // 64, :, :, slots % 64] = float("nan")
-        workspace.partial.fill_(float("nan"))
-        workspace.states.fill_(float("nan"))
+        for name in ("partial", "states", "tile_partial", "tile_states"):
+            getattr(workspace, name).fill_(float("nan"))
         how = {"max_splits": most, "capability": CAPABILITY, "window": window}
         out = rotate_decode_triton(
             qkv, angles.cos(), angles.sin(), None, None, 1e-6, slots, pool, 1, tables, lengths_R,
@@ -243,8 +244,13 @@ def test_how_programs_share_the_splits_changes_no_bit(window, size, span, monkey
         assert torch.equal(apart, out)
         want = paged_decode_reference(q.double(), wide(pool), 1, tables, lengths_R, window=window)
         assert error(out, want) < LIMIT[dtype]
-        found.append(out)
-    assert torch.equal(*found)
+        there = lengths_R > 0
+        written = pool.data[1, slots[there] // 64, :, :, slots[there] % 64]
+        assert not written.isnan().any()
+        found.append((out, written))
+    for out, written in found[1:]:
+        assert torch.equal(out, found[0][0])
+        assert torch.equal(written, found[0][1])
 
 
 @pytest.mark.parametrize("has_norm", [True, False])
