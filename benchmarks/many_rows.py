@@ -60,7 +60,7 @@ def form_of_step(step: LaneStep, num_lanes: int, is_early: bool) -> Iterator[Non
     kept = lanes.RULES.get(arch), lanes.EARLY
     lanes.RULES[arch] = LaneRule(1, 1 << 40, num_lanes)
     lanes.EARLY = is_early
-    step.beside = lane_streams(step.model, len(step.tokens_R))
+    step.beside = lane_streams(step.model, len(step.tokens_R), None)
     try:
         yield
     finally:

@@ -24,6 +24,13 @@ from torch import Tensor
 from sparring.kernels.chain import add_norm_ahead, ahead_of, swiglu_ahead
 from sparring.kernels.few_rows import overlaps
 from sparring.kernels.norm import add_rms_norm, rms_norm
+from sparring.kernels.split_product import (
+    SplitForm,
+    add_norm_of_parts,
+    gated_product,
+    split_form,
+    split_product,
+)
 from sparring.kernels.swiglu import swiglu
 from sparring.layout import DecodeLayout
 from sparring.models.attention import AttentionPlan
@@ -51,23 +58,60 @@ EARLY = False
 """Whether norms and SwiGLU are launched before the product that they read has ended."""
 
 
-def lanes_of(model: Decoder, num_rows: int) -> int:
-    """How many lanes a decode step of so many rows has."""
-    rule = RULES.get(model.capability.arch)
-    if rule is None or num_rows < rule.least_rows or model.is_bitwise:
+def lanes_for(arch: int, num_rows: int, layer_bytes: int) -> int:
+    """How many lanes a step of so many rows has on a card, with layers of so many bytes."""
+    rule = RULES.get(arch)
+    if rule is None or num_rows < rule.least_rows or layer_bytes > rule.most_layer_bytes:
         return 1
-    if model.device.type != "cuda" or model.dtype.itemsize != 2:
-        return 1
-    layer = model.layers[0]
-    linears = [module for module in layer.modules() if isinstance(module, Linear)]
-    sizes = [linear.base.weight.nbytes for linear in linears if isinstance(linear.base, Dense)]
-    is_small = len(sizes) == len(linears) and sum(sizes) <= rule.most_layer_bytes
-    return rule.num_lanes if is_small else 1
+    return rule.num_lanes
 
 
-def lane_streams(model: Decoder, max_rows: int) -> tuple[torch.cuda.Stream, ...]:
+def lanes_of(model: Decoder, num_rows: int, adapter: str | None) -> int:
+    """How many lanes a decode step of so many rows has: one but for 16-bit weights on a GPU.
+
+    One with an adapter: its products share counters that two streams must not use at once.
+    """
+    if model.device.type != "cuda":
+        return 1
+    weights = [
+        plain_weight(linear, adapter)
+        for layer in model.layers
+        for linear in layer.modules()
+        if isinstance(linear, Linear)
+    ]
+    if any(weight is None for weight in weights):
+        return 1
+    num_bytes = sum(weight.nbytes for weight in weights if weight is not None)
+    return lanes_for(model.capability.arch, num_rows, num_bytes // len(model.layers))
+
+
+def lane_streams(
+    model: Decoder, max_rows: int, adapter: str | None
+) -> tuple[torch.cuda.Stream, ...]:
     """A stream for each lane but the first, for steps of up to max_rows rows."""
-    return tuple(torch.cuda.Stream(model.device) for _ in range(lanes_of(model, max_rows) - 1))
+    num_lanes = lanes_of(model, max_rows, adapter)
+    return tuple(torch.cuda.Stream(model.device) for _ in range(num_lanes - 1))
+
+
+def plain_weight(linear: Linear, adapter: str | None) -> Tensor | None:
+    """The weight [O, I] in 16 bits where it is in memory and all that the product is made of."""
+    base = linear.base
+    if linear.is_fixed or linear.adapter(adapter) is not None or not linear.capability.tensor_dots:
+        return None
+    weight = base.weight.detach() if isinstance(base, Dense) else base.decoded_copy()
+    return weight if weight is not None and weight.element_size() == 2 else None
+
+
+def joins(model: Decoder, num_rows: int, adapter: str | None) -> bool:
+    """Whether products of a step of so many rows are joined with what stands behind them
+    (kernels/split_product.py).
+    """
+    layer = model.layers[0]
+    assert isinstance(layer, DecoderLayer), "layers are DecoderLayers"
+    linears = layer.output, layer.gate_up, layer.down
+    weights = [plain_weight(linear, adapter) for linear in linears]
+    forms = [w is not None and split_form(model.capability, num_rows, w) for w in weights]
+    return model.device.type == "cuda" and num_rows > model.max_folded_rows and any(forms)
 
 
 def lane_rows(num_rows: int, num_lanes: int) -> list[slice]:
@@ -99,6 +143,7 @@ class _Lane:
         self.x_RD, self.cos, self.sin, self.plan = x_RD, cos, sin, plan
         self.adapter, self.stream, self.overlaps = adapter, stream, overlaps
         self.added: Tensor | None = None
+        self.parts: tuple[Tensor, Tensor | None] | None = None
 
     def current(self) -> AbstractContextManager[object]:
         """Inside, the lane's stream is the one that launches go to."""
@@ -109,24 +154,53 @@ class _Lane:
         eps = layer.config.norm_eps
         normed = self.normed(layer.attention_norm, eps)
         given = self.cos, self.sin
-        if not isinstance(self.plan, PagedKernelPlan):
-            self.added = layer.attention(normed, *given, self.plan, self.adapter, in_order=False)
-            return
-        attended = self.plan.attend_rotated(
-            layer.qkv(normed, self.adapter), *given, layer.q_norm, layer.k_norm, eps, layer.index,
-            layer.window, overlaps=self.overlaps,
-        )  # fmt: skip
-        self.added = layer.output(attended.view(len(normed), -1), self.adapter)
+        if isinstance(self.plan, PagedKernelPlan):
+            attended = self.plan.attend_rotated(
+                layer.qkv(normed, self.adapter), *given, layer.q_norm, layer.k_norm, eps,
+                layer.index, layer.window, overlaps=self.overlaps,
+            )  # fmt: skip
+        else:
+            heads = layer._project(normed, *given, self.adapter)
+            attended = self.plan.attend(*heads, layer.index, layer.window)
+        self.add(attended.reshape(len(normed), -1), layer.output)
 
     def feed(self, layer: DecoderLayer) -> None:
         """The feed-forward of a layer."""
-        y = layer.gate_up(self.normed(layer.mlp_norm, layer.config.norm_eps), self.adapter)
+        self.add(self.gated(layer), layer.down)
+
+    def gated(self, layer: DecoderLayer) -> Tensor:
+        """silu(gate) up of the normed rows."""
+        linear, normed = layer.gate_up, self.normed(layer.mlp_norm, layer.config.norm_eps)
+        weight, form = self.form(linear)
+        if weight is not None and form is not None:
+            return gated_product(normed, weight, linear.bias, form)
+        y = linear(normed, self.adapter)
         is_early = EARLY and self.overlaps
-        hidden = swiglu_ahead(y, ahead_of(y, 0)) if is_early else swiglu(y, overwrite=True)
-        self.added = layer.down(hidden, self.adapter)
+        return swiglu_ahead(y, ahead_of(y, 0)) if is_early else swiglu(y, overwrite=True)
+
+    def form(self, linear: Linear) -> tuple[Tensor | None, SplitForm | None]:
+        """A layer's weight and the form of its product, where it is joined with what follows."""
+        weight = plain_weight(linear, self.adapter)
+        if weight is None:
+            return None, None
+        return weight, split_form(linear.capability, len(self.x_RD), weight)
+
+    def add(self, y: Tensor, linear: Linear) -> None:
+        """Adds a product to x: the norm that comes next does, be it in parts."""
+        weight, form = self.form(linear)
+        if weight is None or form is None:
+            self.added = linear(y, self.adapter)
+            return
+        parts = split_product(y, weight, form, lets_next_start=self.overlaps)
+        self.parts = parts, linear.bias
 
     def normed(self, norm: Tensor, eps: float) -> Tensor:
         """The norm of x with what was to be added to it."""
+        if self.parts is not None:
+            given = *self.parts, self.x_RD, norm, eps
+            normed, self.x_RD = add_norm_of_parts(*given, overlaps=self.overlaps)
+            self.parts = None
+            return normed
         if EARLY and self.overlaps:
             residual = None if self.added is None else self.x_RD
             x_RD = self.x_RD if self.added is None else self.added
@@ -159,7 +233,7 @@ def infer_in_lanes(
     layers = [layer for layer in model.layers if isinstance(layer, DecoderLayer)]
     first = torch.cuda.current_stream(model.device) if beside else None
     streams = [first, *beside] if beside else [None] * len(plans)
-    early = bool(beside) and overlaps(model.capability)
+    early = x_RD.is_cuda and overlaps(model.capability)
     lanes = [
         _Lane(x_RD[r], cos[r], sin[r], plan, adapter=adapter, stream=stream, overlaps=early)
         for r, plan, stream in zip(rows, plans, streams, strict=False)

@@ -111,7 +111,7 @@ class GraphSteps:
         # the engine alone holds the pool: what it gives away when it sleeps must be free then
         self._kv_pool: weakref.ref[KVPool] | None = None
         self._graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph] = {}
-        self._beside = lane_streams(model, max_rows)
+        self._beside = lane_streams(model, max_rows, adapter)
         self._memory = GraphMemory(device, self._beside) if captures else None
         self._held: tuple[int, ...] = ()  # numbers that a captured step holds
         self._capture_seconds = 0.0
@@ -136,7 +136,7 @@ class GraphSteps:
         model, rows = self._model, row_bucket(num_rows, self._max_rows)
         context = context_bucket(num_tokens, self._max_tokens)
         item, beside = model.dtype.itemsize, 0
-        if lanes_of(model, rows) > 1:
+        if self._beside and lanes_of(model, rows, self._adapter) > 1:
             most = max(r.stop - r.start for r in lane_rows(rows, 1 + len(self._beside)))
             beside = lane_bytes(model.config, most, context, item=item)
         scratch = 0 if self._caches_weights else scratch_bytes(model, rows)

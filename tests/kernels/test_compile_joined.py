@@ -1,0 +1,45 @@
+"""Products joined with what stands behind them, compiled from the forms that ship, without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+
+from sparring.kernels import norm, split_product
+from tests.kernels.test_compile import ARCHS, POINTERS, check
+
+OTHERS = ((64, 128, 8, 6), (64, 128, 4, 4), (128, 128, 8, 3), (64, 64, 4, 6))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("block_n", "block_t", "num_warps", "num_stages"),
+    [(128, 128, 8, 5), *(pytest.param(*form, marks=pytest.mark.slow) for form in OTHERS)],
+)
+def test_products_joined_with_what_follows(block_n, block_t, num_warps, num_stages, gated):
+    """Bulk copies and asynchronous products: sm_90 alone has a table of them."""
+    size = block_n // 2 if gated else block_n
+    types = {
+        "x_desc": f"tensordesc<bf16[{block_t},64]>",
+        "w_desc": f"tensordesc<bf16[{size},64]>",
+        "parts_desc": f"tensordesc<fp32[1,{block_t},{size}]>",
+        "out_desc": f"tensordesc<bf16[{block_t},{size}]>",
+    }
+    constants = {
+        "BLOCK_N": size, "BLOCK_T": block_t, "BLOCK_K": split_product.BLOCK_K,
+        "STAGES": num_stages, "LETS_NEXT_START": True, "num_warps": num_warps,
+    }  # fmt: skip
+    kernel = split_product._split_kernel
+    if gated:
+        kernel, constants = split_product._gated_kernel, constants | {"HAS_BIAS": True}
+    found, ptx = check(kernel, POINTERS | types, constants, 90, products=True)
+    assert found == {"wgmma.mma"}
+    assert "cp.async.bulk.tensor" in ptx
+    products_in_flight = 2 if gated else 1
+    assert f"wgmma.wait_group.sync.aligned {products_in_flight}" in ptx, "one is left running"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("width", [3584, pytest.param(896, marks=pytest.mark.slow)])
+def test_a_norm_of_parts(width, arch):
+    constants = {"D": width, "HAS_BIAS": True, "OVERLAPS": arch >= 90, **norm.tile_of(width)}
+    check(split_product._norm_kernel, POINTERS, constants, arch)
