@@ -17,6 +17,9 @@ from sparring.models.checkpoint import build_model, load_model, save_model, weig
 from sparring.models.files import INDEX
 from sparring.models.lora import LoraConfig
 from sparring.models.quantised import Quantised
+from sparring.rollout.engine import Engine
+from sparring.rollout.sampler import Sampling
+from sparring.types import Prompt
 from tests.models.tiny import CONFIGS, logits_of, random_ids
 
 CONFIG: dict[str, Any] = {
@@ -261,6 +264,38 @@ def test_what_transformers_and_bitsandbytes_wrote(plain: Path, tmp_path: Path, d
             rounding = (logits - want).norm()
             assert 0 < rounding < 3e-2 * want.norm()
             assert (theirs(ids[None]).logits[0].float() - want).norm() < 2 * rounding
+
+
+def test_a_copy_of_decoded_weights_lasts_for_a_rollout_and_changes_no_bit(plain: Path):
+    model = load_model(plain, dtype="bfloat16", quantization="nf4")
+    bases = [linear.base for linear in model.linears().values()]
+    packed = [base.dense().clone() for base in bases]
+    prompts = [
+        Prompt(id=i, token_ids=tuple(ids.tolist()), text="") for i, ids in enumerate(SEQUENCES)
+    ]
+    written, seen = [], []
+    for caches in (False, True):
+        engine = Engine(
+            model, kv_bytes=1 << 22, stop_ids=(), decode=lambda _: "", max_tokens=64,
+            caches_weights=caches,
+        )  # fmt: skip
+        groups = engine.generate(
+            prompts,
+            Sampling(max_completion_tokens=12),
+            num_samples=2,
+            on_progress=lambda *_: seen.append([base.cached_address > 0 for base in bases]),
+        )
+        written.append([(r.token_ids.tolist(), r.logprobs.tolist()) for g in groups for r in g])
+        if caches:
+            assert seen
+            assert all(all(each) for each in seen)
+            for base, want in zip(bases, packed, strict=True):
+                assert torch.equal(base.dense(), want)
+        engine.sleep()
+        assert not any(base.cached_address for base in bases), "training has this memory"
+        assert not any(any(each) for each in seen) or caches
+        seen.clear()
+    assert written[0] == written[1]
 
 
 @pytest.mark.gpu
