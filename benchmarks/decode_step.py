@@ -31,6 +31,7 @@ from benchmarks.shapes import SHAPES, build
 from sparring.kernels import few_rows, few_rows_hopper, paged_attention, paged_plan
 from sparring.kernels.few_rows import Form
 from sparring.kernels.few_rows_hopper import Ring
+from sparring.kernels.few_rows_strips import Strips
 from sparring.kernels.matmul import Tile
 from sparring.kernels.sampling import draw_tokens
 from sparring.layout import DecodeLayout
@@ -170,7 +171,7 @@ def knobs(model: Decoder, chosen: dict[str, Any]) -> Iterator[None]:
     """What the chain asks for, and forms of products, changed for a while."""
     forms = {k: v for k, v in chosen.items() if isinstance(v, Form)}
     kept = chain_of_steps.ASKED_BYTES, chain_of_steps.CACHE_BYTES
-    kept_forms = few_rows.FORMS, few_rows_hopper.RINGS
+    kept_forms = few_rows.FORMS, few_rows.RINGS
     chain_of_steps.ASKS_FOR_WEIGHTS = "asked" in chosen or "beside attention" in chosen
     chain_of_steps.ASKED_BYTES = chosen.get("asked", kept[0])
     chain_of_steps.CACHE_BYTES = chosen.get("beside attention", kept[1])
@@ -183,7 +184,7 @@ def knobs(model: Decoder, chosen: dict[str, Any]) -> Iterator[None]:
         yield
     finally:
         chain_of_steps.ASKED_BYTES, chain_of_steps.CACHE_BYTES = kept
-        few_rows.FORMS, few_rows_hopper.RINGS = kept_forms
+        few_rows.FORMS, few_rows.RINGS = kept_forms
         chain_of_steps.ASKS_FOR_WEIGHTS = False
         paged_attention.ASKED_BYTES = keys
 
@@ -250,12 +251,12 @@ def steps(name: str, rows: list[int], replays: int) -> dict[str, Any]:
     return result
 
 
-def rings_of(num_rows: int) -> dict[str, Form | Ring | None]:
+def rings_of(num_rows: int) -> dict[str, Form | Ring | Strips | None]:
     """Where the search begins."""
     if num_rows <= 8:
         return {
-            "qkv": Ring(128, 128, 3),
-            "output": Ring(96, 128, 4),
+            "qkv": Strips(128, 6),
+            "output": Strips(96, 6),
             "gate_up": Ring(132, 64, 6, 2, 6),
             "down": Ring(120, 128, 5),
             "head": Ring(132, 128, 6),
@@ -264,30 +265,35 @@ def rings_of(num_rows: int) -> dict[str, Form | Ring | None]:
     return {"qkv": wide, "output": wide, "gate_up": gated, "down": wide, "head": wide}
 
 
-def candidates(which: str, num_rows: int) -> list[Form | Ring | None]:
+def candidates(which: str, num_rows: int) -> list[Form | Ring | Strips | None]:
     """Forms that are tried for a product; None: the library's."""
     t = 16 if num_rows <= 16 else 32
-    tried: list[Form | Ring] = []
+    few = num_rows <= 8
+    tried: list[Form | Ring | Strips] = []
     if which in ("qkv", "output"):
-        tried = [Form(Tile(32, t, 4, 4), 2), Form(Tile(64, t, 4, 4), 6)]
-        tried += [Ring(n, 128, s) for n, s in ((96, 4), (128, 3), (132, 3), (64, 6))]
-        if num_rows > 8:
+        tried = [Form(Tile(32, t, 4, 4), 2) if which == "output" else Form(Tile(64, t, 4, 4), 6)]
+        tried += [Ring(n, 128, s) for n, s in ((96, 4), (128, 3), (64, 6))]
+        if few:
+            strips = 128 if which == "qkv" else 96
+            tried += [Strips(strips, n) for n in (4, 6)]
+        else:
             tried += [Ring(132, 64, s, 2) for s in (4, 6)]
     elif which == "gate_up":
-        tried = [Form(Tile(64, t, 4, 3), folds_norm=num_rows <= 8)]
-        rings = ((4, 0), (4, 12), (5, 6), (6, 0), (6, 6), (6, 12), (6, 18), (8, 0), (8, 12))
+        tried = [Form(Tile(64, t, 4, 3), folds_norm=few)]
+        rings = ((4, 0), (4, 12), (6, 0), (6, 6), (6, 12), (6, 18), (8, 0), (8, 12))
         tried += [Ring(132, 64, s, 2, ahead) for s, ahead in rings]
-        tried += [Ring(140, 64, 5, 2, 6), Ring(264, 64, 4, 2, 4), Ring(132, 128, 3, 2, 3)]
+        tried += [Ring(140, 64, 5, 2, 6), Ring(264, 64, 4, 2, 4)]
+        tried += [Strips(n, s) for n, s in ((132, 8), (132, 12), (132, 16), (264, 8))] * few
     elif which == "down":
         tried = [Form(Tile(64, t, 4, 4), 5)]
-        rings = ((120, 4), (120, 5), (120, 8), (132, 5), (264, 4))
-        tried += [Ring(n, 128, s) for n, s in rings]
-        tried += [Ring(120, 128, s, 1, ahead) for s, ahead in ((4, 4), (4, 10), (5, 4), (5, 9))]
-        if num_rows > 8:
-            tried += [Ring(132, 64, s, 2) for s in (4, 6)]
+        rings = ((120, 5, 0), (120, 8, 0), (132, 5, 0), (264, 4, 0), (120, 4, 10), (120, 5, 4))
+        tried += [Ring(n, 128, s, 1, ahead) for n, s, ahead in rings]
+        tried += [Strips(96, s) for s in (8, 12)] * few
+        tried += [Ring(132, 64, s, 2) for s in (4, 6)] * (not few)
     else:
         tried = [Ring(132, 128, 4), Ring(132, 128, 6), Ring(132, 128, 6, 1, 12)]
-        tried += [Ring(132, 64, 6, 2), Ring(264, 128, 4), Ring(132, 256, 4), Ring(132, 128, 6, 2)]
+        tried += [Ring(132, 64, 6, 2), Ring(264, 128, 4)]
+        tried += [Ring(132, 256, 4), Strips(132, 12), Strips(264, 8)] * few
     return [None, *tried]
 
 
@@ -299,25 +305,25 @@ def shapes_of(model: Decoder) -> dict[str, tuple[int, int]]:
     return found | {"head": tuple(model.head.shape)}
 
 
-def told_form(form: Form | Ring | None) -> str:
+def told_form(form: Form | Ring | Strips | None) -> str:
     """A form in a line."""
     if form is None:
         return "library"
-    if isinstance(form, Ring):
+    if isinstance(form, Ring | Strips):
         return str(form)
     apart = "" if form.folds_norm else ", norm apart"
     return f"{str(form.tile)[5:-1]} segments {form.segments}{apart}"
 
 
 def use_forms(
-    model: Decoder, chosen: dict[tuple[int, int], Form | Ring | None], num_rows: int
+    model: Decoder, chosen: dict[tuple[int, int], Form | Ring | Strips | None], num_rows: int
 ) -> None:
     """Products [N, K] take these forms, all others the library's."""
     rows = few_rows_hopper.block_t_of(num_rows)
     few_rows.FORMS = {
         model.capability.arch: {k: v for k, v in chosen.items() if isinstance(v, Form)}
     }
-    few_rows_hopper.RINGS = {k: {rows: v} for k, v in chosen.items() if isinstance(v, Ring)}
+    few_rows.RINGS = {k: {rows: v} for k, v in chosen.items() if isinstance(v, Ring | Strips)}
 
 
 def search(name: str, num_rows: int, part: int, parts: int) -> dict[str, Any]:
@@ -330,10 +336,10 @@ def search(name: str, num_rows: int, part: int, parts: int) -> dict[str, Any]:
     model = build(name, lora_rank=0)
     model.requires_grad_(False)
     step, shapes = Step(model, num_rows), shapes_of(model)
-    forms: dict[str, Form | Ring | None] = rings_of(num_rows)
+    forms: dict[str, Form | Ring | Strips | None] = rings_of(num_rows)
     result: dict[str, Any] = {}
 
-    def use(chosen: dict[str, Form | Ring | None]) -> None:
+    def use(chosen: dict[str, Form | Ring | Strips | None]) -> None:
         use_forms(model, {shapes[k]: v for k, v in chosen.items()}, num_rows)
 
     if parts:

@@ -35,13 +35,15 @@ from sparring.kernels import (
     Capability,
     dot,
     few_rows_hopper,
+    few_rows_strips,
     jit,
     rounded,
     tl,
     triton,
     uses_triton,
 )
-from sparring.kernels.few_rows_hopper import Ring, ring_of
+from sparring.kernels.few_rows_hopper import Ring, block_t_of
+from sparring.kernels.few_rows_strips import Strips
 from sparring.kernels.matmul import (
     BLOCK,
     INTERPRETED_TILE,
@@ -82,6 +84,11 @@ FORMS: dict[int, dict[tuple[int, int], Form]] = {
 }
 """By architecture and shape [N, K], where a whole step was measured to be faster than with the
 library's product (benchmarks/decode_step.py --search); for as many rows as need that tile.
+"""
+
+RINGS: dict[tuple[int, int], dict[int, Ring | Strips]] = {}
+"""The same of the forms that are for sm_90 alone (few_rows_hopper.py, few_rows_strips.py), by shape
+[N, K] and rows that the instruction takes (8, 16, 32, 64).
 """
 
 PREFETCHED_BYTES = 16 << 20
@@ -259,12 +266,13 @@ def _few_rows_kernel(
         )  # fmt: skip
 
 
-def form_of(capability: Capability, num_rows: int, weight: Tensor) -> Form | Ring | None:
+def form_of(capability: Capability, num_rows: int, weight: Tensor) -> Form | Ring | Strips | None:
     """The form of a product with a weight [N, K] for a number of rows; None: the library's."""
     num_outputs, columns = weight.shape
-    ring = ring_of(capability, num_rows, num_outputs, columns)
-    if ring is not None:
-        return ring
+    if fills_early(capability) and num_rows <= few_rows_hopper.MAX_ROWS:
+        ring = RINGS.get((num_outputs, columns), {}).get(block_t_of(num_rows))
+        if ring is not None:
+            return ring
     form = FORMS.get(capability.arch, {}).get((num_outputs, columns))
     if form is None:
         return None
@@ -281,8 +289,17 @@ def general_form(capability: Capability, num_rows: int, num_outputs: int, column
     return Form(tile, segments_of(capability, num_outputs, columns, tile.block_n))
 
 
-def folds_norm(form: Form | Ring, num_rows: int, weight: Tensor, squares: Squares | None) -> bool:
+def fills_early(capability: Capability) -> bool:
+    """Whether the forms that are for sm_90 alone run."""
+    return capability.arch == few_rows_hopper.ARCH and capability.tensor_dots
+
+
+def folds_norm(
+    form: Form | Ring | Strips, num_rows: int, weight: Tensor, squares: Squares | None
+) -> bool:
     """Whether a product [N, K] in that form computes the norm of its rows."""
+    if isinstance(form, Strips):
+        return few_rows_strips.folds_norm(weight.shape[1])
     if isinstance(form, Ring):
         return few_rows_hopper.folds_norm(form, num_rows, weight.shape[1])
     return form.folds_norm and squares is not None
@@ -414,7 +431,7 @@ def few_rows(
     out_dtype: torch.dtype | None = None,
     capability: Capability,
     ahead: Tensor | None = None,
-    form: Form | Ring | None = None,
+    form: Form | Ring | Strips | None = None,
 ) -> tuple[Tensor, Squares | None]:
     """(out, the squares of out where a residual is given and the form leaves them), no gradient.
 
@@ -424,11 +441,13 @@ def few_rows(
     form: of `form_of`. Raises ValueError on shapes, dtypes and strides that it does not take.
     """
     given = {"norm": norm, "residual": residual, "gated": gated, "out_dtype": out_dtype}
-    if isinstance(form, Ring):
+    if isinstance(form, Ring | Strips):
         _check(x, weight, residual, gated)
         given["norm"] = None if norm is None else (norm.weight, norm.eps)
-        early = overlaps(capability)
-        return few_rows_hopper.launch(x, weight, bias, **given, ring=form, overlaps=early), None
+        given["overlaps"] = overlaps(capability)
+        if isinstance(form, Ring):
+            return few_rows_hopper.launch(x, weight, bias, **given, ring=form), None
+        return few_rows_strips.launch(x, weight, bias, **given, strips=form), None
     if uses_triton(x) and capability.tensor_dots:
         more = {"capability": capability, "ahead": ahead, "form": form}
         return few_rows_triton(x, weight, bias, **given, **more)

@@ -30,7 +30,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from sparring.kernels import Capability, jit, triton
+from sparring.kernels import jit, triton
 from sparring.kernels.matmul import Tile, workspace
 
 if triton is not None:
@@ -68,19 +68,6 @@ class Ring:
     stages: int = 5
     boxes: int = 1
     ahead: int = 0
-
-
-RINGS: dict[tuple[int, int], dict[int, Ring]] = {}
-"""By shape [N, K] and rows that the instruction takes (8, 16, 32, 64): where a whole step was
-measured to be faster than with other forms (benchmarks/decode_step.py --search).
-"""
-
-
-def ring_of(capability: Capability, num_rows: int, num_outputs: int, columns: int) -> Ring | None:
-    """The form of a product with a weight [N, K] for a number of rows; None: not this kernel."""
-    if capability.arch != ARCH or not capability.tensor_dots or num_rows > MAX_ROWS:
-        return None
-    return RINGS.get((num_outputs, columns), {}).get(block_t_of(num_rows))
 
 
 @jit
@@ -174,7 +161,7 @@ def _store_gated(
 
 
 @jit
-def _norm_rows(
+def norm_rows(
     x, gains, eps, columns, T: gl.constexpr, BLOCK_K: gl.constexpr, CHUNKS: gl.constexpr,
     ROWS: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
@@ -289,7 +276,7 @@ def _kernel(
         for i in gl.static_range(CHUNKS):
             tma.async_copy_global_to_shared(x_desc, [0, i * BLOCK_K], bar, x.index(i))
         mbarrier.wait(bar, 1)
-        _norm_rows(x, gains, eps, steps * BLOCK_K, T, BLOCK_K, CHUNKS, ROWS, DTYPE)
+        norm_rows(x, gains, eps, steps * BLOCK_K, T, BLOCK_K, CHUNKS, ROWS, DTYPE)
     else:
         for i in gl.static_range(STAGES):
             k = (first + i) % steps * BLOCK_K

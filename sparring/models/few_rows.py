@@ -27,6 +27,7 @@ from sparring.kernels.few_rows import (
     squares_of,
 )
 from sparring.kernels.few_rows_hopper import Ring
+from sparring.kernels.few_rows_strips import Strips
 from sparring.kernels.matmul import BLOCK
 from sparring.kernels.norm import add_rms_norm, rms_norm
 from sparring.kernels.paged_plan import split_of
@@ -211,7 +212,7 @@ class _Stream:
         if not overlaps(self.capability):
             return False
         form = form_of(self.capability, len(self.x_TD), weight)
-        return ASKS_FOR_WEIGHTS or isinstance(form, Ring)
+        return ASKS_FOR_WEIGHTS or isinstance(form, Ring | Strips)
 
     def onto(self, y: Tensor, linear: Linear, ahead: Linear | None = None) -> None:
         """Adds a product to the stream; weights of `ahead` may be asked for beside it."""

@@ -23,6 +23,7 @@ from sparring.kernels import (
     embedding,
     few_rows,
     few_rows_hopper,
+    few_rows_strips,
     head,
     int8,
     lora,
@@ -413,6 +414,31 @@ def test_products_through_a_ring(rows, which, ring):
     assert before.count("cp.async.bulk.prefetch") == ring.ahead * ring.boxes * ring.block_k // 128
     assert "griddepcontrol.launch_dependents" in before
     assert "wgmma.mma" in after, "and what reads the rows"
+
+
+@pytest.mark.parametrize("which", ["norm", "residual", "gated"])
+def test_products_in_strips(which):
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
+    is_gated, has_norm, stages = which == "gated", which != "residual", 6
+    constants = {
+        "T": 8, "STAGES": stages, "CHUNKS": 6, "HAS_NORM": has_norm, "HAS_BIAS": which == "norm",
+        "HAS_RESIDUAL": which == "residual", "GATED": is_gated, "OVERLAPS": True, "num_warps": 4,
+    }  # fmt: skip
+    w, x = NVMMASharedLayout(128, 16, 3), NVMMASharedLayout(128, 16, 2)
+    box = "2,8,64" if is_gated else "1,16,64"
+    described = {
+        "w_desc": f"tensordesc<bf16[{box}],{w!r}>",
+        "x_desc": f"tensordesc<bf16[8,256],{x!r}>",
+    }
+    pointers = {**POINTERS, **described, "gain_ptr": "*bf16"}
+    found, ptx = check(few_rows_strips._kernel, pointers, constants, 90, products=True)
+    assert found == {"mma.sync"}
+    before, after = ptx.split("griddepcontrol.wait", 1)
+    assert before.count("cp.async.bulk.tensor") == stages * 4 + 1, "weights, and x's description"
+    assert "griddepcontrol.launch_dependents" in before
+    assert after.count("ldmatrix") == 6, "as the instruction has them"
+    assert after.count("mma.sync") == 4
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparring.kernels import capability_for, few_rows_hopper
+from sparring.kernels import capability_for, few_rows, few_rows_hopper, few_rows_strips
 from sparring.kernels.few_rows import Norm, few_rows_reference
 from sparring.kernels.few_rows_hopper import Ring, launch, most_pieces
+from sparring.kernels.few_rows_strips import Strips
 from tests.kernels.test_triton import _poisoned, error, random
 
 __all__ = ["_poisoned"]
@@ -69,8 +70,8 @@ def test_every_form(case):
 
 
 @on_card
-@pytest.mark.parametrize("rows", [1, 8, 32])
-def test_overlapping_launches_change_no_bit(rows):
+@pytest.mark.parametrize(("rows", "strips"), [(1, True), (8, False), (8, True), (32, False)])
+def test_overlapping_launches_change_no_bit(rows, strips):
     """A chain of the 1.5B's products in a graph, 1,000 replays, each with other inputs."""
     dtype, width, inner = torch.bfloat16, 1536, 8960
     torch.manual_seed(0)
@@ -94,6 +95,13 @@ def test_overlapping_launches_change_no_bit(rows):
         for up, back, gate_up, down, gain in layers:
             norm = (gain, 1e-6) if rows <= 8 else None
             given = {"overlaps": overlaps}
+            if strips:
+                launch_strips = few_rows_strips.launch
+                y = launch_strips(x, up, norm=norm, strips=Strips(128, 6), **given)
+                x = launch_strips(y, back, residual=x, strips=Strips(96, 8), **given)
+                y = launch_strips(x, gate_up, norm=norm, gated=True, strips=Strips(132, 8), **given)
+                x = launch(y, down, residual=x, ring=Ring(132, 128, 5, 1, 4), **given)
+                continue
             y = launch(x, up, norm=norm, ring=Ring(128, 128, 3), **given)
             x = launch(y, back, residual=x, ring=Ring(132, 128, 3), **given)
             y = launch(x, gate_up, norm=norm, gated=True, ring=Ring(132, 64, 5, 2), **given)
@@ -134,10 +142,43 @@ def test_pieces_of_a_tile(programs, tiles, steps):
     assert most_pieces(Ring(programs), tiles, steps) == max(pieces)
 
 
-def test_forms_of_the_table_have_work_for_all_and_fit():
+def test_forms_of_the_table_have_work_for_all():
     hopper = capability_for(90)
-    for (outputs, columns), rings in few_rows_hopper.RINGS.items():
+    for (outputs, columns), rings in few_rows.RINGS.items():
         for block_t, ring in rings.items():
-            assert few_rows_hopper.ring_of(hopper, block_t, outputs, columns) is ring
-            tiles = -(-outputs // (64 * ring.boxes))
-            assert ring.programs <= tiles * -(-columns // ring.block_k)
+            weight = torch.empty(outputs, columns, device="meta")
+            assert few_rows.form_of(hopper, block_t, weight) is ring
+            tiles = -(-outputs // (64 * ring.boxes if isinstance(ring, Ring) else 16))
+            steps = -(-columns // ring.block_k) if isinstance(ring, Ring) else 1
+            assert ring.programs <= tiles * steps
+
+
+STRIPS = [(1, 64, 256, 3, 2), (8, 200, 512, 5, 3), (8, 2048, 1536, 128, 6), (5, 1536, 8960, 96, 8)]
+
+
+@on_card
+@pytest.mark.parametrize("case", range(len(STRIPS)))
+def test_every_strip(case):
+    rows, outputs, columns, programs, stages = STRIPS[case]
+    dtype = torch.float16 if case == 1 else torch.bfloat16
+    x = random(rows, columns, dtype=dtype, seed=1)
+    weight = random(outputs, columns, dtype=dtype, seed=2, scale=0.1)
+    bias, residual = random(outputs, dtype=dtype, seed=3), random(rows, outputs, dtype=dtype)
+    gain = random(columns, dtype=dtype, seed=5) + 1
+    limit = 4e-3 if dtype == torch.bfloat16 else 6e-4
+    cases = [{"bias": bias}, {"residual": residual, "bias": bias}, {"gated": True}]
+    if few_rows_strips.folds_norm(columns):
+        cases += [{"norm": gain, "bias": bias, "gated": True}]
+        cases += [{"norm": gain, "out_dtype": torch.float32}]
+    strips = Strips(programs, stages)
+    for case in cases:
+        norm = case.pop("norm", None)
+        wanted = None if norm is None else Norm(weight=norm, eps=1e-6, squares=None)
+        want, _ = few_rows_reference(x, weight, **case, norm=wanted)
+        given = case | {"norm": None if norm is None else (norm, 1e-6), "strips": strips}
+        got = few_rows_strips.launch(x, weight, **given)
+        assert got.shape == want.shape
+        assert error(got, want) < limit
+        assert torch.equal(few_rows_strips.launch(x, weight, **given), got), "again"
+    again = few_rows_strips.launch(x, weight, **given, overlaps=False)
+    assert torch.equal(again, got), "the last one in turn"
