@@ -89,11 +89,11 @@ class Pair:
         if self.which == "gate_up":
             if form is None:
                 return swiglu(F.linear(self.x, weight))
-            return kernels.gated_product(self.x, weight, None, form)
+            return kernels.gated_product(self.x, weight, None, form, overlaps=True)
         if form is None:
             added = F.linear(self.x, weight)
             return add_rms_norm(added, self.residual, self.gain, EPS)[0]
-        parts = kernels.split_product(self.x, weight, form, lets_next_start=True)
+        parts = kernels.split_product(self.x, weight, form, overlaps=True)
         given = parts, None, self.residual, self.gain, EPS
         return kernels.add_norm_of_parts(*given, overlaps=True)[0]
 

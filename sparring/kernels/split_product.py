@@ -11,6 +11,9 @@ by the programs that end last, but by the norm that has to read the product anyw
 many rows (gate and up) needs no pieces, and SwiGLU is computed where the sums are. Tiles come by
 bulk copies (sm_90) in a deep queue, so that few large programs keep memory busy.
 
+A launch may begin while the one before it runs (programmatic dependent launch, sm_90): all its
+programs wait before they read, and only then let the next launch begin.
+
 The order of sums is fixed by the shape of W and the table alone: a row's bits do not depend on the
 other rows. Rounding points are those of a linear layer, kernels/norm.py and kernels/swiglu.py.
 Bytes: W once for each tile of BLOCK_T rows, and 8 S T N for the parts, which the L2 cache holds;
@@ -65,10 +68,11 @@ def split_form(capability: Capability, num_rows: int, weight: Tensor) -> SplitFo
 def _split_kernel(
     x_desc, w_desc, parts_desc, num_steps, steps,
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    LETS_NEXT_START: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """One tile [T, N] over `steps` blocks of k."""
-    if LETS_NEXT_START:
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     t0 = tl.program_id(0) * BLOCK_T
     n0 = tl.program_id(1) * BLOCK_N
@@ -91,6 +95,10 @@ def _check(x: Tensor, weight: Tensor) -> None:
         )
 
 
+def _early(overlaps: bool) -> dict[str, bool]:
+    return {"launch_pdl": True} if overlaps else {}
+
+
 def split_product_reference(x: Tensor, weight: Tensor, segments: int) -> Tensor:
     """[S, T, N] float32: the product over each piece of k."""
     steps = math.ceil(math.ceil(x.shape[1] / BLOCK_K) / segments) * BLOCK_K
@@ -99,10 +107,10 @@ def split_product_reference(x: Tensor, weight: Tensor, segments: int) -> Tensor:
 
 
 def split_product_triton(
-    x: Tensor, weight: Tensor, form: SplitForm, *, lets_next_start: bool = False
+    x: Tensor, weight: Tensor, form: SplitForm, *, overlaps: bool = False
 ) -> Tensor:
     """Parts [S, T, N] float32 of x [T, K] times W [N, K]. Raises ValueError on shapes and dtypes
-    that the kernel does not take. lets_next_start: a launch behind may begin, and waits (sm_90).
+    that the kernel does not take. overlaps: it is launched early and waits for x (sm_90).
     """
     from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -119,17 +127,15 @@ def split_product_triton(
         TensorDescriptor.from_tensor(parts, [1, form.block_t, form.block_n]),
         num_steps, triton.cdiv(num_steps, form.segments),
         BLOCK_N=form.block_n, BLOCK_T=form.block_t, BLOCK_K=BLOCK_K, STAGES=form.num_stages,
-        LETS_NEXT_START=lets_next_start, num_warps=form.num_warps,
+        OVERLAPS=overlaps, num_warps=form.num_warps, **_early(overlaps),
     )  # fmt: skip
     return parts
 
 
-def split_product(
-    x: Tensor, weight: Tensor, form: SplitForm, *, lets_next_start: bool = False
-) -> Tensor:
+def split_product(x: Tensor, weight: Tensor, form: SplitForm, *, overlaps: bool = False) -> Tensor:
     """Parts [S, T, N] float32 of x [T, K] times W [N, K], over pieces of k."""
     if uses_triton(x):
-        return split_product_triton(x, weight, form, lets_next_start=lets_next_start)
+        return split_product_triton(x, weight, form, overlaps=overlaps)
     return split_product_reference(x, weight, form.segments)
 
 
@@ -137,10 +143,11 @@ def split_product(
 def _gated_kernel(
     x_desc, w_desc, bias_ptr, out_desc, half, num_steps,
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    HAS_BIAS: tl.constexpr, LETS_NEXT_START: tl.constexpr,
+    HAS_BIAS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """silu(gate) up of one tile: BLOCK_N gates and as many that they let through."""
-    if LETS_NEXT_START:
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     t0 = tl.program_id(0) * BLOCK_T
     n0 = tl.program_id(1) * BLOCK_N
@@ -176,7 +183,7 @@ def gated_product_triton(
     bias: Tensor | None,
     form: SplitForm,
     *,
-    lets_next_start: bool = False,
+    overlaps: bool = False,
 ) -> Tensor:
     """silu(gate) up [T, N / 2] of x [T, K] and W [N, K], whose first half are gates; the form's
     block_n counts gates. Raises ValueError on shapes and dtypes that the kernel does not take.
@@ -195,8 +202,8 @@ def gated_product_triton(
         TensorDescriptor.from_tensor(out, [form.block_t, form.block_n]),
         half, x.shape[1] // BLOCK_K,
         BLOCK_N=form.block_n, BLOCK_T=form.block_t, BLOCK_K=BLOCK_K, STAGES=form.num_stages,
-        HAS_BIAS=bias is not None, LETS_NEXT_START=lets_next_start, num_warps=form.num_warps,
-        enable_fp_fusion=True,
+        HAS_BIAS=bias is not None, OVERLAPS=overlaps, num_warps=form.num_warps,
+        enable_fp_fusion=True, **_early(overlaps),
     )  # fmt: skip
     return out
 
@@ -207,11 +214,11 @@ def gated_product(
     bias: Tensor | None,
     form: SplitForm,
     *,
-    lets_next_start: bool = False,
+    overlaps: bool = False,
 ) -> Tensor:
     """silu(gate) up [T, N / 2], gate and up the halves of x W^T + bias."""
     if uses_triton(x):
-        return gated_product_triton(x, weight, bias, form, lets_next_start=lets_next_start)
+        return gated_product_triton(x, weight, bias, form, overlaps=overlaps)
     return gated_product_reference(x, weight, bias)
 
 
@@ -271,11 +278,10 @@ def add_norm_of_parts_triton(
     segments, rows, width = parts.shape
     y, summed = torch.empty_like(residual), torch.empty_like(residual)
     tile = norm_tile(width)
-    options = {"launch_pdl": True} if overlaps else {}
     _norm_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
         parts, parts if bias is None else bias, residual, weight, y, summed, rows, segments, eps,
         D=width, HAS_BIAS=bias is not None, OVERLAPS=overlaps, enable_fp_fusion=True, **tile,
-        **options,
+        **_early(overlaps),
     )  # fmt: skip
     return y, summed
 

@@ -173,7 +173,7 @@ class _Lane:
         linear, normed = layer.gate_up, self.normed(layer.mlp_norm, layer.config.norm_eps)
         weight, form = self.form(linear)
         if weight is not None and form is not None:
-            return gated_product(normed, weight, linear.bias, form)
+            return gated_product(normed, weight, linear.bias, form, overlaps=self.overlaps)
         y = linear(normed, self.adapter)
         is_early = EARLY and self.overlaps
         return swiglu_ahead(y, ahead_of(y, 0)) if is_early else swiglu(y, overwrite=True)
@@ -191,7 +191,7 @@ class _Lane:
         if weight is None or form is None:
             self.added = linear(y, self.adapter)
             return
-        parts = split_product(y, weight, form, lets_next_start=self.overlaps)
+        parts = split_product(y, weight, form, overlaps=self.overlaps)
         self.parts = parts, linear.bias
 
     def normed(self, norm: Tensor, eps: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Products joined with what stands behind them, compiled from the forms that ship, without a GPU."""
+"""Products joined with what stands behind them, compiled from forms of every kind; no GPU needed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_products_joined_with_what_follows(block_n, block_t, num_warps, num_stag
     }
     constants = {
         "BLOCK_N": size, "BLOCK_T": block_t, "BLOCK_K": split_product.BLOCK_K,
-        "STAGES": num_stages, "LETS_NEXT_START": True, "num_warps": num_warps,
+        "STAGES": num_stages, "OVERLAPS": True, "num_warps": num_warps,
     }  # fmt: skip
     kernel = split_product._split_kernel
     if gated:
@@ -34,6 +34,8 @@ def test_products_joined_with_what_follows(block_n, block_t, num_warps, num_stag
     found, ptx = check(kernel, POINTERS | types, constants, 90, products=True)
     assert found == {"wgmma.mma"}
     assert "cp.async.bulk.tensor" in ptx
+    waits, reads = ptx.index("griddepcontrol.wait"), ptx.index("cp.async.bulk.tensor")
+    assert waits < reads, "nothing is read before the launch before has ended"
     products_in_flight = 2 if gated else 1
     assert f"wgmma.wait_group.sync.aligned {products_in_flight}" in ptx, "one is left running"
 
