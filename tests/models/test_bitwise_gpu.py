@@ -33,8 +33,25 @@ SHAPES = {
         "tie_word_embeddings": True, "vocab_size": 4999, "num_hidden_layers": 3,
         "max_position_embeddings": 4096, "use_sliding_window": False,
     },
+    "7b": {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 3584,
+        "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4,
+        "head_dim": 128, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "hidden_act": "silu",
+        "tie_word_embeddings": False, "vocab_size": 5000, "num_hidden_layers": 2,
+        "max_position_embeddings": 4096, "use_sliding_window": False,
+    },
+    "policy": {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 192,
+        "intermediate_size": 640, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 32, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "hidden_act": "silu",
+        "tie_word_embeddings": True, "vocab_size": 5000, "num_hidden_layers": 3,
+        "max_position_embeddings": 4096, "use_sliding_window": False,
+    },
 }  # fmt: skip
-"""A head group and layer widths of the 7B's kind (a quarter as wide), and Qwen3-0.6B's layers."""
+"""A head group and layer widths of the 7B's kind (a quarter as wide), Qwen3-0.6B's layers, two of
+the 7B's own, and the shipped policy's.
+"""
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def bitwise_model(name: str, quantization: str, lora: bool) -> Decoder:
@@ -53,7 +70,8 @@ def bitwise_model(name: str, quantization: str, lora: bool) -> Decoder:
                     weight = torch.randn(rows, base.num_inputs, device="cuda") * 0.05
                     base.quantise(index, weight.bfloat16())
         if lora:
-            model.add_adapter(LoraConfig(rank=16, target_modules=("q_proj", "v_proj", "o_proj")))
+            targets = ALL if name == "7b" else ("q_proj", "v_proj", "o_proj")
+            model.add_adapter(LoraConfig(rank=16, target_modules=targets))
             for adapter in model.adapter_modules("policy").values():
                 adapter.b.normal_(0.0, 0.05)
             model.refresh_shadows()
@@ -136,9 +154,33 @@ def test_trainer_and_sampler_agree_to_the_bit(
     assert_trained_on_what_was_sampled(model, asked, rollouts, share=share)
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_company_bursts_and_preemption_change_no_bit(quantization: str) -> None:
-    model = bitwise_model("qwen2", quantization, True)
+@pytest.mark.parametrize(
+    ("name", "quantization", "lora"),
+    [("7b", "nf4", True), ("7b", "none", True), ("policy", "none", False), ("qwen3", "nf4", True)],
+)
+@pytest.mark.parametrize(("num_prompts", "samples"), [(16, 8), (180, 1)])
+def test_many_rows_in_flight(
+    name: str, quantization: str, lora: bool, num_prompts: int, samples: int
+) -> None:
+    """More rows than a small tile holds; both counts pass through many buckets as rows end."""
+    model = bitwise_model(name, quantization, lora)
+    lengths = (20, 31, 63, 64, 65, 90, 255, 256, 257)
+    asked = prompts(*(lengths[i % len(lengths)] for i in range(num_prompts)))
+    limits = [[1 + (7 * i + 5 * j) % 40 for j in range(samples)] for i in range(num_prompts)]
+    sampling = Sampling(max_completion_tokens=40, temperature=0.9)
+    wide = engine(model, max_running=512)
+    for _ in range(2):  # graphs are captured, then used after the pool was taken anew
+        got = wide.generate(asked, sampling, num_samples=samples, limits=limits)
+        assert_trained_on_what_was_sampled(model, asked, got, share=True)
+        wide.sleep()
+    assert_trained_on_what_was_sampled(model, asked, got, share=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "quantization"), [("qwen2", "none"), ("qwen2", "nf4"), ("policy", "none")]
+)
+def test_company_bursts_and_preemption_change_no_bit(name: str, quantization: str) -> None:
+    model = bitwise_model(name, quantization, name != "policy")
     asked = prompts(40, 130, 256)
     sampling = Sampling(max_completion_tokens=150)
     wide = engine(model).generate(asked, sampling, num_samples=8)
