@@ -22,12 +22,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from sparring.kernels import Capability, capability_of, dot, jit, rounded, tl, triton
+from sparring.kernels.kept import kept
 from sparring.kernels.low_rank import (
     LowRank,
     add_low_rank,
@@ -276,7 +276,7 @@ def _matmul_kernel(
         )  # fmt: skip
 
 
-@cache
+@kept
 def _counters(device: torch.device) -> Tensor:
     """Two sets of arrival counters of unfinished tiles; every launch leaves them at zero."""
     return torch.zeros(2, 65536, dtype=torch.int32, device=device)

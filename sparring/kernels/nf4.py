@@ -27,7 +27,6 @@ Not here: matrix products on packed weights, and file formats (models/checkpoint
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -40,6 +39,7 @@ from sparring.kernels import (
     tl,
     triton,
 )
+from sparring.kernels.kept import kept
 
 BLOCK = 64
 GROUP = 256
@@ -94,7 +94,7 @@ def dynamic_map(device: torch.device | None = None) -> Tensor:
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
 
-@cache
+@kept
 def dynamic_map_on(device: torch.device) -> Tensor:
     """The map as a constant of a device."""
     return dynamic_map(device)

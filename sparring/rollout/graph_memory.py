@@ -2,7 +2,9 @@
 
 What a step of the largest bucket needs is known from the model's shape, so it is reserved as a
 whole before the pool of keys and values takes the rest of the budget: a graph that is captured
-later finds its room, and so does the run before it. Nothing is computed here.
+later finds its room, and so does the run before it. A graph's bytes are free for the next one once
+it is captured, and are written again at each of its replays: what outlives a step must lie outside
+(kernels/kept.py). Nothing is computed here.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from contextlib import contextmanager, suppress
 import torch
 
 from sparring.kernels.cut import CAPACITY
+from sparring.kernels.kept import lending, make_kept
 from sparring.kernels.paged_plan import SPLIT, DecodeWorkspace
 from sparring.kernels.sampling import BLOCK_V
 from sparring.models.transformer import TransformerConfig
@@ -55,6 +58,7 @@ class GraphMemory:
 
     def __init__(self, device: torch.device, beside: Sequence[torch.cuda.Stream] = ()) -> None:
         self.device = device
+        make_kept(device)
         self.stream = torch.cuda.Stream(device)
         self._beside = tuple(beside)
         self._handle = torch.cuda.graph_pool_handle()
@@ -113,7 +117,7 @@ class GraphMemory:
         index = torch.cuda.current_device() if self.device.index is None else self.device.index
         torch._C._cuda_beginAllocateCurrentThreadToPool(index, self._handle)
         try:
-            with torch.cuda.stream(self.stream):
+            with torch.cuda.stream(self.stream), lending():
                 yield
         finally:
             torch._C._cuda_endAllocateToPool(index, self._handle)
@@ -125,7 +129,7 @@ class GraphMemory:
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self.stream):
+        with torch.cuda.stream(self.stream), lending():
             graph.capture_begin(pool=self._handle)
             try:
                 compute()

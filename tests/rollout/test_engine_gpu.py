@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparring.kernels import kept
 from sparring.kernels.split_product import FORMS, SplitForm
 from sparring.models import lanes
 from sparring.models.checkpoint import build_model
@@ -233,6 +234,22 @@ def test_scarce_memory_preempts_and_writes_the_same(temperature: float) -> None:
         assert_same(got, want)
         assert scarce.stats.num_preemptions > 0
         assert scarce.stats.num_free_blocks == scarce.stats.num_blocks
+
+
+def test_what_outlives_a_step_lies_outside_its_graph() -> None:
+    """Counters of products in few rows, first needed after steps of many rows were captured."""
+    for make in kept.MAKERS:
+        make.cache_clear()
+    model = gpu_model()
+    model.set_bitwise(True)
+    asked = prompts(*[9] * 400)  # one prefill of many rows
+    limits = [[1 + 60 * (i < 20) + i % 20] for i in range(400)]
+    sampling = Sampling(max_completion_tokens=80)
+    many = engine(model, stop_ids=(), max_running=512)
+    want = many.generate(asked, sampling, limits=limits)
+    assert_same(many.generate(asked, sampling, limits=limits), want)
+    eager = engine(model, stop_ids=(), max_running=512, cuda_graphs=False)
+    assert_same(eager.generate(asked, sampling, limits=limits), want)
 
 
 def test_a_pool_of_another_size_has_graphs_of_its_own() -> None:
