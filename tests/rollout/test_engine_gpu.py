@@ -236,6 +236,33 @@ def test_scarce_memory_preempts_and_writes_the_same(temperature: float) -> None:
         assert scarce.stats.num_free_blocks == scarce.stats.num_blocks
 
 
+def alive(owner: Engine) -> int:
+    """Bytes in the graphs' memory that some tensor holds."""
+    assert owner._graph_steps is not None
+    assert owner._graph_steps._memory is not None
+    pool = owner._graph_steps._memory._handle
+    segments = torch.cuda.memory_snapshot()
+    return sum(s["allocated_size"] for s in segments if s["segment_pool_id"] == pool)
+
+
+@pytest.mark.parametrize("rows", [6, 40, 200])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("is_adapted", [True, False])
+def test_steps_leave_nothing_in_the_memory_of_graphs(
+    name: str, is_adapted: bool, rows: int
+) -> None:
+    for make in kept.MAKERS:
+        make.cache_clear()
+    model = adapted(gpu_model(name)) if is_adapted else gpu_model(name)
+    asked = prompts(*[9] * rows)
+    owner = engine(model, stop_ids=(), max_running=512)
+    limits = [[1 + 15 * (i % 4)] for i in range(rows)]
+    owner._reserve(asked, limits)
+    before = alive(owner)
+    owner.generate(asked, Sampling(max_completion_tokens=80), limits=limits)
+    assert alive(owner) == before
+
+
 def test_what_outlives_a_step_lies_outside_its_graph() -> None:
     """Counters of products in few rows, first needed after steps of many rows were captured."""
     for make in kept.MAKERS:
@@ -246,7 +273,11 @@ def test_what_outlives_a_step_lies_outside_its_graph() -> None:
     limits = [[1 + 60 * (i < 20) + i % 20] for i in range(400)]
     sampling = Sampling(max_completion_tokens=80)
     many = engine(model, stop_ids=(), max_running=512)
+    many._reserve(asked, limits)
+    before = alive(many)
     want = many.generate(asked, sampling, limits=limits)
+    assert many.graph_stats.num_graphs > 3
+    assert alive(many) == before, "nothing that a step made is still there"
     assert_same(many.generate(asked, sampling, limits=limits), want)
     eager = engine(model, stop_ids=(), max_running=512, cuda_graphs=False)
     assert_same(eager.generate(asked, sampling, limits=limits), want)
