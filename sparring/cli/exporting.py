@@ -17,7 +17,10 @@ def export(
     ],
     output: Annotated[str, typer.Option(help="A new folder.", metavar="DIR")],
     format_name: Annotated[
-        str, typer.Option("--format", help="merged, adapter or gguf.", metavar="FORMAT")
+        str,
+        typer.Option(
+            "--format", help="merged or adapter; gguf says how it is made.", metavar="FORMAT"
+        ),
     ] = "merged",
     adapter: Adapter = "",
     dtype: Annotated[str, typer.Option(help="Of merged weights; auto: the base's.")] = "auto",

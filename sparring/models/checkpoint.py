@@ -214,6 +214,8 @@ def load_model(
                 f"{folder} is an adapter itself; give its base as the model and one adapter"
             )
         adapter, folder = folder, base_folder(folder)
+    if adapter is not None:
+        adapter = resolve(adapter, wanted="adapter")
     config = read_json(folder / "config.json")
     is_stored = nf4_files.stored_as_nf4(config)
     if not is_stored:
@@ -235,7 +237,7 @@ def load_model(
     places = Places(dict(weight_views(model)), nf4_places(model), eight_bit_tables(model), storage)
     fill(places, read_tensors(files, with_nf4=is_stored), folder, device, is_stored=is_stored)
     if adapter is not None:
-        load_adapter_onto(model, resolve(adapter))
+        load_adapter_onto(model, adapter)
     return model
 
 

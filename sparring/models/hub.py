@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sparring.deadline import within
 from sparring.errors import CheckpointError
@@ -26,16 +26,26 @@ WANTED_FILES = (
     "merges.txt",
     "vocab.txt",
 )
+_FILES = {
+    "model": "config.json and safetensors",
+    "adapter": "adapter_config.json and adapter_model.safetensors",
+}
 _UNWANTED_FILES = ("*/*", "consolidated*")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 
 
-def resolve(path: str | Path, *, endpoint: str | None = None, seconds: float = HUB_SECONDS) -> Path:
+def resolve(
+    path: str | Path,
+    *,
+    endpoint: str | None = None,
+    seconds: float = HUB_SECONDS,
+    wanted: Literal["model", "adapter"] = "model",
+) -> Path:
     """The folder that holds a model or an adapter.
 
     path: such a folder, a run directory (its `final` is taken), or a Hub id, which is downloaded
     into the Hub's own cache. endpoint: another Hub than the configured one. Raises CheckpointError
-    with the remedy for anything else; an unreachable Hub is told from the cache or given up within
+    with the remedy for anything else (wanted: what it speaks of); an unreachable Hub is told from the cache or given up within
     `seconds`.
     """
     name = str(path)
@@ -46,8 +56,8 @@ def resolve(path: str | Path, *, endpoint: str | None = None, seconds: float = H
         raise CheckpointError(f"{folder.resolve()} is a file; give {_file_remedy(folder)}")
     if isinstance(path, Path) or not _HUB_ID.fullmatch(name):
         raise CheckpointError(
-            f"no model folder at {folder.resolve()}; give a folder with config.json and "
-            "safetensors, a run directory, or a Hub id such as Qwen/Qwen2.5-0.5B-Instruct"
+            f"no {wanted} folder at {folder.resolve()}; give a folder with {_FILES[wanted]}, a run "
+            "directory, or a Hub id such as Qwen/Qwen2.5-0.5B-Instruct"
         )
     return _download(name, folder, endpoint, seconds)
 

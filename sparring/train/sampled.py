@@ -41,9 +41,9 @@ def open_prompts(
         template, lines = training_template(recipe, policy.tokenizer)
         policy = policy.speaking(template)
         rows = read_rows(data.train, split=data.split, limit=ROWS_LOOKED_AT, bad_rows="skip")
+        train = load_prompt_set(recipe, policy, data.train, data.split, template=template)
         for line in warn_if_not_checkable(rows, data.prompt, data.reference):
             session.warn(line)
-        train = load_prompt_set(recipe, policy, data.train, data.split, template=template)
         if data.eval:
             evaluation = load_prompt_set(
                 recipe, policy, data.eval, data.eval_split, template=template

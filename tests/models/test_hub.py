@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from sparring.errors import CheckpointError
+from sparring.models.checkpoint import load_model
 from sparring.models.hub import config_of, resolve
 
 SHA = "a" * 40
@@ -99,6 +100,13 @@ def test_what_is_no_model_is_told_apart(make, message: str, tmp_path: Path):
     make(path)
     with pytest.raises(CheckpointError, match=message):
         resolve(str(path))
+
+
+def test_a_missing_adapter_is_named_before_any_weight_is_read(tmp_path: Path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("not even JSON")
+    with pytest.raises(CheckpointError, match=r"no adapter folder at .*adapter_config.json"):
+        load_model(tmp_path / "model", adapter=tmp_path / "missing")
 
 
 @pytest.mark.parametrize(
