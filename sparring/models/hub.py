@@ -45,8 +45,8 @@ def resolve(
 
     path: such a folder, a run directory (its `final` is taken), or a Hub id, which is downloaded
     into the Hub's own cache. endpoint: another Hub than the configured one. Raises CheckpointError
-    with the remedy for anything else (wanted: what it speaks of); an unreachable Hub is told from the cache or given up within
-    `seconds`.
+    with the remedy for anything else (wanted: what it speaks of); an unreachable Hub is told from
+    the cache or given up within `seconds`.
     """
     name = str(path)
     folder = Path(name).expanduser()
