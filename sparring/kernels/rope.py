@@ -16,7 +16,14 @@ from torch import Tensor
 
 from sparring.kernels import cdiv, jit, power_of_two, rounded, tl, uses_triton
 
-__all__ = ["rope", "rope_reference", "rope_triton"]
+__all__ = [
+    "rope",
+    "rope_reference",
+    "rope_triton",
+    "rotated_heads",
+    "rotated_heads_reference",
+    "rotated_heads_triton",
+]
 
 
 def _rotate(x_THE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -54,7 +61,7 @@ def rope_reference(x_THE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @jit
 def _rotate_kernel(
-    x_ptr, cos_ptr, sin_ptr, y_ptr, num_heads, stride_t, stride_h,
+    x_ptr, cos_ptr, sin_ptr, y_ptr, num_heads, stride_t, stride_h, stride_yt,
     HALF: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -68,7 +75,7 @@ def _rotate_kernel(
     at = x_ptr + token * stride_t + heads[:, None] * stride_h + columns[None, :]
     first = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32)
-    to = y_ptr + (token * num_heads + heads[:, None]) * (2 * HALF) + columns[None, :]
+    to = y_ptr + token * stride_yt + heads[:, None] * (2 * HALF) + columns[None, :]
     dtype = y_ptr.dtype.element_ty
     # one multiply-add, written out: every kernel that rotates rounds alike
     tl.store(to, rounded(tl.fma(first, cos, -(second * sin)), dtype), mask=inside)
@@ -82,16 +89,21 @@ def tile_of(num_heads: int, half: int) -> dict[str, int]:
     return {"BLOCK_E": block_e, "BLOCK_H": block_h, "num_warps": 4}
 
 
-def _rotate_triton(x_THE: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
+def _rotate_triton(
+    x_THE: Tensor, cos: Tensor, sin: Tensor, backward: bool, out_THE: Tensor | None = None
+) -> Tensor:
+    """out: where to write, heads one behind the other, tokens any distance apart."""
     num_tokens, num_heads, size = x_THE.shape
     if x_THE.stride(-1) != 1:
         x_THE = x_THE.contiguous()
-    y_THE = torch.empty(x_THE.shape, dtype=x_THE.dtype, device=x_THE.device)
+    y_THE = out_THE
+    if y_THE is None:
+        y_THE = torch.empty(x_THE.shape, dtype=x_THE.dtype, device=x_THE.device)
     tile = tile_of(num_heads, size // 2)
     if num_tokens:
         _rotate_kernel[(num_tokens, cdiv(num_heads, tile["BLOCK_H"]))](
             x_THE, cos.contiguous(), sin.contiguous(), y_THE, num_heads, *x_THE.stride()[:2],
-            HALF=size // 2, BACKWARD=backward, enable_fp_fusion=True, **tile,
+            y_THE.stride(0), HALF=size // 2, BACKWARD=backward, enable_fp_fusion=True, **tile,
         )  # fmt: skip
     return y_THE
 
@@ -123,3 +135,64 @@ def rope(x_THE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if uses_triton(x_THE):
         return rope_triton(x_THE, cos, sin)
     return rope_reference(x_THE, cos, sin)
+
+
+class _RotatedHeads(torch.autograd.Function):
+    """The three gradients go to their places in one tensor, which a split would copy them into."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, heads_TNE: Tensor, cos: Tensor, sin: Tensor, sizes: tuple[int, int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        ctx.sizes = sizes
+        return _rotated_heads(heads_TNE, cos, sin, sizes)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        dq, dk, dv = grads
+        num_heads, num_rotated = ctx.sizes[0], sum(ctx.sizes)
+        shape = (len(dq), num_rotated + dv.shape[1], dq.shape[2])
+        out = torch.empty(shape, dtype=dq.dtype, device=dq.device)
+        _rotate_triton(dq, cos, sin, True, out[:, :num_heads])
+        _rotate_triton(dk, cos, sin, True, out[:, num_heads:num_rotated])
+        out[:, num_rotated:] = dv
+        return out, None, None, None
+
+
+def _rotated_heads(
+    heads_TNE: Tensor, cos: Tensor, sin: Tensor, sizes: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    rotated = _rotate_triton(heads_TNE[:, : sum(sizes)], cos, sin, False)
+    return rotated[:, : sizes[0]], rotated[:, sizes[0] :], heads_TNE[:, sum(sizes) :]
+
+
+def rotated_heads_reference(
+    heads_TNE: Tensor, cos: Tensor, sin: Tensor, sizes: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys rotated, and values, of [T, N, E]; sizes: heads of queries and of keys, the
+    rest are values; differentiable.
+    """
+    both, v = torch.split(heads_TNE, [sum(sizes), heads_TNE.shape[1] - sum(sizes)], dim=1)
+    q, k = torch.split(rope_reference(both, cos, sin), list(sizes), dim=1)
+    return q, k, v
+
+
+def rotated_heads_triton(
+    heads_TNE: Tensor, cos: Tensor, sin: Tensor, sizes: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`rotated_heads_reference`; the results are views, of one tensor and of heads."""
+    if not torch.is_grad_enabled():
+        return _rotated_heads(heads_TNE, cos, sin, sizes)
+    three: tuple[Tensor, Tensor, Tensor] = _RotatedHeads.apply(heads_TNE, cos, sin, sizes)
+    return three
+
+
+def rotated_heads(
+    heads_TNE: Tensor, cos: Tensor, sin: Tensor, sizes: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys rotated, and values, of one projection; see `rotated_heads_reference`."""
+    if uses_triton(heads_TNE):
+        return rotated_heads_triton(heads_TNE, cos, sin, sizes)
+    return rotated_heads_reference(heads_TNE, cos, sin, sizes)

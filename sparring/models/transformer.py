@@ -19,7 +19,7 @@ from sparring.kernels import Capability, capability_of
 from sparring.kernels.few_rows import max_folded_rows
 from sparring.kernels.head import head_logits, linear_logprob
 from sparring.kernels.norm import add_rms_norm, rms_norm
-from sparring.kernels.rope import rope
+from sparring.kernels.rope import rope, rotated_heads
 from sparring.kernels.swiglu import swiglu
 from sparring.layout import KVPool, Layout
 from sparring.models.attention import AttentionPlan, plan_attention
@@ -197,15 +197,13 @@ class DecoderLayer(nn.Module):
     def _rotate(self, heads: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of [T, H + 2K, E], normed (Qwen3) and rotated."""
         config = self.config
-        sizes = [config.num_heads, config.num_kv_heads]
+        sizes = (config.num_heads, config.num_kv_heads)
         if self.q_norm is not None and self.k_norm is not None:
             q, k, v = torch.split(heads, [*sizes, config.num_kv_heads], dim=1)
             q = rope(rms_norm(q, self.q_norm, config.norm_eps), cos, sin)
             k = rope(rms_norm(k, self.k_norm, config.norm_eps), cos, sin)
             return q, k, v
-        both, v = torch.split(heads, [sum(sizes), config.num_kv_heads], dim=1)
-        q, k = torch.split(rope(both, cos, sin), sizes, dim=1)
-        return q, k, v
+        return rotated_heads(heads, cos, sin, sizes)
 
 
 class Decoder(nn.Module):

@@ -135,6 +135,36 @@ def test_rope(heads, size, dtype):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (7, 1, 2)])
+def test_heads_are_split_and_rotated_with_the_bits_of_two_steps(sizes, dtype):
+    heads = random(5, sum(sizes), 80, dtype=dtype)
+    angles = random(5, 40, dtype=torch.float32, seed=4)
+    cos, sin = angles.cos(), angles.sin()
+    grads = [random(5, n, 80, dtype=dtype, seed=n + i) for i, n in enumerate(sizes)]
+
+    def both_ways(three, x):
+        leaf = x.clone().requires_grad_()
+        outputs = three(leaf.view_as(leaf))
+        torch.autograd.backward(outputs, [g.to(x.dtype) for g in grads])
+        return *outputs, leaf.grad
+
+    def two_steps(x):
+        q, k, v = torch.split(x, sizes, dim=1)
+        return rope.rope_triton(q, cos, sin), rope.rope_triton(k, cos, sin), v
+
+    got = both_ways(lambda x: rope.rotated_heads_triton(x, cos, sin, sizes[:2]), heads)
+    for one, want in zip(got, both_ways(two_steps, heads), strict=True):
+        assert torch.equal(one, want)
+    wide = both_ways(lambda x: rope.rotated_heads_reference(x, cos, sin, sizes[:2]), heads.double())
+    for one, want in zip(got, wide, strict=True):
+        assert (one.double() - want).norm() < LIMIT[dtype] * want.norm()
+    with torch.no_grad():
+        without = rope.rotated_heads_triton(heads, cos, sin, sizes[:2])
+        for one, want in zip(without, got[:3], strict=True):
+            assert torch.equal(one, want)
+
+
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
 @pytest.mark.parametrize("width", [16, 300, 2050])
 def test_swiglu(width, dtype):
