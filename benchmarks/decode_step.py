@@ -28,7 +28,13 @@ import torch
 from benchmarks.launches import counted
 from benchmarks.rollouts import environment
 from benchmarks.shapes import SHAPES, build
-from sparring.kernels import few_rows, few_rows_hopper, paged_attention, paged_plan
+from sparring.kernels import (
+    few_rows,
+    few_rows_attention,
+    few_rows_hopper,
+    paged_attention,
+    paged_plan,
+)
 from sparring.kernels.few_rows import Form
 from sparring.kernels.few_rows_hopper import Ring
 from sparring.kernels.few_rows_strips import Strips
@@ -348,6 +354,9 @@ def search(name: str, num_rows: int, part: int, parts: int) -> dict[str, Any]:
             use(variant)
             with form_of_step(model, "overlapped"):
                 step.logits()
+        few_rows_attention.MAX_PAIRS = 1024
+        with form_of_step(model, "overlapped"):
+            step.logits()
         return result
     with form_of_step(model, "library"):
         result["library"] = microseconds(captured(step)[0])
@@ -376,10 +385,18 @@ def search(name: str, num_rows: int, part: int, parts: int) -> dict[str, Any]:
             result[f"splits of {split}"] = microseconds(captured(step)[0])
         print(f"   splits of {split} keys: {result[f'splits of {split}']:.1f} us a step")
     paged_plan.SPLIT = kept
+    for pairs in (1024, 0):
+        few_rows_attention.MAX_PAIRS = pairs
+        with form_of_step(model, "overlapped"):
+            told = "keys before their turn" if pairs else "keys after"
+            result[told] = microseconds(captured(step)[0])
+        print(f"   {told}: {result[told]:.1f} us a step", flush=True)
+    few_rows_attention.MAX_PAIRS = 1024 * (result["keys before their turn"] < result["keys after"])
     for each in ("in turn", "overlapped"):
         with form_of_step(model, each):
             graph, _ = captured(step)
             result[each] = {"us": microseconds(graph), **counted(graph)}
+    result["kept"] = {k: told_form(form) for k, form in forms.items()}
     result["replays that differ"] = same_bits(model, step, 200)
     logits = {}
     for each in ("library", "overlapped"):
@@ -390,7 +407,7 @@ def search(name: str, num_rows: int, part: int, parts: int) -> dict[str, Any]:
     for each in ("in turn", "overlapped"):
         with form_of_step(model, each):
             result[f"kernels {each}"] = profiled(captured(step)[0])
-    for key in list(result)[10:]:
+    for key in list(result)[12:]:
         print("  ", key, result[key], flush=True)
     return result
 

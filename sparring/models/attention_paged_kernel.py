@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparring.kernels import Capability
+from sparring.kernels import Capability, few_rows_attention
 from sparring.kernels.chain import Ahead
 from sparring.kernels.paged_attention import paged_decode_triton, rotate_decode_triton
 from sparring.kernels.paged_plan import DecodeWorkspace, PrefillTiles, sharing_pays, split_of
@@ -123,6 +123,22 @@ class PagedKernelPlan:
 
         A decode step is one launch. overlaps, ahead: of a decode step only, see kernels/chain.py.
         """
+        max_keys = self.max_splits * split_of(self.capability, self.pool.data.shape[5])["SPLIT"]
+        has_norm = q_norm is not None
+        if overlaps and few_rows_attention.serves(
+            qkv_TC, self.pool, self.capability.arch, max_keys, has_norm=has_norm, window=window
+        ):
+            return few_rows_attention.attend(
+                qkv_TC,
+                cos,
+                sin,
+                self.slots_T,
+                self.pool,
+                layer,
+                self.tables_RN,
+                self.lengths_R,
+                max_keys=max_keys,
+            )
         if self.tiles is None:
             num_heads = num_heads_of(qkv_TC, self.pool)
             return rotate_decode_triton(

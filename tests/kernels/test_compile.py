@@ -22,6 +22,7 @@ from sparring.kernels import (
     decode_state,
     embedding,
     few_rows,
+    few_rows_attention,
     few_rows_hopper,
     few_rows_strips,
     head,
@@ -439,6 +440,25 @@ def test_products_in_strips(which):
     assert "griddepcontrol.launch_dependents" in before
     assert after.count("ldmatrix") == 6, "as the instruction has them"
     assert after.count("mma.sync") == 4
+
+
+@pytest.mark.parametrize(
+    ("group", "span"), [(6, 64), (7, 128), pytest.param(8, 256, marks=pytest.mark.slow)]
+)
+def test_attention_of_few_rows(group, span):
+    constants = {
+        "K": 2, "GROUP": group, "NH": 8 if group <= 6 else 16, "B": 64, "SPAN": span, "PARTS": 12,
+        "OVERLAPS": True, "num_warps": 4,
+    }  # fmt: skip
+    pointers = {
+        **POINTERS, "qkv_ptr": "*bf16", "address_ptr": "*i64", "tables_ptr": "*i32",
+        "lengths_ptr": "*i32", "slots_ptr": "*i64",
+    }  # fmt: skip
+    found, ptx = check(few_rows_attention._kernel, pointers, constants, 90, products=True)
+    assert found == {"wgmma.mma"}
+    before, _ = ptx.split("griddepcontrol.wait", 1)
+    copies = before.count("cp.async.cg.shared.global")
+    assert copies == 2 * span * 128 * 2 // (16 * 128), "keys and values before the turn"
 
 
 @pytest.mark.parametrize("arch", ARCHS)
