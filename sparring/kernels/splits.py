@@ -154,8 +154,8 @@ def no_tiles(BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 def with_tile(acc, peak, total, acc_new, peak_new, p):
     """Tiles so far and the next one."""
     peak, keep, add = merge_factors(peak, peak_new)
-    total = tl.fma(p, add[None, :], total * keep[None, :])
-    return tl.fma(acc_new, add[None, :], acc * keep[None, :]), peak, total
+    acc = tl.fma(acc_new, add[None, :], acc * keep[None, :])
+    return acc, peak, tl.fma(p, add[None, :], total * keep[None, :])
 
 
 @jit
@@ -298,12 +298,16 @@ def packed_split(
     for first in range(low, high, BLOCK_N):
         keys = first + tl.arange(0, BLOCK_N)
         inside = (keys < num_keys)[:, None] & (columns < E)[None, :]
-        shift = tl.where(keys < parent_length, parent_start * stride_kt, own * stride_kt)
-        at_k = (shift + keys * stride_kt)[:, None] + columns[None, :]
-        k = tl.load(k_ptr + at_k, mask=inside, other=0.0)
-        shift = tl.where(keys < parent_length, parent_start * stride_vt, own * stride_vt)
-        at_v = (shift + keys * stride_vt)[:, None] + columns[None, :]
-        v = tl.load(v_ptr + at_v, mask=inside, other=0.0)
+        if E > 128:  # one column of 64-bit numbers, not two: registers are short
+            tokens = keys + tl.where(keys < parent_length, parent_start, own)
+            at_k, at_v = tokens * stride_kt, tokens * stride_vt
+        else:
+            at_k = tl.where(keys < parent_length, parent_start * stride_kt, own * stride_kt)
+            at_k += keys * stride_kt
+            at_v = tl.where(keys < parent_length, parent_start * stride_vt, own * stride_vt)
+            at_v += keys * stride_vt
+        k = tl.load(k_ptr + at_k[:, None] + columns[None, :], mask=inside, other=0.0)
+        v = tl.load(v_ptr + at_v[:, None] + columns[None, :], mask=inside, other=0.0)
         acc_new, peak_new, p = tile_sums(
             q, k, v, 0.0, 0.0, keys, positions, num_keys, scale, window, HAS_WINDOW, False
         )

@@ -52,8 +52,8 @@ def check_decode(constants, arch, **form):
 @pytest.mark.parametrize("block_size", [64, pytest.param(16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("span", [1, 4])
 def test_paged_decode(span, block_size, size, arch):
-    if size > 128:
-        span = 1  # as `span_of` has it, whatever the number of rows
+    # as `span_of` has it at most, whatever the number of rows
+    span = min(span, span_of(Capability(arch=arch, tensor_dots=True), 4096, size))
     constants = paged_constants(size, block_size) | {"BLOCK_M": 16, "ROTATES": block_size == 64}
     found, ptx = check_decode(constants, arch, SPAN=span, SHARED=1, BLOCK_W=16)
     assert found == {90: {"wgmma.mma"}, 100: {"tcgen05.mma"}}.get(arch, {"mma.sync"})
