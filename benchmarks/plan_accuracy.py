@@ -9,8 +9,8 @@ weights are in place; between phases free pages are given back, as a run does. A
 the allocator to N - 1.0 GiB. Two steps after one to warm up; all are reported. Allocated and device
 memory stand beside it, each part of the prediction, and what every pool of the allocator held at a
 phase's end. Rows share a process; what one leaves (library workspaces) is freed before the next.
-Small models wait for the host, so how fast it is stands beside each row: microseconds of pieces of
-work that keep it busy.
+Small models wait for the host, so how fast it is stands beside each row (train/host.py), and the
+plan is told it as `sparring plan` on this machine would be.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from sparring.models.transformer import Decoder
 from sparring.rollout.engine import Engine
 from sparring.rollout.sampler import Sampling
 from sparring.train.cards import find_card
+from sparring.train.host import node_microseconds, own_card
 from sparring.train.memory import take_workspaces
 from sparring.train.optimizer import Optimizer, build_optimizer
 from sparring.train.plan import Phase, predict
@@ -200,7 +200,7 @@ def measured(row: dict[str, Any]) -> dict[str, Any]:
     limit = total if budget is None else budget - CONTEXT_BYTES
     torch.cuda.set_per_process_memory_fraction(limit / total)
     job, settings = job_of(row)
-    plan = predict(job, settings, budget=budget, card=find_card("H200"), exact=True)
+    plan = predict(job, settings, budget=budget, card=own_card() or find_card("H200"), exact=True)
     stages = [counters(stage="before")]
     model = built(row)
     optimizer = build_optimizer(
@@ -229,7 +229,8 @@ def measured(row: dict[str, Any]) -> dict[str, Any]:
         seconds["handing over"].append(time.perf_counter() - start)
         stages.append(counters(stage=f"after rollout {step}"))
         torch.cuda.reset_peak_memory_stats()
-        seconds["training"].append(training(model, optimizer, row, made))
+        for _ in range(2 if step == 1 else 1):
+            seconds["training"].append(training(model, optimizer, row, made))
         _keep_peaks(found, "training")
         held["training"] = pools()
         torch.cuda.empty_cache()
@@ -238,7 +239,7 @@ def measured(row: dict[str, Any]) -> dict[str, Any]:
     assert plan.seconds is not None, "a card is named"
     return {
         **row, "stages": stages, "peaks": found, "pools": held, "seconds": seconds,
-        "graphs": asdict(engine.graph_stats), "host microseconds": host_microseconds(),
+        "graphs": asdict(engine.graph_stats), "host microseconds": node_microseconds(),
         "predicted": {
             "rollout": told(plan.rollout),
             "training": told(plan.training),
@@ -248,61 +249,6 @@ def measured(row: dict[str, Any]) -> dict[str, Any]:
             },
         },
     }  # fmt: skip
-
-
-class _Doubled(torch.autograd.Function):
-    """A node such as those of the model's blocks: one operation each way."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(y)
-        return x.mul(y)
-
-    @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (y,) = ctx.saved_tensors
-        return dy.mul(y), None
-
-
-def host_microseconds() -> dict[str, float]:
-    """Of pieces of work that keep a host busy, the best of twenty loops each.
-
-    "python": 30 turns of a loop without torch. "operation": an operation on four numbers of the
-    CPU. "node": an autograd node of a chain of 20, forward and backward, on the CPU. "launch": an
-    operation on four numbers of the GPU, queued.
-    """
-
-    def python() -> None:
-        total = 0
-        for number in range(30):
-            total += number ^ 7
-
-    def chain() -> None:
-        x = start
-        for _ in range(20):
-            x = _Doubled.apply(x, small)
-        x.sum().backward()  # type: ignore[no-untyped-call]
-
-    small, start = torch.ones(4), torch.ones(4, requires_grad=True)
-    on_gpu = torch.zeros(4, device="cuda")
-    works = {
-        "python": (python, 500, 1),
-        "operation": (lambda: small.mul_(1.0), 500, 1),
-        "node": (chain, 10, 20),
-        "launch": (lambda: on_gpu.mul_(1.0), 300, 1),
-    }
-    return {name: _best_microseconds(*work) for name, work in works.items()}
-
-
-def _best_microseconds(work: Callable[[], object], times: int, pieces: int) -> float:
-    found = []
-    for _ in range(20):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(times):
-            work()
-        found.append((time.perf_counter() - start) / times / pieces * 1e6)
-    return min(found)
 
 
 def told(phase: Phase) -> dict[str, Any]:

@@ -40,11 +40,15 @@ def plan(
             raise UserError(f"--for {algorithm} is not known; known: grpo, ppo, sft, dpo")
         recipe = load(words, "plan")
         from sparring.train.cards import find_card
+        from sparring.train.host import own_card
         from sparring.train.plan_recipe import job_of, plan_recipe, proposal_lines
         from sparring.train.plan_table import as_dict, plan_lines
 
-        chosen = find_card(card or MEASURED)
-        budget = _budget(recipe, memory, chosen if card else None)
+        own = own_card()
+        chosen = find_card(card) if card else own or find_card(MEASURED)
+        if own is not None and own.name == chosen.name:
+            chosen = own
+        budget, whose = _budget(recipe, memory, chosen if card else None)
         job = job_of(recipe, algorithm=algorithm or None, prompt_tokens=prompt_tokens)  # type: ignore[arg-type]
         asked, best = plan_recipe(recipe, job, budget=budget, card=chosen)
         if as_json:
@@ -52,15 +56,15 @@ def plan(
             emit({k: None if v is None else as_dict(v) for k, v in plans.items()}, sys.stdout)
             return
         _say_job(recipe, job, prompt_tokens)
-        lines = plan_lines(asked, "the recipe as it stands")
+        lines = plan_lines(asked, "the recipe as it stands", whose)
         if best is not None and best.settings == asked.settings:
-            lines += ["no settings are faster; to paste:"]
+            lines += ["no settings that fit are faster; to paste:"]
             lines += [f"  {line}" for line in proposal_lines(best)]
         elif best is not None:
-            lines += plan_lines(best, f"the fastest that fits into {budget / 2**30:g} GiB")  # type: ignore[operator]
+            lines += plan_lines(best, "the fastest settings that fit", whose)
             lines += ["to paste:", *(f"  {line}" for line in proposal_lines(best))]
         else:
-            lines.append("give --memory 24GiB or --card NAME for the settings that fit")
+            lines.append("no limit was given: --memory 24GiB or --card NAME shows what fits")
         if job.critic is not None:
             from sparring.train.plan import predict
             from sparring.train.plan_table import algorithm_jobs, table_lines
@@ -73,18 +77,21 @@ def plan(
             say(line)
 
 
-def _budget(recipe: Recipe, memory: str, card: Card | None) -> int | None:
-    """Bytes of --memory, of run.memory, or of the card that was named; None: no limit."""
+def _budget(recipe: Recipe, memory: str, card: Card | None) -> tuple[int | None, str]:
+    """Bytes of --memory, run.memory or the card that was named, and which; None: no limit."""
     from sparring.recipe import parse_size
+    from sparring.train.plan import gib
 
     if memory:
         try:
-            return parse_size(memory)
+            return parse_size(memory), "--memory"
         except ValueError as error:
             raise UserError(f"--memory {memory}: {error}") from error
     if recipe.run.memory != "auto":
-        return int(recipe.run.memory)
-    return None if card is None else card.memory
+        return int(recipe.run.memory), "run.memory"
+    if card is None:
+        return None, ""
+    return card.usable, f"what the driver of a {card.name} leaves of {gib(card.memory)}"
 
 
 def _say_job(recipe: Recipe, job: Job, prompt_tokens: int) -> None:
@@ -93,7 +100,7 @@ def _say_job(recipe: Recipe, job: Job, prompt_tokens: int) -> None:
     trained = f"an adapter of rank {policy.rank}" if policy.rank else "all weights"
     assumed = "" if prompt_tokens or not job.samples else " (assumed; --prompt-tokens N tells)"
     say(
-        f"{recipe.model.path}: {policy.num_linear / 1e9:.2f} thousand million weights in linear"
+        f"{recipe.model.path}: {policy.num_linear / 1e9:.2f} billion weights in linear"
         f" layers, {bits}, {trained} trained; a step: {work.prompts} prompts x {work.group_size}"
         f" completions, {work.prompt_tokens} tokens a prompt{assumed},"
         f" {work.completion_tokens} a completion"

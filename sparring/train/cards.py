@@ -22,7 +22,9 @@ class Card:
     memory: bytes in all, by the driver. bandwidth: bytes a second. flops: dense 16-bit tensor
     products with float32 sums, floating-point operations a second. lanes: integer operations a
     second. arch: 10 x compute capability. measured: names of the numbers that were measured here;
-    source says by what, or whose the others are.
+    source says by what, or whose the others are. host: how many times as long the machine beside it
+    takes to launch work as the one that the plan's seconds were measured on (train/host.py); None:
+    not known, taken as the same.
     """
 
     name: str
@@ -33,6 +35,16 @@ class Card:
     arch: int
     measured: tuple[str, ...]
     source: str
+    host: float | None = None
+
+    @property
+    def usable(self) -> int:
+        """Bytes that a process is given at most, to a tenth of a GiB.
+
+        Drivers keep 0.25 GiB (T4) to 0.9 GiB (A100 of 80 GiB) of what they show as total.
+        """
+        tenth = 2**30 // 10
+        return int(0.99 * self.memory - 400 * 2**20) // tenth * tenth
 
     @property
     def is_measured(self) -> bool:

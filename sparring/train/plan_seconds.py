@@ -1,15 +1,17 @@
 """Seconds of a step from a card's bandwidth and tensor peak: rollout by bytes, training by FLOP.
 
 The shares of the peaks that are reached were measured on one H200 (docs/benchmarks) and are taken
-for every card; on others the result is an estimate. Host time is what a machine of 2025 needs to
-launch the work.
+for every card; on others the result is an estimate. Host time is what the machine that they were
+measured on needs to launch the work, times `Card.host`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sparring.models.quantised import SLICE_BYTES
 from sparring.train.cards import Card
 from sparring.train.plan_job import Job, Settings, Trained, Work, trained_sizes
 from sparring.train.plan_training import MicroBatch
@@ -22,10 +24,12 @@ n / (n + SHORT_TOKENS) of its share: tiles on the diagonal are half empty."""
 SKINNY_SHARE = 0.6
 """Of the bandwidth, that products with an adapter's narrow matrices reach."""
 BANDWIDTH_SHARE = 0.88
-KERNEL_SECONDS, OPERATION_SECONDS = 150e-6, 12e-6
-"""What the host takes to launch a Triton kernel with its autograd node, and a library call with its
-views: a layer costs so many of each, and below that the card waits (three recipes on the H200's
-host; others may be faster)."""
+KERNEL_SECONDS, OPERATION_SECONDS = 150e-6, 20e-6
+DECODED_SECONDS, ADAPTED_SECONDS = 80e-6, 90e-6
+"""What the host takes to launch a Triton kernel with its autograd node, a library call with its
+views, a slice of a four-bit matrix to be decoded, and for a linear layer with an adapter besides,
+each time it is passed. A layer costs so many of each, and below their sum the card waits (fitted to
+three recipes on one H200 whose host took train/host.py's REFERENCE_MICROSECONDS)."""
 STEP_SECONDS = 0.02
 """A step's packing, clipping and reading of metrics."""
 DECODE_LAYER_SECONDS, DECODE_ROW_SECONDS = 29e-6, 2e-6
@@ -35,7 +39,7 @@ DECODE_SHARE = 0.94
 NF4_BYTES = 0.5159
 NF4_OPERATIONS, NF4_ROW_OPERATIONS = 3.2, 0.14
 """Cycles of an integer lane that a fused product takes to decode a weight, and more by row."""
-ADAPTED_SECONDS = 7e-6
+DECODE_ADAPTED_SECONDS = 7e-6
 """What an adapter adds to a decode step, a linear layer."""
 PREFILL_SHARE = 0.75
 """Of the tensor peak, that prefill's products reach."""
@@ -77,7 +81,7 @@ def training_seconds(
     policy = job.policy
     forward = sum(_pass_seconds(policy, card, batch) for batch in batches)
     both = sum(_update_seconds(policy, settings, card, batch) for batch in batches)
-    total = STEP_SECONDS + both + _optimizer_seconds(policy, card)
+    total = STEP_SECONDS * (card.host or 1.0) + both + _optimizer_seconds(policy, card)
     if job.reference != "none":
         total += forward
     passes = job.passes
@@ -126,24 +130,28 @@ def _update_seconds(
             a_row += config.num_heads * config.head_size
         kept = rows * config.num_layers * a_row * model.item
         device = max(1.02 * device, 2 * kept / BUS_BYTES_PER_SECOND)
-    return max(device, config.num_layers * _launch_seconds(model, recomputes))
+    return max(device, config.num_layers * _launch_seconds(model, recomputes) * (card.host or 1.0))
 
 
 def _launch_seconds(model: Trained, recomputes: bool) -> float:
     """What the host takes for a layer, forward and backward; counted in traces of the code."""
-    sizes = model.linears().values()
-    kernels = 18 if recomputes else 13
-    decoded = sum(size.is_quantised for size in sizes)
-    kernels += (3 * decoded - 1 if recomputes else 2 * decoded) if decoded else 0
-    if model.is_full:
-        operations = 34.0 if recomputes else 29.0
-    else:
-        adapted = sum(bool(size.adapted) for size in sizes)
-        parts = sum(len(size.adapted) for size in sizes)
-        operations = (
-            18 + 5.5 * adapted + 4 * parts if recomputes else 14 + 4.5 * adapted + 3 * parts
-        )
-    return kernels * KERNEL_SECONDS + operations * OPERATION_SECONDS
+    sizes = model.linears()
+    passes = 3 if recomputes else 2
+    kernels, operations = (20.0, 37.0) if recomputes else (15.0, 32.0)
+    seconds = 0.0
+    if model.config.qk_norm:
+        kernels += 10 if recomputes else 7
+    if not model.is_full:
+        adapted = sum(bool(size.adapted) for size in sizes.values())
+        kernels += (2.0 if recomputes else 1.5) * adapted - 1
+        operations = 19 + 3.5 * adapted if recomputes else 15 + 2.5 * adapted
+        seconds += passes * adapted * ADAPTED_SECONDS
+    for name, size in sizes.items():
+        if size.is_quantised:
+            slices = math.ceil(size.inputs * size.outputs * model.item / SLICE_BYTES)
+            times = 2 if name == "down" else passes
+            seconds += times * slices * DECODED_SECONDS
+    return seconds + kernels * KERNEL_SECONDS + operations * OPERATION_SECONDS
 
 
 def _pass_seconds(
@@ -161,7 +169,7 @@ def _pass_seconds(
         head = 2 * config.width * config.vocab_size * batch.loss_rows
         device += head / (card.flops * HEAD_SHARE)
     launches = 5 * KERNEL_SECONDS + 12 * OPERATION_SECONDS
-    return max(device, config.num_layers * launches)
+    return max(device, config.num_layers * launches * (card.host or 1.0))
 
 
 def _optimizer_seconds(model: Trained, card: Card) -> float:
@@ -243,7 +251,7 @@ def _decode_step(model: Trained, work: Work, rows: int, settings: Settings, card
     attention = rows * context * model.kv_bytes_per_token / bandwidth
     logits = 2.0 * rows * config.vocab_size * 4 / bandwidth
     adapted = sum(bool(size.adapted) for size in model.linears().values())
-    a_layer = DECODE_LAYER_SECONDS + adapted * ADAPTED_SECONDS
+    a_layer = DECODE_LAYER_SECONDS + adapted * DECODE_ADAPTED_SECONDS
     starts = config.num_layers * a_layer + rows * DECODE_ROW_SECONDS
     return (products + attention + logits) / DECODE_SHARE + starts
 

@@ -32,8 +32,8 @@ def _short(size: float) -> str:
     return f"{size / GIB:.2f}" if size else "-"
 
 
-def plan_lines(plan: Plan, title: str) -> list[str]:
-    """A plan: its settings, its two phases and its seconds."""
+def plan_lines(plan: Plan, title: str, whose: str = "") -> list[str]:
+    """A plan: its settings, its two phases and its seconds; whose: where the budget comes from."""
     settings, job = plan.settings, plan.job
     head = (
         f"{title}: {settings.micro_batch_tokens} tokens a micro-batch, checkpointing"
@@ -42,14 +42,14 @@ def plan_lines(plan: Plan, title: str) -> list[str]:
     lines = [head, *table_lines({"rollout": plan.rollout, "training": plan.training})]
     if plan.budget is not None:
         verdict = "fits" if plan.fits else "does NOT fit"
-        lines.append(f"  {verdict} into {gib(plan.budget)}")
+        lines.append(f"  {verdict} into {gib(plan.budget)}" + (f" ({whose})" if whose else ""))
     if plan.rollout is not None:
         tokens = settings.kv_bytes // job.policy.kv_bytes_per_token
         each = job.work.prompt_tokens / job.work.group_size + job.work.completion_tokens
         rows = min(job.work.num_completions, settings.max_running, int(tokens / each))
         cached = ", four-bit weights decoded for the rollout" if settings.caches_weights else ""
         lines.append(
-            f"  keys and values: {tokens:,} tokens, {rows} of {job.work.num_completions}"
+            f"  KV pool: {tokens:,} tokens, {rows} of {job.work.num_completions}"
             f" completions of full length at once{cached}"
         )
     lines.append(seconds_line(plan))
@@ -62,10 +62,13 @@ def seconds_line(plan: Plan) -> str:
     if card is None or seconds is None:
         return "  seconds: no card is named (--card NAME)"
     source = "measured card" if card.is_measured else "estimate"
+    host = "the table's"
+    if card.host is not None:
+        host = f"this machine's, {card.host:.2f} x the table's time"
     sampled = f"rollout {seconds.prefill + seconds.decode:.2f} + " if plan.rollout else ""
     return (
         f"  seconds a step, completions of full length: {sampled}training {seconds.training:.2f} ="
-        f" {seconds.total:.2f} on {card.name} ({source})"
+        f" {seconds.total:.2f} on {card.name} ({source}), host: {host}"
     )
 
 
