@@ -43,7 +43,6 @@ __all__ = [
     "FAMILIES",
     "base_folder",
     "build_model",
-    "check_model_fits",
     "check_vocabulary",
     "end_token_ids",
     "family_of",
@@ -267,23 +266,6 @@ def module_names(model: Decoder) -> dict[tuple[str, str], str]:
 
 def _family(model: Decoder) -> Family:
     return next(family for family in FAMILIES.values() if family.name == model.config.family)
-
-
-def check_model_fits(
-    path: str | Path,
-    *,
-    dtype: str = "auto",
-    device: torch.device | str = "cpu",
-    kv_bytes: int = 0,
-    quantization: str = "none",
-    storage: Storage | None = None,
-) -> None:
-    """Raise MemoryBudgetError if the weights in `dtype` and the KV budget do not fit."""
-    device = torch.device(device)
-    config = read_json(base_folder(path) / "config.json")
-    is_quantised = quantization == "nf4" or nf4_files.stored_as_nf4(config)
-    chosen = _choose_dtype(dtype, config, capability_of(device))
-    _check_fits(config, chosen, device, kv_bytes, is_quantised, storage or Storage())
 
 
 def _check_fits(

@@ -385,15 +385,6 @@ def scratch_bytes(model: nn.Module, num_rows: int) -> int:
     )
 
 
-def cache_bytes(model: nn.Module) -> int:
-    """Bytes that `cache_weights` would take."""
-    return sum(
-        module.shape[0] * module.shape[1] * module.dtype.itemsize
-        for module in model.modules()
-        if isinstance(module, Quantised) and module.is_fused
-    )
-
-
 def _slice(whole: NF4Matrix, first: int, rows: int) -> NF4Matrix:
     """Rows of a fused matrix that were one matrix before: its scale groups are whole."""
     columns = whole.shape[1]

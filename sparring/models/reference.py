@@ -2,33 +2,22 @@
 
 The base itself where an adapter starts fresh, a frozen copy of the adapter where training goes on
 from one, a frozen copy of the weights for full fine-tuning. It is built only where a KL term needs
-it.
+it, from the start model on resume too, before a checkpoint is loaded.
 """
 
 from __future__ import annotations
 
 import copy
-import json
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from sparring.errors import CheckpointError
-from sparring.models.checkpoint import (
-    load_adapter_onto,
-    load_model,
-    save_adapter,
-    save_model,
-)
-from sparring.models.files import read_json
 from sparring.models.transformer import Decoder
 from sparring.types import Batch, TokenScores
 
 Kind = Literal["base", "adapter", "weights"]
 
-_FILE = "reference.json"
 _ADAPTER = "reference"
 
 
@@ -52,16 +41,6 @@ class Reference:
         """Log-probabilities [T] of the batch's labels, as a step takes them for a KL term."""
         return self.score(batch).logprobs_T
 
-    def save(self, directory: str | Path) -> None:
-        """Write what a resumed run needs to have the same reference again."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.kind == "adapter":
-            save_adapter(self.model, folder, self.model.config.family, name=_ADAPTER)
-        elif self.kind == "weights":
-            save_model(self.model, folder)
-        (folder / _FILE).write_text(json.dumps({"kind": self.kind}) + "\n", encoding="utf-8")
-
 
 def build_reference(model: Decoder) -> Reference:
     """The reference of a policy: call it before the first optimizer step."""
@@ -78,24 +57,3 @@ def build_reference(model: Decoder) -> Reference:
     for path, adapter in model.adapter_modules("policy").items():
         frozen_parts[path].copy_from(adapter)
     return Reference(model, "adapter")
-
-
-def load_reference(model: Decoder, directory: str | Path) -> Reference:
-    """The reference that `Reference.save` wrote, for a policy that was resumed."""
-    folder = Path(directory)
-    kind = read_json(folder / _FILE).get("kind")
-    if kind == "base":
-        return Reference(model, "base")
-    if kind == "adapter":
-        load_adapter_onto(model, folder, name=_ADAPTER)
-        return Reference(model, "adapter")
-    if kind == "weights":
-        frozen = load_model(
-            folder,
-            dtype=str(model.dtype).removeprefix("torch."),
-            device=model.device,
-            capability=model.capability,
-        )
-        frozen.requires_grad_(False)
-        return Reference(frozen, "weights")
-    raise CheckpointError(f"{folder / _FILE}: kind is {kind!r}; known: base, adapter, weights")

@@ -113,15 +113,6 @@ class Trained:
         return self.config.num_layers * one
 
     @property
-    def num_adapter(self) -> int:
-        """Numbers in the adapter."""
-        one = sum(
-            self.rank * (len(size.adapted) * size.inputs + sum(size.adapted))
-            for size in self.linears().values()
-        )
-        return self.config.num_layers * one
-
-    @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of one token's keys and values, in 8 bits with a scale a head."""
         config = self.config

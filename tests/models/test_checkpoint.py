@@ -18,7 +18,6 @@ from sparring.models.checkpoint import (
     FAMILIES,
     base_folder,
     build_model,
-    check_model_fits,
     load_model,
     save_model,
 )
@@ -258,10 +257,11 @@ def test_a_model_larger_than_memory_is_refused_before_it_is_read(tmp_path: Path,
         load_model(tmp_path)
     with pytest.raises(MemoryBudgetError, match=rf"{count:,} parameters in float32.*keys and val"):
         load_model(tmp_path, kv_bytes=1001)
-    with pytest.raises(MemoryBudgetError, match="KV budget"):
-        check_model_fits(tmp_path, kv_bytes=1001)
-    check_model_fits(tmp_path, kv_bytes=1000)
-    check_model_fits(tmp_path, dtype="bfloat16", kv_bytes=2 * count + 1000)
+    for dtype, kv_bytes in (("float32", 1000), ("bfloat16", 2 * count + 1000)):
+        with pytest.raises(CheckpointError, match="cut off"):
+            load_model(tmp_path, dtype=dtype, kv_bytes=kv_bytes)
+        with pytest.raises(MemoryBudgetError, match="KV budget"):
+            load_model(tmp_path, dtype=dtype, kv_bytes=kv_bytes + 1)
 
 
 def test_free_memory_is_measured_and_compared():

@@ -1,17 +1,13 @@
-"""The reference is the policy at step 0, of three kinds, while training and after a resume."""
+"""The reference is the policy at step 0, of three kinds; tests/train/test_loops.py resumes."""
 
 from __future__ import annotations
-
-import json
-from pathlib import Path
 
 import pytest
 import torch
 
-from sparring.errors import CheckpointError
-from sparring.models.checkpoint import build_model, load_model, save_adapter, save_model
+from sparring.models.checkpoint import build_model
 from sparring.models.lora import LoraConfig
-from sparring.models.reference import build_reference, load_reference
+from sparring.models.reference import build_reference
 from sparring.models.transformer import Decoder
 from tests.models.tiny import CONFIGS, batch_of, random_ids
 
@@ -39,7 +35,7 @@ def disturb(model: Decoder, size: float) -> None:
 
 
 @pytest.mark.parametrize("kind", ["base", "adapter", "weights"])
-def test_the_reference_stays_where_the_policy_began(kind: str, tmp_path: Path):
+def test_the_reference_stays_where_the_policy_began(kind: str):
     model = policy(kind)
     with torch.no_grad():
         start = model.score(BATCH).logprobs_T
@@ -55,28 +51,6 @@ def test_the_reference_stays_where_the_policy_began(kind: str, tmp_path: Path):
     scored = reference.score(BATCH).logprobs_T
     assert torch.equal(scored, start)
     assert not scored.requires_grad
-
-    reference.save(tmp_path / "reference")
-    if kind == "weights":
-        save_model(model, tmp_path / "model")
-        resumed = load_model(tmp_path / "model")
-    else:
-        base = policy("weights")
-        save_model(base, tmp_path / "model")
-        save_adapter(model, tmp_path / "adapter", str(tmp_path / "model"))
-        resumed = load_model(tmp_path / "adapter")
-    again = load_reference(resumed, tmp_path / "reference")
-    assert again.kind == kind
-    with torch.no_grad():
-        torch.testing.assert_close(resumed.score(BATCH).logprobs_T, moved, atol=1e-6, rtol=0)
-    torch.testing.assert_close(again.score(BATCH).logprobs_T, start, atol=1e-6, rtol=0)
-    assert set(resumed.trainable_parameters()) == trained
-
-
-def test_a_reference_of_an_unknown_kind_is_refused(tmp_path: Path):
-    (tmp_path / "reference.json").write_text(json.dumps({"kind": "critic"}))
-    with pytest.raises(CheckpointError, match="'critic'; known: base, adapter, weights"):
-        load_reference(policy("base"), tmp_path)
 
 
 def test_a_fresh_adapter_keeps_no_copy():

@@ -15,7 +15,6 @@ from sparring.errors import CheckpointError, RecipeError
 from sparring.kernels.int8 import dequantize_int8, quantize_int8
 from sparring.models.checkpoint import (
     build_model,
-    check_model_fits,
     load_adapter_onto,
     load_model,
     save_adapter,
@@ -165,7 +164,7 @@ def test_bytes_that_are_counted_before_loading(tmp_path: Path, monkeypatch: pyte
         lambda *_, **known: seen.append(known["weight_bytes"]),
     )
     for storage in (Storage(), Storage(head="8bit"), Storage(keep_16bit=("down_proj",))):
-        check_model_fits(folder, quantization="nf4", storage=storage)
+        load_model(folder, quantization="nf4", storage=storage)
     rows, width, ffn = CONFIG["vocab_size"], 128, 192
     assert seen[0] - seen[1] == rows * (2 * width - width - 4)
     assert seen[2] - seen[0] == pytest.approx(2 * width * ffn * (2 - 4.127 / 8), rel=1e-3)
