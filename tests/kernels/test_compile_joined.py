@@ -1,10 +1,10 @@
-"""Products joined with what stands behind them, compiled from forms of every kind; no GPU needed."""
+"""Products joined with what follows them, compiled from forms of every kind; no GPU needed."""
 
 from __future__ import annotations
 
 import pytest
 
-from sparring.kernels import norm, split_product
+from sparring.kernels import head_draw, norm, split_product
 from tests.kernels.test_compile import ARCHS, POINTERS, check
 
 OTHERS = ((64, 128, 8, 6), (64, 128, 4, 4), (128, 128, 8, 3), (64, 64, 4, 6))
@@ -45,3 +45,44 @@ def test_products_joined_with_what_follows(block_n, block_t, num_warps, num_stag
 def test_a_norm_of_parts(width, arch):
     constants = {"D": width, "HAS_BIAS": True, "OVERLAPS": arch >= 90, **norm.tile_of(width)}
     check(split_product._norm_kernel, POINTERS, constants, arch)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [head_draw.HeadForm(128, 128, 8, 3, 128), head_draw.HeadForm(64, 128, 4, 3, 168)],
+    ids=["128", "64"],
+)
+def test_head_and_draw(form):
+    """What spills are a few words a thread in the part that draws, not in the product's loop."""
+    pointers = {
+        "x_desc": f"tensordesc<bf16[{form.block_t},64]>",
+        "w_desc": f"tensordesc<bf16[{form.block_v},64]>",
+        **dict.fromkeys(("parts_ptr", "inverse_ptr"), "*fp32"),
+        **dict.fromkeys(("seed_ptr", "ids_ptr", "draws_ptr", "held_ptr", "min_draws_ptr"), "*i64"),
+        "best_ptr": "*i32",
+    }
+    constants = {
+        "V": 151936, "TILES": -(-151936 // form.block_v), "BLOCK_V": form.block_v,
+        "BLOCK_T": form.block_t, "BLOCK_K": head_draw.BLOCK_K, "STAGES": form.num_stages,
+        "HELD": 1, "PIECES": form.pieces, "num_warps": form.num_warps,
+        "maxnreg": form.max_registers,
+    }  # fmt: skip
+    found, ptx = check(
+        head_draw._tiles_kernel, pointers, constants, 90, products=True, stack_limit=256
+    )
+    assert found == {"wgmma.mma"}
+    assert "wgmma.wait_group.sync.aligned 1" in ptx, "one is left running"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_combination_of_tiles(arch):
+    pointers = {
+        **dict.fromkeys(("parts_ptr", "inverse_ptr", "logprobs_ptr"), "*fp32"),
+        "best_ptr": "*i32",
+        "tokens_ptr": "*i64",
+    }
+    constants = {
+        "TILES": 1187, "BLOCK_R": head_draw.COMBINED_ROWS, "BLOCK_S": head_draw.COMBINED_TILES,
+        "num_warps": 4,
+    }  # fmt: skip
+    check(head_draw._combine_kernel, pointers, constants, arch)
