@@ -41,7 +41,7 @@ def plan(
         recipe = load(words, "plan")
         from sparring.train.cards import find_card
         from sparring.train.host import own_card
-        from sparring.train.plan_recipe import job_of, plan_recipe, proposal_lines
+        from sparring.train.plan_recipe import dtype_of, job_of, plan_recipe, proposal_lines
         from sparring.train.plan_table import as_dict, plan_lines
 
         own = own_card()
@@ -56,6 +56,8 @@ def plan(
             emit({k: None if v is None else as_dict(v) for k, v in plans.items()}, sys.stdout)
             return
         _say_job(recipe, job, prompt_tokens)
+        if chosen.arch < 80 and dtype_of(recipe) == "bfloat16":
+            say(f'a {chosen.name} has no bfloat16 arithmetic: write [model] dtype = "float16"')
         lines = plan_lines(asked, "the recipe as it stands", whose)
         if best is not None and best.settings == asked.settings:
             lines += ["no settings that fit are faster; to paste:"]
@@ -65,6 +67,8 @@ def plan(
             lines += ["to paste:", *(f"  {line}" for line in proposal_lines(best))]
         else:
             lines.append("no limit was given: --memory 24GiB or --card NAME shows what fits")
+        if not card and own is None:
+            lines.append(f"no card was named: seconds are the {MEASURED}'s (--card NAME)")
         if job.critic is not None:
             from sparring.train.plan import predict
             from sparring.train.plan_table import algorithm_jobs, table_lines

@@ -346,12 +346,16 @@ def _nothing_fits(
         if plan.training.parts.get(part)
     )
     reason = f" ({refusal})" if refusal is not None else ""
+    remedies = "give more memory"
+    if not job.policy.is_quantised:
+        remedies += ', quantise (model.quantization = "nf4")'
+    if job.policy.is_full:
+        remedies += ", train an adapter ([lora])"
     return (
         f"nothing fits into {gib(budget)}: the smallest training phase, checkpoints per layer on"
         f" the host and {least.micro_batch_tokens} tokens a micro-batch, takes"
-        f" {gib(plan.training.total)}: {listed}{reason}; give"
-        f' more memory, quantise (model.quantization = "nf4"), train an adapter ([lora]), shorten'
-        " completions or take a smaller model"
+        f" {gib(plan.training.total)}: {listed}{reason}; {remedies}, shorten completions or take a"
+        " smaller model"
     )
 
 

@@ -75,6 +75,11 @@ def _trained_as(recipe: Recipe, model: Decoder) -> Trained:
     )
 
 
+def dtype_of(recipe: Recipe) -> str:
+    """The name of the type that the policy computes in."""
+    return _dtype_name(recipe, config_of(recipe.model.path))
+
+
 def _dtype_name(recipe: Recipe, config: Any) -> str:
     if recipe.model.dtype != "auto":
         return recipe.model.dtype
@@ -374,7 +379,7 @@ def cost_of(recipe: Recipe, algorithm: Algorithm, card: Card) -> tuple[str, dict
     """
     if not recipe.model.path:
         return "memory and time of the run are not told: the recipe names no model", {}
-    budget = card.memory if recipe.run.memory == "auto" else int(recipe.run.memory)
+    budget = card.usable if recipe.run.memory == "auto" else int(recipe.run.memory)
     try:
         config_of(recipe.model.path, fetch=False)
         job = job_of(recipe, algorithm=algorithm)

@@ -133,25 +133,35 @@ def _update_seconds(
     return max(device, config.num_layers * _launch_seconds(model, recomputes) * (card.host or 1.0))
 
 
-def _launch_seconds(model: Trained, recomputes: bool) -> float:
-    """What the host takes for a layer, forward and backward; counted in traces of the code."""
+def launches(model: Trained, recomputes: bool) -> tuple[float, float, int]:
+    """Of a layer, forward and backward: Triton kernels, library calls, slices that are decoded."""
     sizes = model.linears()
-    passes = 3 if recomputes else 2
     kernels, operations = (20.0, 37.0) if recomputes else (15.0, 32.0)
-    seconds = 0.0
-    if model.config.qk_norm:
-        kernels += 10 if recomputes else 7
     if not model.is_full:
         adapted = sum(bool(size.adapted) for size in sizes.values())
         kernels += (2.0 if recomputes else 1.5) * adapted - 1
         operations = 19 + 3.5 * adapted if recomputes else 15 + 2.5 * adapted
-        seconds += passes * adapted * ADAPTED_SECONDS
+    if model.config.qk_norm:
+        kernels += 10 if recomputes else 7
+    slices = 0
     for name, size in sizes.items():
         if size.is_quantised:
-            slices = math.ceil(size.inputs * size.outputs * model.item / SLICE_BYTES)
-            times = 2 if name == "down" else passes
-            seconds += times * slices * DECODED_SECONDS
-    return seconds + kernels * KERNEL_SECONDS + operations * OPERATION_SECONDS
+            parts = math.ceil(size.inputs * size.outputs * model.item / SLICE_BYTES)
+            slices += parts * (3 if recomputes and name != "down" else 2)
+    return kernels, operations, slices
+
+
+def _launch_seconds(model: Trained, recomputes: bool) -> float:
+    """What the host takes for a layer, forward and backward."""
+    kernels, operations, slices = launches(model, recomputes)
+    adapted = sum(bool(size.adapted) for size in model.linears().values())
+    passes = 3 if recomputes else 2
+    return (
+        kernels * KERNEL_SECONDS
+        + operations * OPERATION_SECONDS
+        + slices * DECODED_SECONDS
+        + passes * adapted * ADAPTED_SECONDS
+    )
 
 
 def _pass_seconds(

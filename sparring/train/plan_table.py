@@ -62,9 +62,9 @@ def seconds_line(plan: Plan) -> str:
     if card is None or seconds is None:
         return "  seconds: no card is named (--card NAME)"
     source = "measured card" if card.is_measured else "estimate"
-    host = "the table's"
+    host = "like the measured one"
     if card.host is not None:
-        host = f"this machine's, {card.host:.2f} x the table's time"
+        host = f"this machine's, {card.host:.2f} x the measured one's time"
     sampled = f"rollout {seconds.prefill + seconds.decode:.2f} + " if plan.rollout else ""
     return (
         f"  seconds a step, completions of full length: {sampled}training {seconds.training:.2f} ="

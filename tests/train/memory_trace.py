@@ -8,7 +8,7 @@ given back. What library calls take inside themselves is not seen.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -84,10 +84,30 @@ class Tape(TorchDispatchMode):
         return most, dict(sorted(names.items(), key=lambda item: -item[1]))
 
 
+class Launches(TorchDispatchMode):
+    """Counts what the host launches while it is entered: kernels, and library calls on data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels = self.operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        is_made_up = any(word in name for word in ("view", "detach", "empty", "promote_types"))
+        self.operations += not (func.is_view or is_made_up)
+        return func(*args, **(kwargs or {}))
+
+    def kernel(self, *_: Any, **__: Any) -> None:
+        """Stands for a launch of a kernel."""
+        self.kernels += 1
+
+
 @contextmanager
-def pretending(num_loss_rows: int) -> Iterator[None]:
-    """While it lasts meta tensors are a GPU's, kernels are not launched, and masks have that many
-    rows set.
+def pretending(
+    num_loss_rows: int, launch: Callable[..., None] = lambda *_, **__: None
+) -> Iterator[None]:
+    """While it lasts meta tensors are a GPU's, `launch` is called in a kernel's place, and masks
+    have that many rows set.
     """
     from triton.runtime.jit import JITFunction
 
@@ -96,7 +116,7 @@ def pretending(num_loss_rows: int) -> Iterator[None]:
 
     patch = pytest.MonkeyPatch()
     patch.setattr(torch.Tensor, "is_cuda", property(lambda x: x.device.type == "meta"))
-    patch.setattr(JITFunction, "run", lambda *_, **__: None)
+    patch.setattr(JITFunction, "run", launch)
     patch.setattr(KernelPlan, "serves", staticmethod(lambda *_: True))
     plain = torch.Tensor.nonzero
     patch.setattr(

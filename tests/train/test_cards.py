@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sparring.errors import UserError
+from sparring.train import host
 from sparring.train.cards import all_cards, find_card
 
 
@@ -39,3 +40,27 @@ def test_an_unknown_or_unclear_card_is_refused_with_the_known_ones() -> None:
         find_card("Voodoo 2")
     with pytest.raises(UserError, match="no card of the table"):
         find_card("A100")
+
+
+def test_what_a_driver_gives_out_is_less_than_what_it_shows() -> None:
+    given = {"T4": 14.74, "RTX 4090": 23.64, "A100-40GB": 39.56, "A100-80GB": 79.15, "H200": 139.8}
+    for name, gib in given.items():
+        assert 0.96 * gib < find_card(name).usable / 2**30 < gib
+
+
+def test_the_host_is_timed_beside_a_card_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA GeForce RTX 4090")
+    card = host.own_card()
+    assert card is not None
+    assert card.name == "RTX 4090"
+    assert card.host is not None
+    assert 0.05 < card.host < 50
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Voodoo 2")
+    assert host.own_card() is None
+
+
+def test_a_try_is_timed_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter(float(number) for number in range(1000))
+    monkeypatch.setattr("sparring.train.host.time.perf_counter", lambda: next(seconds))
+    assert host.node_microseconds() == pytest.approx(1e6 / host.CHAINS / host.NODES)

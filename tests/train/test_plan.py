@@ -49,6 +49,7 @@ CONFIG = {
 }  # fmt: skip
 WORK = Work(prompts=4, group_size=8, prompt_tokens=100, completion_tokens=300)
 H200 = find_card("H200")
+ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
 
 
 def model(**changes: Any) -> Trained:
@@ -355,7 +356,7 @@ def test_a_recipe_that_does_not_fit_is_shown_beside_one_that_does(tmp_path: Path
     assert best.fits
     text = "\n".join(plan_lines(asked, "asked") + plan_lines(best, "best"))
     assert "does NOT fit" in text
-    assert "RTX 4090 (estimate)" in text
+    assert "RTX 4090 (estimate), host: like the measured one" in text
     assert json.loads(json.dumps(as_dict(best)))["card"]["is_measured"] is False
 
 
@@ -404,3 +405,29 @@ def test_real_configs(
     )
     plan = predict(job_of(recipe), Settings(checkpointing="layers"))
     assert least < plan.training.parts[WEIGHTS] / GIB < most
+
+
+def test_what_waits_for_the_host_takes_as_long_as_the_host() -> None:
+    job, settings = Job(policy=model(rank=8, targets=ATTENTION), work=WORK), Settings()
+    known = {ratio: replace(H200, host=ratio) for ratio in (1.0, 2.0)}
+    plans = {ratio: predict(job, settings, card=card) for ratio, card in known.items()}
+    small = {ratio: plan.seconds.training for ratio, plan in plans.items() if plan.seconds}
+    assert small[2.0] == pytest.approx(2 * small[1.0], rel=0.01)
+    assert predict(job, settings, card=H200).seconds == plans[1.0].seconds
+    assert "this machine's, 2.00 x the measured" in "\n".join(plan_lines(plans[2.0], "slow"))
+    wide = replace(job.policy.config, width=8192, ffn_width=32768)
+    large = replace(job, policy=replace(job.policy, config=wide))
+    took = {ratio: predict(large, settings, card=card).seconds for ratio, card in known.items()}
+    assert took[1.0] is not None
+    assert took[2.0] is not None
+    assert took[2.0].training < 1.5 * took[1.0].training
+    assert took[2.0].decode == took[1.0].decode
+
+
+def test_remedies_are_those_that_are_left() -> None:
+    job = Job(policy=model(rank=8, targets=ATTENTION, is_quantised=True), work=WORK)
+    with pytest.raises(MemoryBudgetError) as refusal:
+        propose(job, Settings(), budget=1100 * 2**20, card=H200)
+    assert "give more memory, shorten completions or take a smaller model" in str(refusal.value)
+    with pytest.raises(MemoryBudgetError, match=r"nf4.*an adapter \(\[lora\]\), shorten"):
+        propose(Job(policy=model(rank=0), work=WORK), Settings(), budget=1100 * 2**20, card=H200)
