@@ -56,8 +56,10 @@ def plan(
             emit({k: None if v is None else as_dict(v) for k, v in plans.items()}, sys.stdout)
             return
         _say_job(recipe, job, prompt_tokens)
-        if chosen.arch < 80 and dtype_of(recipe) == "bfloat16":
-            say(f'a {chosen.name} has no bfloat16 arithmetic: write [model] dtype = "float16"')
+        if chosen.arch < 80:
+            if dtype_of(recipe) == "bfloat16":
+                say(f'a {chosen.name} has no bfloat16 arithmetic: write [model] dtype = "float16"')
+            say(f"attention is PyTorch's own on a {chosen.name}: what it takes is not counted here")
         lines = plan_lines(asked, "the recipe as it stands", whose)
         if best is not None and best.settings == asked.settings:
             lines += ["no settings that fit are faster; to paste:"]
@@ -95,7 +97,7 @@ def _budget(recipe: Recipe, memory: str, card: Card | None) -> tuple[int | None,
         return int(recipe.run.memory), "run.memory"
     if card is None:
         return None, ""
-    return card.usable, f"what the driver of a {card.name} leaves of {gib(card.memory)}"
+    return card.usable, f"{card.name}: {gib(card.memory)} less what its driver keeps"
 
 
 def _say_job(recipe: Recipe, job: Job, prompt_tokens: int) -> None:

@@ -1,0 +1,79 @@
+"""What `sparring plan` says to a stranger."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from sparring.cli.app import app
+from sparring.train import host
+
+CONFIG = {
+    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 512,
+    "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 8,
+    "num_key_value_heads": 2, "vocab_size": 32000, "tie_word_embeddings": True,
+    "max_position_embeddings": 4096, "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        f'[model]\npath = "{tmp_path}"\nmax_tokens = 400\n[lora]\nrank = 8\n'
+        '[[reward]]\nname = "math"\n[rollout]\nprompts_per_step = 4\nmax_completion_tokens = 300\n'
+    )
+    return path
+
+
+def plan(*words: object) -> Result:
+    return CliRunner().invoke(app, ["plan", *map(str, words)])
+
+
+def test_without_a_card_it_says_whose_seconds_they_are(recipe: Path) -> None:
+    text = plan(recipe).output
+    assert "on H200 (measured card), host: like the measured one" in text
+    assert "no limit was given" in text
+    assert "no card was named: seconds are the H200's" in text
+
+
+def test_a_budget_says_where_it_comes_from(recipe: Path) -> None:
+    assert "fits into 3.00 GiB (--memory)" in plan(recipe, "--memory", "3GiB").output
+    assert "fits into 4.00 GiB (run.memory)" in plan(recipe, "--run.memory", "4GiB").output
+    text = plan(recipe, "--card", "4090").output
+    assert "(RTX 4090: 23.99 GiB less what its driver keeps)" in text
+    assert "no card was named" not in text
+    assert "T4 has no" not in text
+
+
+def test_what_an_older_card_cannot_compute_is_said(recipe: Path) -> None:
+    text = plan(recipe, "--card", "T4").output
+    assert 'a T4 has no bfloat16 arithmetic: write [model] dtype = "float16"' in text
+    assert "attention is PyTorch's own on a T4" in text
+    assert "no bfloat16" not in plan(recipe, "--card", "T4", "--model.dtype", "float16").output
+
+
+def test_what_cannot_fit_is_refused_with_numbers(recipe: Path) -> None:
+    result = plan(recipe, "--memory", "1100MiB")
+    assert result.exit_code != 0
+    assert "nothing fits into 1.07 GiB" in result.output
+
+
+def test_on_a_machine_with_the_card_its_host_counts(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(
+        "sparring.train.host.node_microseconds", lambda: 3 * host.REFERENCE_MICROSECONDS
+    )
+    own, named = plan(recipe).output, plan(recipe, "--card", "H200").output
+    assert "on H200 (measured card), host: this machine's, 3.00 x" in own
+    assert "no card was named" not in own
+    assert "this machine's, 3.00 x" in named
+    assert "host: like the measured one" in plan(recipe, "--card", "4090").output
