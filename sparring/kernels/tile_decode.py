@@ -5,8 +5,8 @@ launch takes as long as its longest chain of waits. A program asks for its tile 
 values first; in a chain of launches (few_rows.py) they come while the product that makes the
 queries runs. Then it waits for its turn, rotates the queries, puts the row's new key and value into
 its tile and leaves the tile's sums in a workspace; the program of a row and key head that finishes
-last merges them, tiles within splits and splits, in order. Bytes: those of paged_attention.py, and
-4 H (E + N + 1) a tile of N keys through the L2 cache.
+last merges them, tiles within splits and splits, in order. Shapes: those of paged_attention.py, out
+[R, H, E]. Bytes: its, and 4 H (E + N + 1) a tile of N keys through the L2 cache.
 """
 
 from __future__ import annotations
