@@ -271,12 +271,7 @@ def table_line(name: str, row: dict[str, Any]) -> str:
             f"{phase}: {took / GIB:.2f} GiB, plan {said / GIB:.2f} ({said / took - 1:+.1%});"
             f" {best:.2f} s, plan {plan:.2f} ({plan / best - 1:+.0%})"
         )
-    return (
-        f"{name:10} "
-        + " | ".join(cells)
-        + " | host us: "
-        + ", ".join(f"{name} {took:.2f}" for name, took in row["host microseconds"].items())
-    )
+    return f"{name:10} " + " | ".join(cells) + f" | host {row['host microseconds']:.1f} us a node"
 
 
 def detail_lines(row: dict[str, Any]) -> list[str]:
@@ -311,13 +306,15 @@ def main() -> None:
     }  # fmt: skip
     for name in wanted:
         try:
-            result["rows"][name] = measured(ROWS[name])
-            print(table_line(name, result["rows"][name]), flush=True)
-            print("\n".join(detail_lines(result["rows"][name])), flush=True)
+            row = measured(ROWS[name])
         except Exception as problem:  # noqa: BLE001 - one row must not lose the others
-            result["rows"][name] = {**ROWS[name], "failed": repr(problem)[:400]}
-            print(name, "failed", repr(problem)[:400], flush=True)
+            row = {**ROWS[name], "failed": repr(problem)[:400]}
+        result["rows"][name] = row
         output.write_text(json.dumps(result, indent=1))
+        if "failed" in row:
+            print(name, "failed", row["failed"], flush=True)
+        else:
+            print("\n".join([table_line(name, row), *detail_lines(row)]), flush=True)
 
 
 if __name__ == "__main__":
