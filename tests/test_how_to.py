@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from pathlib import Path
 
 import pytest
+import torch
+from typer.testing import CliRunner
 
+from benchmarks.shapes import SHAPES
+from sparring.cli import app
 from sparring.recipe import build_recipe
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -64,3 +69,22 @@ def test_the_recipe_of_the_plan_page_is_a_recipe_in_both_languages():
         assert blocks(page, "")[0].startswith("sparring plan")
     assert recipes[0] == recipes[1]
     assert recipes[0].train.checkpointing == "auto"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="seconds count this machine's own host there")
+@pytest.mark.parametrize("page", PLAN_PAGES, ids=lambda page: page.parent.name)
+def test_what_the_plan_page_shows_is_what_plan_prints(page: Path, tmp_path: Path):
+    (text,) = blocks(page, "toml")
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(SHAPES["qwen2.5-7b"] | {"dtype": "bfloat16"}))
+    (tmp_path / "seven.toml").write_text(text)
+    command, shown = (blocks(page, "")[i].splitlines() for i in (0, 1))
+    words = command[0].replace("seven.toml", str(tmp_path / "seven.toml")).split()[1:]
+    words += ["--train.micro_batch_tokens", "8192", "--train.checkpointing", "none"]
+    printed = CliRunner().invoke(app, [*words, "--model.path", str(config)]).output.splitlines()
+    place = 0
+    for line in shown:
+        if line != "...":
+            assert line in printed[place:], line
+            place = printed.index(line, place)
+    assert len(shown) > 20
