@@ -241,9 +241,7 @@ def alive(owner: Engine) -> int:
     assert owner._graph_steps is not None
     memory = owner._graph_steps._memory
     assert memory is not None
-    with (
-        memory.allocating()
-    ):  # the library's scratch for sums with a bias, which nobody reads later
+    with memory.allocating():  # the library's scratch beside a bias: nobody reads it later
         ones = torch.ones(16, 16, dtype=owner.model.dtype, device="cuda")
         torch.nn.functional.linear(ones, ones, ones[0])
         del ones
