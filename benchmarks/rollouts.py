@@ -193,6 +193,7 @@ def run_all(rows: dict[str, Row], output: Path) -> None:
     for name, row in rows.items():
         try:
             found[name] = ceilings | Measurement(row, model, ceilings).run(unlimited)
+            found[name] |= missed(row, found[name])
         except Exception as problem:  # noqa: BLE001 - one row must not lose the others
             found[name] = {"failed": repr(problem)[:2000] + traceback.format_exc()[-1500:]}
         output.write_text(json.dumps(found))
@@ -424,6 +425,14 @@ def main() -> None:
     part.unlink(missing_ok=True)
 
 
+def missed(row: Row, found: dict[str, Any]) -> dict[str, str]:
+    """Why a row under a cap does not count; rows without one always do."""
+    beside = found.get("device used - reserved GiB", 0.0)
+    if not row.cap_gib or beside <= 1.0:
+        return {}
+    return {"missed": f"{beside:.2f} GiB beside the allocator's, at most 1.0 allowed"}
+
+
 def process_of(row: Row) -> tuple[object, ...]:
     """Rows of which this is equal share a process."""
     return row.model, row.quantization, row.lora_rank, row.cap_gib, row.kind == "step"
@@ -461,6 +470,8 @@ def told(name: str, row: dict[str, Any]) -> str:
             f"reserved {row['peak reserved GiB']:.2f} GiB, "
             f"beside {row['device used - reserved GiB']:.2f}"
         )
+    if "missed" in row:
+        parts.append(f"MISSED: {row['missed']}")
     if "mismatch" in row:
         parts.append(f"mismatch {row['mismatch']['mean']:.4f} kl {row['mismatch']['kl']:.1e}")
     if "launches" in row:

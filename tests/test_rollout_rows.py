@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import rollout_start, schedule
 from benchmarks.rollout_rows import ROWS, limits_of, prompts_of, same_rows, tiny
-from benchmarks.rollouts import run_all, told
+from benchmarks.rollouts import missed, run_all, told
 
 
 def test_the_ragged_row_is_the_one_that_is_asked_for() -> None:
@@ -69,6 +69,14 @@ def test_each_kind_of_row_runs(names: tuple[str, ...], tmp_path: Path) -> None:
         if row.kind == "step":
             assert run["step"] > run["rollout"]
             assert got["values"]
+
+
+def test_a_row_under_a_cap_counts_only_if_little_lies_beside_the_allocators_memory() -> None:
+    (capped,) = [row for row in ROWS.values() if row.cap_gib]
+    beside = {"device used - reserved GiB": 1.2}
+    assert "at most 1.0" in missed(capped, beside)["missed"]
+    assert not missed(capped, {"device used - reserved GiB": 0.8})
+    assert not missed(dataclasses.replace(capped, cap_gib=0.0), beside)
 
 
 def test_the_engines_start_is_measured_over_every_bucket() -> None:
