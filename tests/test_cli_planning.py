@@ -47,6 +47,8 @@ def test_a_budget_says_where_it_comes_from(recipe: Path) -> None:
     assert "fits into 4.00 GiB (run.memory)" in plan(recipe, "--run.memory", "4GiB").output
     text = plan(recipe, "--card", "4090").output
     assert "(RTX 4090: 23.99 GiB less what its driver keeps)" in text
+    text += plan(recipe, "--card", "4090", "--memory", "24GiB").output
+    assert "its driver keeps; --memory asks for more)" in text
     assert "no card was named" not in text
     assert "T4 has no" not in text
 

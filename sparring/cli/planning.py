@@ -84,20 +84,22 @@ def plan(
 
 
 def _budget(recipe: Recipe, memory: str, card: Card | None) -> tuple[int | None, str]:
-    """Bytes of --memory, run.memory or the card that was named, and which; None: no limit."""
+    """Bytes of --memory or run.memory, at most the named card's, and whose; None: no limit."""
     from sparring.recipe import parse_size
     from sparring.train.plan import gib
 
+    budget, whose = None, ""
     if memory:
         try:
-            return parse_size(memory), "--memory"
+            budget, whose = parse_size(memory), "--memory"
         except ValueError as error:
             raise UserError(f"--memory {memory}: {error}") from error
-    if recipe.run.memory != "auto":
-        return int(recipe.run.memory), "run.memory"
-    if card is None:
-        return None, ""
-    return card.usable, f"{card.name}: {gib(card.memory)} less what its driver keeps"
+    elif recipe.run.memory != "auto":
+        budget, whose = int(recipe.run.memory), "run.memory"
+    if card is None or (budget is not None and budget <= card.usable):
+        return budget, whose
+    more = f"; {whose} asks for more" if whose else ""
+    return card.usable, f"{card.name}: {gib(card.memory)} less what its driver keeps{more}"
 
 
 def _say_job(recipe: Recipe, job: Job, prompt_tokens: int) -> None:
