@@ -6,13 +6,19 @@ CPU runs in a second: it shows that a row runs, and measures nothing.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from sparring.models.transformer import Decoder, kv_bytes_per_token
+from sparring.train.cards import find_card
 from sparring.types import Prompt
+
+INSTRUCTIONS = Path(__file__).parents[1] / "docs" / "benchmarks" / "nf4-instructions-sm90.json"
+"""Counted in the machine code by benchmarks/nf4_instructions.py."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,17 +154,31 @@ def mean_context(row: Row) -> float:
 def seconds_a_step(row: Row, model: Decoder, bandwidth: float, rate: float) -> float:
     """The limit of one decode step of all the row's sequences at their mean context.
 
-    Every weight is read once or every product computed, whichever takes longer; keys and values are
-    read by every row; what is sampled costs nothing. bandwidth in bytes, rate in FLOP a second.
+    Every weight is read once or every product computed, whichever takes longer; four-bit weights
+    that are not decoded beforehand may be bound by the integer instructions of their decoding. Keys
+    and values are read by every row; what is sampled costs nothing. bandwidth in bytes, rate in
+    FLOP a second.
     """
     config, rows = model.config, row.work[0] * row.work[1]
     parameters = sum(
         linear.base.shape[0] * linear.base.shape[1] for linear in model.linears().values()
     )
-    a_weight = 0.516 if model.is_quantised else 2.0
+    is_decoded = model.is_quantised and not row.caches_weights
+    a_weight = 0.516 if is_decoded else 2.0
     head = config.vocab_size * config.width
     return (
-        max(parameters * a_weight / bandwidth, 2 * parameters * rows / rate)
+        max(
+            parameters * a_weight / bandwidth,
+            2 * parameters * rows / rate,
+            parameters * integer_seconds(rows) if is_decoded else 0.0,
+        )
         + max(2 * head / bandwidth, 2 * head * rows / rate)
         + rows * mean_context(row) * row.kv_bytes_per_token(model) / bandwidth
     )
+
+
+def integer_seconds(rows: int) -> float:
+    """Seconds of an H200's integer lanes for one weight of an NF4 product of so many rows."""
+    tiles = json.loads(INSTRUCTIONS.read_text())["tiles"]
+    tile = next((tile for tile in tiles if rows <= tile["rows"]), tiles[-1])
+    return float(tile["integer a weight"]) / find_card("H200").lanes

@@ -16,9 +16,10 @@ out of their rates (`capture`, in each run). Their rate is compared with that of
 the same mean rows in flight, all at once, with the same mean prompt and completion. The quarter's
 row has a quarter of the blocks that the same work takes at most where memory is no limit.
 
-The limit is the formula of docs/benchmarks/README.md: weights read once a step, keys and values of
-the mean context, or arithmetic, whichever is more, at the bandwidth and matrix rate measured in the
-same process. A step is rollout, judging by random advantages, training phase and wake-up.
+The limit is the formula of docs/benchmarks/README.md: weights read once a step, or arithmetic, or
+the integer instructions of decoding four bits, whichever is more, and keys and values of the mean
+context, at the bandwidth and matrix rate measured in the same process. A step is rollout, judging
+by random advantages, training phase and wake-up.
 """
 
 from __future__ import annotations

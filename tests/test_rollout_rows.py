@@ -8,9 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import rollout_start, schedule
-from benchmarks.rollout_rows import ROWS, limits_of, prompts_of, same_rows, tiny
+from benchmarks import nf4_instructions, rollout_start, schedule
+from benchmarks.rollout_rows import (
+    INSTRUCTIONS,
+    ROWS,
+    limits_of,
+    prompts_of,
+    same_rows,
+    seconds_a_step,
+    tiny,
+)
 from benchmarks.rollouts import missed, run_all, told
+from benchmarks.shapes import build
+from sparring.kernels import nf4_hopper
 
 
 def test_the_ragged_row_is_the_one_that_is_asked_for() -> None:
@@ -69,6 +79,27 @@ def test_each_kind_of_row_runs(names: tuple[str, ...], tmp_path: Path) -> None:
         if row.kind == "step":
             assert run["step"] > run["rollout"]
             assert got["values"]
+
+
+def test_four_bits_are_bound_by_bytes_or_decoding_and_their_copy_by_its_own_bytes() -> None:
+    model = build("tiny", quantization="nf4", device="cpu")
+    weights = sum(x.base.shape[0] * x.base.shape[1] for x in model.linears().values())
+    row = dataclasses.replace(ROWS["7b nf4 fused 4x8x256x768"], model="tiny")
+    copied = dataclasses.replace(row, caches_weights=True)
+    slow, quick = 1e9, 1e15  # bytes a second
+    difference = seconds_a_step(copied, model, slow, 1e15) - seconds_a_step(row, model, slow, 1e15)
+    assert difference == pytest.approx((2 - 0.516) * weights / slow)
+    decoding = seconds_a_step(row, model, quick, 1e18) - seconds_a_step(copied, model, quick, 1e18)
+    assert decoding == pytest.approx(weights * (2.9 / 16.7e12 - 2 / quick), rel=0.05)
+
+
+def test_the_instructions_of_the_shipped_products_are_those_on_record() -> None:
+    tile = nf4_hopper.TILES[2]
+    found = nf4_instructions.counted(tile)
+    (kept,) = [
+        one for one in json.loads(INSTRUCTIONS.read_text())["tiles"] if one["rows"] == tile.block_t
+    ]
+    assert found["integer a weight"] == pytest.approx(kept["integer a weight"], rel=0.05)
 
 
 def test_a_row_under_a_cap_counts_only_if_little_lies_beside_the_allocators_memory() -> None:
