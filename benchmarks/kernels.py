@@ -228,7 +228,7 @@ def matmul_bound(peak: float) -> list[dict[str, object]]:
     weight = normal(VOCABULARY, WIDTH, scale=0.02)
     labels = torch.randint(VOCABULARY, (num_rows,), device=CUDA)
     rows = []
-    for chunk in (512, 1024, 2048):
+    for chunk in (512, 768, 1152):
 
         def both(chunk: int = chunk) -> None:
             head.linear_logprob_triton(x, weight, labels, chunk_rows=chunk)[0].sum().backward()

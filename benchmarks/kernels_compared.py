@@ -32,6 +32,7 @@ from sparring.kernels.nf4 import dequantize_nf4, quantize_nf4
 from sparring.kernels.norm import add_rms_norm, rms_norm
 from sparring.kernels.rope import rope
 from sparring.kernels.swiglu import swiglu
+from sparring.models.transformer import HEAD_CHUNK_ROWS
 
 ROWS, HEAD_ROWS, WIDTH, FFN, VOCABULARY, HEADS = 16384, 4096, 3584, 18944, 152064, 32
 CUDA = torch.device("cuda")
@@ -164,7 +165,7 @@ def cases() -> dict[str, tuple[Function, Function, Function | None, list[Any]]]:
             sets(2, (ROWS, 2 * FFN), outputs=((ROWS, FFN),)),
         ),
         "frozen head": (
-            lambda x: linear_logprob(x, vocabulary, labels, chunk_rows=512)[0],
+            lambda x: linear_logprob(x, vocabulary, labels, chunk_rows=HEAD_CHUNK_ROWS)[0],
             lambda x: hf_logprob(x, vocabulary, labels),
             None,
             sets(2, (HEAD_ROWS, WIDTH), outputs=((HEAD_ROWS,),)),

@@ -17,7 +17,7 @@ from sparring.kernels import Capability, cdiv, jit, rounded, tl
 from sparring.kernels.lora_rows import low_rank_tile, padded, takes_rows
 from sparring.kernels.swiglu import swiglu_gradients_reference, swiglu_reference
 
-TILE = {"BLOCK_T": 32, "BLOCK_F": 128, "num_warps": 4}
+TILE = {"BLOCK_T": 16, "BLOCK_F": 128, "num_warps": 4}
 
 
 @jit

@@ -33,8 +33,10 @@ from sparring.models.rope import RopeConfig, inverse_frequencies, rope_tables
 from sparring.models.storage import EightBitTable, HostTable, Storage
 from sparring.types import Batch, TokenScores
 
-HEAD_CHUNK_ROWS = 512
-"""Rows of logits that exist at once while a batch is scored."""
+HEAD_CHUNK_ROWS = 768
+"""Rows of logits that exist at once while a batch is scored: with 768 the products of widths 896 to
+3584 fill an H200 best for their memory (512: 5 to 12 % longer; 1,024: as long, or longer).
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -221,8 +221,8 @@ class TrainingTape:
             tape.brief(LOGITS, chunk * 4)
         else:
             gradient = tape.take(LOGITS, loss_rows * width * item)
-            logits, d_logits = tape.take(LOGITS, chunk * 4), tape.take(LOGITS, chunk * 2)
-            tape.give(logits, d_logits, chosen)
+            logits = tape.take(LOGITS, chunk * 4)
+            tape.give(logits, chosen)
         tape.give(normed)
         loss = tape.take(STREAMS, rows * 4 * 12)
         tape.give(loss)
@@ -232,8 +232,7 @@ class TrainingTape:
             head = self._trained_head(chunk)
             tape.give(chosen)
         else:
-            with tape.during(LOGITS, loss_rows * width * 4):
-                d_rows = tape.take(LOGITS, loss_rows * width * item)
+            d_rows = tape.take(LOGITS, loss_rows * width * item)
             tape.give(gradient)
         with tape.during(LOGITS, rows * width * item):
             g = tape.take(WORKING, rows * width * item)
@@ -245,9 +244,9 @@ class TrainingTape:
         tape, config = self.tape, self.config
         size = config.vocab_size * config.width
         total = tape.take(LOGITS, size * 4)
-        logits, d_logits = tape.take(LOGITS, chunk * 4), tape.take(LOGITS, chunk * 2)
+        logits = tape.take(LOGITS, chunk * 4)
         rounded = tape.take(LOGITS, size * self.item)
-        tape.give(total, logits, d_logits)
+        tape.give(total, logits)
         if config.tied_head:
             return rounded  # waits for the embedding's part
         self._weight_gradient(rounded, size)
