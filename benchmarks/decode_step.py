@@ -33,7 +33,6 @@ from sparring.kernels import (
     few_rows_attention,
     few_rows_hopper,
     paged_attention,
-    paged_plan,
 )
 from sparring.kernels.few_rows import Form
 from sparring.kernels.few_rows_hopper import Ring
@@ -172,6 +171,33 @@ def profiled(graph: torch.cuda.CUDAGraph) -> list[tuple[str, int, float]]:
     return sorted((row for row in rows if row[2]), key=lambda row: -row[2])[:14]
 
 
+def a_layer(graph: torch.cuda.CUDAGraph, num_layers: int) -> list[tuple[str, float, float, float]]:
+    """(kernel, microseconds from the launch before's end to its own, its duration, how long before
+    that end it began), of each launch of a layer, the middle of the layers.
+    """
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        graph.replay()
+        torch.cuda.synchronize()
+    events = sorted(profile.events(), key=lambda e: e.time_range.end)
+    events = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
+    names = [e.name for e in events]
+    attention = next(i for i, name in enumerate(names) if names.count(name) == num_layers)
+    starts = [i for i, name in enumerate(names) if name == names[attention]]
+    each = starts[1] - starts[0]
+    rows = []
+    for k in range(each):
+        spans = []
+        for start in starts[2 : num_layers - 2]:
+            before, here = events[start + k - 1].time_range, events[start + k].time_range
+            spans.append((here.end - before.end, here.end - here.start, before.end - here.start))
+        middle = [sorted(values)[len(spans) // 2] for values in zip(*spans, strict=True)]
+        rows.append((names[starts[2] + k][:40], *(round(value, 2) for value in middle)))
+    return rows
+
+
 @contextmanager
 def knobs(model: Decoder, chosen: dict[str, Any]) -> Iterator[None]:
     """What the chain asks for, and forms of products, changed for a while."""
@@ -263,44 +289,52 @@ def rings_of(num_rows: int) -> dict[str, Form | Ring | Strips | None]:
         return {
             "qkv": Strips(128, 6),
             "output": Strips(96, 6),
-            "gate_up": Ring(132, 64, 6, 2, 6),
-            "down": Ring(120, 128, 5),
-            "head": Ring(132, 128, 6),
+            "gate_up": Strips(264, 8),
+            "down": Ring(264, 128, 4),
+            "head": Ring(264, 128, 4),
         }
-    gated, wide = Ring(132, 64, 5, 2), Ring(132, 64, 6, 2)
-    return {"qkv": wide, "output": wide, "gate_up": gated, "down": wide, "head": wide}
+    return {
+        "qkv": None,
+        "output": Ring(96, 128, 4),
+        "gate_up": Form(Tile(64, 32, 4, 3), folds_norm=False),
+        "down": Ring(132, 128, 5),
+        "head": Ring(264, 128, 4),
+    }
 
 
 def candidates(which: str, num_rows: int) -> list[Form | Ring | Strips | None]:
     """Forms that are tried for a product; None: the library's."""
-    t = 16 if num_rows <= 16 else 32
     few = num_rows <= 8
-    tried: list[Form | Ring | Strips] = []
-    if which in ("qkv", "output"):
-        tried = [Form(Tile(32, t, 4, 4), 2) if which == "output" else Form(Tile(64, t, 4, 4), 6)]
-        tried += [Ring(n, 128, s) for n, s in ((96, 4), (128, 3), (64, 6))]
-        if few:
-            strips = 128 if which == "qkv" else 96
-            tried += [Strips(strips, n) for n in (4, 6)]
-        else:
-            tried += [Ring(132, 64, s, 2) for s in (4, 6)]
-    elif which == "gate_up":
-        tried = [Form(Tile(64, t, 4, 3), folds_norm=few)]
-        rings = ((4, 0), (4, 12), (6, 0), (6, 6), (6, 12), (6, 18), (8, 0), (8, 12))
-        tried += [Ring(132, 64, s, 2, ahead) for s, ahead in rings]
-        tried += [Ring(140, 64, 5, 2, 6), Ring(264, 64, 4, 2, 4)]
-        tried += [Strips(n, s) for n, s in ((132, 8), (132, 12), (132, 16), (264, 8))] * few
-    elif which == "down":
-        tried = [Form(Tile(64, t, 4, 4), 5)]
-        rings = ((120, 5, 0), (120, 8, 0), (132, 5, 0), (264, 4, 0), (120, 4, 10), (120, 5, 4))
-        tried += [Ring(n, 128, s, 1, ahead) for n, s, ahead in rings]
-        tried += [Strips(96, s) for s in (8, 12)] * few
-        tried += [Ring(132, 64, s, 2) for s in (4, 6)] * (not few)
-    else:
-        tried = [Ring(132, 128, 4), Ring(132, 128, 6), Ring(132, 128, 6, 1, 12)]
-        tried += [Ring(132, 64, 6, 2), Ring(264, 128, 4)]
-        tried += [Ring(132, 256, 4), Strips(132, 12), Strips(264, 8)] * few
-    return [None, *tried]
+    tried: dict[str, list[Form | Ring | Strips | None]] = {
+        "qkv": [Strips(128, 6), Strips(128, 4), Ring(96, 128, 4)],
+        "output": [Strips(96, 6), Ring(96, 128, 4), Ring(72, 128, 4)],
+        "gate_up": [
+            *(Strips(n, 8) for n in (264, 224)),
+            *(Strips(264, s) for s in (6, 10)),
+            *(Strips(n, 6) for n in (280, 374)),
+            *(Strips(264, 8, ahead) for ahead in (1, 2, 3)),
+            Strips(224, 8, 2), Strips(132, 12), Strips(132, 12, 4),
+            Ring(264, 64, 4, 2), Ring(132, 128, 4, 2), Ring(140, 64, 6, 2),
+        ],
+        "down": [
+            *(Ring(n, 128, s) for n, s in ((264, 4), (240, 4), (240, 5), (336, 4), (168, 5))),
+            Ring(120, 128, 8), Ring(120, 256, 4),
+        ],
+        "head": [None, Ring(264, 128, 4), Ring(264, 256, 3), Strips(264, 8, 1)],
+    } if few else {
+        "qkv": [None, Ring(252, 128, 4), Ring(144, 128, 4), Ring(132, 64, 6, 2)],
+        "output": [Ring(96, 128, 4), Ring(112, 128, 4), Ring(224, 128, 3)],
+        "gate_up": [
+            Form(Tile(64, 32, 4, 3), folds_norm=False), Ring(264, 64, 4, 2), Ring(296, 64, 3, 2),
+            Ring(132, 128, 4, 2), Ring(148, 64, 6, 2), Ring(132, 64, 7, 2),
+        ],
+        "down": [
+            *(Ring(n, 128, s) for n, s in ((132, 5), (224, 4), (112, 6), (264, 4), (168, 4))),
+            Ring(264, 64, 5, 2),
+        ],
+        "head": [None, Ring(264, 128, 4)],
+    }  # fmt: skip
+    return tried[which]
 
 
 def shapes_of(model: Decoder) -> dict[str, tuple[int, int]]:
@@ -354,9 +388,11 @@ def search(name: str, num_rows: int, part: int, parts: int) -> dict[str, Any]:
             use(variant)
             with form_of_step(model, "overlapped"):
                 step.logits()
-        few_rows_attention.MAX_PAIRS = 1024
-        with form_of_step(model, "overlapped"):
-            step.logits()
+        few_rows_attention.MAX_PAIRS, spans = 1024, few_rows_attention.SPANS
+        for i in range(3):
+            few_rows_attention.SPANS = spans[i:]
+            with form_of_step(model, "overlapped"):
+                step.logits()
         return result
     with form_of_step(model, "library"):
         result["library"] = microseconds(captured(step)[0])
@@ -378,24 +414,23 @@ def search(name: str, num_rows: int, part: int, parts: int) -> dict[str, Any]:
             print(f"   {which}: {time:.1f} us a step, {what}")
         sys.stdout.flush()
     use(forms)
-    kept = paged_plan.SPLIT
-    for split in (64, 128, 256):
-        paged_plan.SPLIT = split
+    spans = few_rows_attention.SPANS
+    for pairs, parts in ((1024, spans), (1024, spans[1:]), (1024, spans[2:]), (0, spans)):
+        few_rows_attention.MAX_PAIRS, few_rows_attention.SPANS = pairs, parts
+        told = f"keys before their turn, {parts[0]} a part" if pairs else "keys after"
         with form_of_step(model, "overlapped"):
-            result[f"splits of {split}"] = microseconds(captured(step)[0])
-        print(f"   splits of {split} keys: {result[f'splits of {split}']:.1f} us a step")
-    paged_plan.SPLIT = kept
-    for pairs in (1024, 0):
-        few_rows_attention.MAX_PAIRS = pairs
-        with form_of_step(model, "overlapped"):
-            told = "keys before their turn" if pairs else "keys after"
             result[told] = microseconds(captured(step)[0])
         print(f"   {told}: {result[told]:.1f} us a step", flush=True)
-    few_rows_attention.MAX_PAIRS = 1024 * (result["keys before their turn"] < result["keys after"])
+    few_rows_attention.SPANS = spans
+    few_rows_attention.MAX_PAIRS = 1024
     for each in ("in turn", "overlapped"):
         with form_of_step(model, each):
             graph, _ = captured(step)
             result[each] = {"us": microseconds(graph), **counted(graph)}
+    for each in ("in turn", "overlapped"):
+        with form_of_step(model, each):
+            result[f"a layer {each}"] = a_layer(captured(step)[0], len(model.layers))
+        print(f"   {each}: {result[each]}", *result[f"a layer {each}"], sep="\n     ", flush=True)
     result["kept"] = {k: told_form(form) for k, form in forms.items()}
     result["replays that differ"] = same_bits(model, step, 200)
     logits = {}
@@ -404,10 +439,7 @@ def search(name: str, num_rows: int, part: int, parts: int) -> dict[str, Any]:
             logits[each] = step.logits().double()
     gap = (logits["library"] - logits["overlapped"]).norm() / logits["library"].norm()
     result["distance from the library"] = gap.item()
-    for each in ("in turn", "overlapped"):
-        with form_of_step(model, each):
-            result[f"kernels {each}"] = profiled(captured(step)[0])
-    for key in list(result)[12:]:
+    for key in ("kept", "replays that differ", "distance from the library"):
         print("  ", key, result[key], flush=True)
     return result
 

@@ -86,7 +86,18 @@ FORMS: dict[int, dict[tuple[int, int], Form]] = {
 library's product (benchmarks/decode_step.py --search); for as many rows as need that tile.
 """
 
-RINGS: dict[tuple[int, int], dict[int, Ring | Strips]] = {}
+RINGS: dict[tuple[int, int], dict[int, Ring | Strips]] = {
+    # Qwen2.5-1.5B: qkv, o, gate and up, down, the head
+    (2048, 1536): {8: Strips(128, 6)},
+    (1536, 1536): {8: Strips(96, 6)},
+    (17920, 1536): {8: Strips(264, 8)},
+    (1536, 8960): {8: Ring(264, 128, 4)},
+    (151936, 1536): {8: Ring(264, 128, 4)},
+    # Qwen2.5-7B: o, down, the head
+    (3584, 3584): {32: Ring(96, 128, 4)},
+    (3584, 18944): {32: Ring(132, 128, 5)},
+    (152064, 3584): {32: Ring(264, 128, 4)},
+}
 """The same of the forms that are for sm_90 alone (few_rows_hopper.py, few_rows_strips.py), by shape
 [N, K] and rows that the instruction takes (8, 16, 32, 64).
 """

@@ -162,17 +162,25 @@ def _store_gated(
 
 @jit
 def norm_rows(
-    x, gains, eps, columns, T: gl.constexpr, BLOCK_K: gl.constexpr, CHUNKS: gl.constexpr,
-    ROWS: gl.constexpr, DTYPE: gl.constexpr,
+    x_ptr, x, gains, eps, num_rows, T: gl.constexpr, BLOCK_K: gl.constexpr,
+    CHUNKS: gl.constexpr, ROWS: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
-    """The rows in shared memory x [CHUNKS, T, BLOCK_K], normed where they lie."""
+    """The rows, read past the first cache and normed, into shared memory [CHUNKS, T, BLOCK_K]."""
+    t = gl.arange(0, T, layout=gl.SliceLayout(1, ROWS))
+    k = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, ROWS))
+    at = x_ptr + (t * (CHUNKS * BLOCK_K))[:, None] + k[None, :]
+    inside = (t < num_rows)[:, None] & (k >= 0)[None, :]
+    chunks = ()
+    for i in gl.static_range(CHUNKS):
+        there = gl.load(at + i * BLOCK_K, mask=inside, other=0.0, cache_modifier=".cg")
+        chunks = chunks + (there,)  # noqa: RUF005 - what the compiler knows of tuples
     total = gl.zeros([T, BLOCK_K], gl.float32, layout=ROWS)
     for i in gl.static_range(CHUNKS):
-        wide = x.index(i).load(ROWS).to(gl.float32)
+        wide = chunks[i].to(gl.float32)
         total += wide * wide
-    scale = 1.0 / gl.sqrt(gl.sum(total, axis=1) / columns + eps)
+    scale = 1.0 / gl.sqrt(gl.sum(total, axis=1) / (CHUNKS * BLOCK_K) + eps)
     for i in gl.static_range(CHUNKS):
-        normed = (x.index(i).load(ROWS).to(gl.float32) * scale[:, None]).to(DTYPE)
+        normed = (chunks[i].to(gl.float32) * scale[:, None]).to(DTYPE)
         gain = gains.index(i).load(gl.SliceLayout(0, ROWS)).to(gl.float32)
         x.index(i).store((normed.to(gl.float32) * gain[None, :]).to(DTYPE))
     fence_async_shared()
@@ -217,8 +225,8 @@ def _prefetch(
 
 @jit(do_not_specialize=["num_rows", "num_outputs", "tiles", "steps", "second", "most_row"])
 def _kernel(
-    w_desc, x_desc, w_ptr, gain_ptr, bias_ptr, residual_ptr, out_ptr, work_ptr, count_ptr, eps,
-    num_rows, num_outputs, num_inputs, tiles, steps, second, most_row,
+    w_desc, x_desc, w_ptr, x_ptr, gain_ptr, bias_ptr, residual_ptr, out_ptr, work_ptr, count_ptr,
+    eps, num_rows, num_outputs, num_inputs, tiles, steps, second, most_row,
     T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, BOXES: gl.constexpr,
     CHUNKS: gl.constexpr, PIECES: gl.constexpr, HAS_NORM: gl.constexpr, HAS_BIAS: gl.constexpr,
     HAS_RESIDUAL: gl.constexpr, GATED: gl.constexpr, OVERLAPS: gl.constexpr, AHEAD: gl.constexpr,
@@ -248,10 +256,10 @@ def _kernel(
         _ask(
             w_desc, w, bars.index(i), first + i, last, i, steps, second, BOXES, BLOCK_K, BYTES, TILE
         )
-    # what describes x is fetched with rows past the last, which are zeros and read nothing
-    bar = bars.index(STAGES)
-    mbarrier.expect(bar, X_BYTES)
-    tma.async_copy_global_to_shared(x_desc, [num_rows, 0], bar, x.index(0))
+    if not HAS_NORM:
+        # what describes x is fetched with rows past the last, which are zeros and read nothing
+        mbarrier.expect(bars.index(STAGES), X_BYTES)
+        tma.async_copy_global_to_shared(x_desc, [num_rows, 0], bars.index(STAGES), x.index(0))
     if OVERLAPS:
         gdc_launch_dependents()
     for i in gl.static_range(AHEAD):
@@ -268,15 +276,12 @@ def _kernel(
         k = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, ROWS))
         for i in gl.static_range(CHUNKS):
             gains.index(i).store(gl.load(gain_ptr + i * BLOCK_K + k))
-    mbarrier.wait(bar, 0)
+    if not HAS_NORM:
+        mbarrier.wait(bars.index(STAGES), 0)
     if OVERLAPS:  # until here nothing was read that a launch before writes
         gdc_wait()
     if HAS_NORM:
-        mbarrier.expect(bar, CHUNKS * X_BYTES)
-        for i in gl.static_range(CHUNKS):
-            tma.async_copy_global_to_shared(x_desc, [0, i * BLOCK_K], bar, x.index(i))
-        mbarrier.wait(bar, 1)
-        norm_rows(x, gains, eps, steps * BLOCK_K, T, BLOCK_K, CHUNKS, ROWS, DTYPE)
+        norm_rows(x_ptr, x, gains, eps, num_rows, T, BLOCK_K, CHUNKS, ROWS, DTYPE)
     else:
         for i in gl.static_range(STAGES):
             k = (first + i) % steps * BLOCK_K
@@ -391,7 +396,7 @@ def launch(
         for matrix, rows in ((weight, BOX), (x, block_t))
     ]
     _kernel[(ring.programs,)](
-        *described, weight, x if norm is None else norm[0], x if bias is None else bias,
+        *described, weight, x, x if norm is None else norm[0], x if bias is None else bias,
         x if residual is None else residual, out, work, count, 0.0 if norm is None else norm[1],
         num_rows, width, columns, tiles, steps, width if gated else BOX, num_outputs - 1,
         T=block_t, BLOCK_K=ring.block_k, STAGES=ring.stages, BOXES=ring.boxes,

@@ -116,16 +116,18 @@ class PagedKernelPlan:
         layer: int,
         window: int,
         *,
+        chained: bool = False,
         overlaps: bool = False,
         ahead: tuple[Ahead, Ahead] | None = None,
     ) -> Tensor:
         """Norm and rotate the projection qkv [T, (H + 2K) E], write and attend: [T, H, E].
 
-        A decode step is one launch. overlaps, ahead: of a decode step only, see kernels/chain.py.
+        A decode step is one launch. chained: it is one of models/few_rows.py, whose order of sums
+        is its own. overlaps, ahead: of a decode step only, see kernels/chain.py.
         """
         max_keys = self.max_splits * split_of(self.capability, self.pool.data.shape[5])["SPLIT"]
         has_norm = q_norm is not None
-        if overlaps and few_rows_attention.serves(
+        if chained and few_rows_attention.serves(
             qkv_TC, self.pool, self.capability.arch, max_keys, has_norm=has_norm, window=window
         ):
             return few_rows_attention.attend(
@@ -138,6 +140,7 @@ class PagedKernelPlan:
                 self.tables_RN,
                 self.lengths_R,
                 max_keys=max_keys,
+                overlaps=overlaps,
             )
         if self.tiles is None:
             num_heads = num_heads_of(qkv_TC, self.pool)

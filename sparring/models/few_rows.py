@@ -273,6 +273,7 @@ def run_layers(
             eps,
             layer.index,
             layer.window,
+            chained=True,
             overlaps=overlaps(capability),
             ahead=_beside_attention(layer, plan),
         )

@@ -406,40 +406,47 @@ def test_products_through_a_ring(rows, which, ring):
         f"{name}_desc": f"tensordesc<bf16[{height},{ring.block_k}],{layout!r}>"
         for name, height in (("w", 64), ("x", rows))
     }
-    pointers = {**POINTERS, **described, "gain_ptr": "*bf16"}
+    pointers = {**POINTERS, **described, "gain_ptr": "*bf16", "w_ptr": "*bf16"}
     found, ptx = check(few_rows_hopper._kernel, pointers, constants, 90, products=True)
     assert found == {"wgmma.mma"}
     before, after = ptx.split("griddepcontrol.wait", 1)
     asked = before.count("cp.async.bulk.tensor")
-    assert asked == ring.stages * ring.boxes + 1, "a ring of weights, and x's description"
+    others = 0 if norm else 1
+    assert asked == ring.stages * ring.boxes + others, "a ring of weights, and x's description"
     assert before.count("cp.async.bulk.prefetch") == ring.ahead * ring.boxes * ring.block_k // 128
     assert "griddepcontrol.launch_dependents" in before
     assert "wgmma.mma" in after, "and what reads the rows"
 
 
-@pytest.mark.parametrize("which", ["norm", "residual", "gated"])
-def test_products_in_strips(which):
+@pytest.mark.parametrize(
+    ("which", "stages"), [("norm", 6), ("residual", 6), ("residual", 4), ("gated", 8)]
+)
+def test_products_in_strips(which, stages):
     from triton.experimental.gluon.language import NVMMASharedLayout
 
-    is_gated, has_norm, stages = which == "gated", which != "residual", 6
+    is_gated, has_norm, is_whole = which == "gated", which != "residual", stages == 6
     constants = {
-        "T": 8, "STAGES": stages, "CHUNKS": 6, "HAS_NORM": has_norm, "HAS_BIAS": which == "norm",
+        "T": 8, "STAGES": stages, "CHUNKS": 6 if has_norm else stages, "WHOLE": is_whole,
+        "AHEAD": 1, "HAS_NORM": has_norm, "HAS_BIAS": which == "norm",
         "HAS_RESIDUAL": which == "residual", "GATED": is_gated, "OVERLAPS": True, "num_warps": 4,
     }  # fmt: skip
-    w, x = NVMMASharedLayout(128, 16, 3), NVMMASharedLayout(128, 16, 2)
+    w, x = NVMMASharedLayout(128, 16, 4), NVMMASharedLayout(128, 16, 3)
     box = "2,8,64" if is_gated else "1,16,64"
     described = {
-        "w_desc": f"tensordesc<bf16[{box}],{w!r}>",
-        "x_desc": f"tensordesc<bf16[8,256],{x!r}>",
+        "w_desc": f"tensordesc<bf16[4,{box}],{w!r}>",
+        "x_desc": f"tensordesc<bf16[4,8,64],{x!r}>",
     }
-    pointers = {**POINTERS, **described, "gain_ptr": "*bf16"}
+    pointers = {**POINTERS, **described, "gain_ptr": "*bf16", "w_ptr": "*bf16"}
     found, ptx = check(few_rows_strips._kernel, pointers, constants, 90, products=True)
     assert found == {"mma.sync"}
     before, after = ptx.split("griddepcontrol.wait", 1)
-    assert before.count("cp.async.bulk.tensor") == stages * 4 + 1, "weights, and x's description"
+    asked = before.count("cp.async.bulk.tensor")
+    assert asked == stages + (not has_norm), "a ring of weights, and x's description"
+    assert before.count("cp.async.bulk.prefetch") == 1
     assert "griddepcontrol.launch_dependents" in before
-    assert after.count("ldmatrix") == 6, "as the instruction has them"
-    assert after.count("mma.sync") == 4
+    assert after.count("ldmatrix") == (36 if is_whole else 6), "as the instruction has them"
+    assert after.count("mma.sync") == (24 if is_whole else 4)
+    assert after.count("ld.global.cg.v4") == (12 if has_norm else 0), "rows that are normed"
 
 
 @pytest.mark.parametrize(

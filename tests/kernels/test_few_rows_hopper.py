@@ -170,7 +170,7 @@ def test_every_strip(case):
     if few_rows_strips.folds_norm(columns):
         cases += [{"norm": gain, "bias": bias, "gated": True}]
         cases += [{"norm": gain, "out_dtype": torch.float32}]
-    strips = Strips(programs, stages)
+    strips = Strips(programs, stages, 1)
     for case in cases:
         norm = case.pop("norm", None)
         wanted = None if norm is None else Norm(weight=norm, eps=1e-6, squares=None)
