@@ -162,6 +162,25 @@ def test_nothing_below_the_command_line_reads_the_environment_or_runs_text():
     assert not [line for line in wrong if "sandbox" not in line], wrong
 
 
+READS_THE_CARDS_SIZE = re.compile(r"mem_get_info|total_memory|set_per_process_memory_fraction")
+MAY_READ_IT = {
+    "sparring.environment": "writes down what the machine is",
+    "sparring.models.memory": "what is free, to refuse a model before it is read",
+}
+
+
+def test_the_cards_size_is_read_in_train_alone():
+    """`[run] memory` is the one budget: chunks and tiles do not depend on what a card has."""
+    wrong = []
+    for path in FILES:
+        name = module_name(path)
+        room = name.split(".")[1] if "." in name else name
+        if name in MAY_READ_IT or FLOORS.get(room, 0) >= FLOORS["train"]:
+            continue
+        wrong += [name] if READS_THE_CARDS_SIZE.search(path.read_text(encoding="utf-8")) else []
+    assert not wrong, f"the budget comes from above: {wrong}"
+
+
 def seconds(*command: str) -> float:
     """The quickest of three, since other processes may be at work beside."""
     times = []
