@@ -36,7 +36,6 @@ from sparring.kernels.swiglu import swiglu
 from sparring.layout import DecodeLayout, KVPool
 from sparring.models.attention import AttentionPlan
 from sparring.models.attention_paged_kernel import PagedKernelPlan
-from sparring.models.lanes import infer_in_lanes, joins, lane_rows, lanes_of, layout_of
 from sparring.models.linear import Dense, Linear
 from sparring.models.quantised import Quantised
 from sparring.models.transformer import Decoder, DecoderLayer
@@ -59,23 +58,11 @@ def step_logits(
     kv_pool: KVPool,
     *,
     adapter: str | None,
-    beside: Sequence[torch.cuda.Stream] = (),
 ) -> Tensor:
-    """Logits [R, V] in float32 after each row's newest token [R], whose keys are written.
-
-    beside: streams of further lanes (lanes.py), where a step of so many rows has any.
-    """
-    num_rows = len(tokens_R)
-    num_lanes = min(lanes_of(model, num_rows, adapter), 1 + len(beside)) if beside else 1
-    if num_lanes > 1 or joins(model, num_rows, adapter):
-        rows = lane_rows(num_rows, num_lanes)
-        plans = [model.plan(layout_of(layout, r), kv_pool, adapter) for r in rows]
-        x_RD, _, cos, sin = _start(model, tokens_R, positions_R)
-        lanes = partial(infer_in_lanes, adapter=adapter, beside=beside[: len(rows) - 1])
-        return model.logits(lanes(model, x_RD, cos, sin, plans, rows))
+    """Logits [R, V] in float32 after each row's newest token [R], whose keys are written."""
     plan = model.plan(layout, kv_pool, adapter)
     layers = [layer for layer in model.layers if isinstance(layer, DecoderLayer)]
-    if not serves(model, num_rows, plan, adapter):
+    if not serves(model, len(tokens_R), plan, adapter):
         cos, sin = model.angles(positions_R)
         return model.logits(model.infer(model.embed.rows(tokens_R), cos, sin, plan, adapter))
     assert isinstance(plan, PagedKernelPlan), "`serves` says so"

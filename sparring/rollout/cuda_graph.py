@@ -29,12 +29,11 @@ from sparring.kernels.decode_state import advance, place
 from sparring.kernels.sampling import DrawRules, draw_tokens
 from sparring.layout import DecodeLayout, KVPool
 from sparring.models.few_rows import step_logits
-from sparring.models.lanes import lane_rows, lane_streams, lanes_of
 from sparring.models.quantised import cached_addresses, scratch_bytes
 from sparring.models.transformer import Decoder
 from sparring.rollout.block_pool import blocks_for
 from sparring.rollout.device_rows import DeviceRows, Fetched
-from sparring.rollout.graph_memory import GraphMemory, lane_bytes, step_bytes
+from sparring.rollout.graph_memory import GraphMemory, step_bytes
 from sparring.rollout.sampler import Sampling, draw_rules, end_id_tensor
 from sparring.rollout.scheduler import SequenceState
 from sparring.rollout.steps import Burst, MayGoOn
@@ -111,8 +110,7 @@ class GraphSteps:
         # the engine alone holds the pool: what it gives away when it sleeps must be free then
         self._kv_pool: weakref.ref[KVPool] | None = None
         self._graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph] = {}
-        self._beside = lane_streams(model, max_rows, adapter)
-        self._memory = GraphMemory(device, self._beside) if captures else None
+        self._memory = GraphMemory(device) if captures else None
         self._held: tuple[int, ...] = ()  # numbers that a captured step holds
         self._capture_seconds = 0.0
 
@@ -124,23 +122,22 @@ class GraphSteps:
 
     def has_room(self, num_rows: int, num_tokens: int) -> bool:
         """Whether graphs of so many rows of up to so many tokens need no more memory."""
-        return self._memory is None or self._memory.has_room(*self._bytes(num_rows, num_tokens))
+        return self._memory is None or self._memory.has_room(self._bytes(num_rows, num_tokens))
 
     def reserve(self, num_rows: int, num_tokens: int) -> None:
         """Take the memory of these graphs, before keys and values take what is left."""
         if self._memory is not None:
-            self._memory.reserve(*self._bytes(num_rows, num_tokens))
+            self._memory.reserve(self._bytes(num_rows, num_tokens))
 
-    def _bytes(self, num_rows: int, num_tokens: int) -> tuple[int, int]:
-        """Of a step on its own stream, and of a lane beside it, if there are any."""
+    def _bytes(self, num_rows: int, num_tokens: int) -> int:
         model, rows = self._model, row_bucket(num_rows, self._max_rows)
-        context = context_bucket(num_tokens, self._max_tokens)
-        item, beside = model.dtype.itemsize, 0
-        if self._beside and lanes_of(model, rows, self._adapter) > 1:
-            most = max(r.stop - r.start for r in lane_rows(rows, 1 + len(self._beside)))
-            beside = lane_bytes(model.config, most, context, item=item)
-        scratch = 0 if self._caches_weights else scratch_bytes(model, rows)
-        return step_bytes(model.config, rows, context, item=item, scratch=scratch), beside
+        return step_bytes(
+            model.config,
+            rows,
+            context_bucket(num_tokens, self._max_tokens),
+            item=model.dtype.itemsize,
+            scratch=0 if self._caches_weights else scratch_bytes(model, rows),
+        )
 
     def aim(self, kv_pool: KVPool, sampling: Sampling) -> None:
         """The next bursts run on this pool, which has the address tensor of every pool before it,
@@ -265,13 +262,7 @@ class GraphSteps:
             block_size=self._block_size,
         )
         logits_RV = step_logits(
-            self._model,
-            state.tokens_R,
-            state.positions_R,
-            layout,
-            pool,
-            adapter=self._adapter,
-            beside=self._beside,
+            self._model, state.tokens_R, state.positions_R, layout, pool, adapter=self._adapter
         )
         tokens_R, logprobs_R = draw_tokens(
             logits_RV,

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import torch
+from torch.nn import functional as F
 
 from sparring.kernels.cut import CAPACITY
 from sparring.kernels.kept import lending, make_kept
@@ -42,28 +43,16 @@ def step_bytes(
     return max(attention + scratch, draw) + states
 
 
-def lane_bytes(config: TransformerConfig, rows: int, context: int, *, item: int) -> int:
-    """What a lane of so many rows holds at once beside the others (models/lanes.py), in bytes."""
-    heads, keys = config.num_heads, config.num_kv_heads
-    splits = -(-context // SPLIT)
-    attention = DecodeWorkspace.num_bytes(rows, heads, keys, config.head_size, splits)
-    return attention + rows * (3 * config.ffn_width + 8 * config.width) * item
-
-
 class GraphMemory:
-    """The pool that graphs of one engine share, and the stream they are captured on.
+    """The pool that graphs of one engine share, and the stream they are captured on."""
 
-    beside: streams that work forks to; memory is had by stream.
-    """
-
-    def __init__(self, device: torch.device, beside: Sequence[torch.cuda.Stream] = ()) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.device = device
         make_kept(device)
         self.stream = torch.cuda.Stream(device)
-        self._beside = tuple(beside)
         self._handle = torch.cuda.graph_pool_handle()
         self._keeper: torch.cuda.CUDAGraph | None = None
-        self._reserved = (0, 0)
+        self._reserved = 0
 
     @property
     def num_bytes(self) -> int:
@@ -71,38 +60,28 @@ class GraphMemory:
         segments = torch.cuda.memory_snapshot()
         return sum(s["total_size"] for s in segments if s["segment_pool_id"] == self._handle)
 
-    def has_room(self, num_bytes: int, beside_bytes: int = 0) -> bool:
+    def has_room(self, num_bytes: int) -> bool:
         """Whether so much is reserved."""
-        return num_bytes <= self._reserved[0] and beside_bytes <= self._reserved[1]
+        return num_bytes <= self._reserved
 
-    def reserve(self, num_bytes: int, beside_bytes: int = 0) -> None:
-        """Take memory for a step of `num_bytes`, beside_bytes more on each stream beside, and the
-        library's workspaces of the streams.
+    def reserve(self, num_bytes: int) -> None:
+        """Take memory for a step of `num_bytes`, and the library's workspaces of the stream.
 
         A graph that only asks for the memory holds it for all graphs that follow. Raises
         torch.OutOfMemoryError where there is none.
         """
-        if self.has_room(num_bytes, beside_bytes):
+        if self.has_room(num_bytes):
             return
         if self._keeper is None:
             self._ask([1])  # what is captured inside must not load a kernel
             self._keeper = self.capture(lambda: self._ask([1]))
             with self.allocating():  # a pool must belong to a graph before it is lent
-                for stream in (self.stream, *self._beside):
-                    with torch.cuda.stream(stream):
-                        small = torch.ones(16, 16, dtype=torch.float16, device=self.device)
-                        torch.mm(small, small)
-                        del small
-        self._keeper = self.capture(lambda: self._ask_for_step(num_bytes, beside_bytes))
-        self._reserved = num_bytes, beside_bytes
-
-    def _ask_for_step(self, num_bytes: int, beside_bytes: int) -> None:
-        self._ask([num_bytes, *[SMALL_BYTES] * SMALL_PIECES])
-        for stream in self._beside if beside_bytes else ():
-            stream.wait_stream(self.stream)
-            with torch.cuda.stream(stream):
-                self._ask([beside_bytes, *[SMALL_BYTES] * SMALL_PIECES])
-            self.stream.wait_stream(stream)
+                small = torch.ones(16, 16, dtype=torch.float16, device=self.device)
+                torch.mm(small, small)
+                F.linear(small, small, small[0])  # with a bias: another library's workspace
+                del small
+        self._keeper = self.capture(lambda: self._ask([num_bytes, *[SMALL_BYTES] * SMALL_PIECES]))
+        self._reserved = num_bytes
 
     def _ask(self, sizes: Sequence[int]) -> None:
         """Have so many bytes at once, for a moment."""

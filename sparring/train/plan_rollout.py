@@ -6,10 +6,9 @@ told; everything else depends on the model and on how many rows run.
 
 from __future__ import annotations
 
-from sparring.models.lanes import lane_rows, lanes_for
 from sparring.models.quantised import FUSED_ROWS
 from sparring.rollout.cuda_graph import context_bucket, row_bucket
-from sparring.rollout.graph_memory import SMALL_BYTES, SMALL_PIECES, lane_bytes, step_bytes
+from sparring.rollout.graph_memory import SMALL_BYTES, SMALL_PIECES, step_bytes
 from sparring.train.allocator import MIDDLE_SEGMENT
 from sparring.train.plan_job import (
     DECODED,
@@ -51,23 +50,11 @@ def take_graphs(
     if not settings.caches_weights and rows > FUSED_ROWS.get(arch, 64):
         scratch = max(size.decoded_rows(model.item) for size in model.linears().values())
     longest = work.prompt_tokens + work.completion_tokens
-    context = context_bucket(longest, longest)
-    sizes = [step_bytes(model.config, rows, context, item=model.item, scratch=scratch)]
-    sizes += _lanes(model, rows, context, arch)
-    for size in sizes:
-        tape.take(GRAPHS, -(-(workspace + size) // MIDDLE_SEGMENT) * MIDDLE_SEGMENT)
-        tape.take(GRAPHS, SMALL_BYTES * SMALL_PIECES)
-
-
-def _lanes(model: Trained, rows: int, context: int, arch: int) -> list[int]:
-    """Bytes of each lane of a step beside the first (models/lanes.py)."""
-    linears = model.linears().values()
-    if any(size.is_quantised for size in linears):
-        return []
-    layer = sum(size.inputs * size.outputs for size in linears) * model.item
-    num_lanes = lanes_for(arch, rows, layer) if model.item == 2 else 1
-    parts = lane_rows(rows, num_lanes)[1:]
-    return [lane_bytes(model.config, r.stop - r.start, context, item=model.item) for r in parts]
+    step = step_bytes(
+        model.config, rows, context_bucket(longest, longest), item=model.item, scratch=scratch
+    )
+    tape.take(GRAPHS, -(-(workspace + step) // MIDDLE_SEGMENT) * MIDDLE_SEGMENT)
+    tape.take(GRAPHS, SMALL_BYTES * SMALL_PIECES)
 
 
 def take_rollout(tape: Tape, model: Trained, work: Work, settings: Settings) -> None:

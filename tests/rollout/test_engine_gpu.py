@@ -6,10 +6,7 @@ import pytest
 import torch
 
 from sparring.kernels import kept
-from sparring.kernels.split_product import FORMS, SplitForm
-from sparring.models import lanes
 from sparring.models.checkpoint import build_model
-from sparring.models.lanes import LaneRule
 from sparring.models.lora import LoraConfig
 from sparring.models.transformer import Decoder
 from sparring.rollout.engine import Engine
@@ -104,54 +101,6 @@ def test_graphs_equal_the_steps_without_capture(name: str, samples: int) -> None
     assert captured.graph_stats.num_graphs > 0
     assert_same(got, want)
     assert len({tuple(r.token_ids.tolist()) for r in flat(got)}) == len(flat(got))
-
-
-@pytest.mark.parametrize(
-    ("name", "num_lanes", "joins"),
-    [("qwen2", 2, False), ("qwen3", 3, False), ("mistral_window", 1, True), ("qwen2", 2, True)],
-)
-def test_lanes_are_captured_and_their_memory_reserved(
-    name: str, num_lanes: int, joins: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also with products that are joined with the norm or the gate behind them."""
-    model = gpu_model(name)
-    if joins and model.capability.arch < 90:
-        pytest.skip("needs compute capability 9.0")
-    rule = LaneRule(least_rows=16, most_layer_bytes=1 << 30, num_lanes=num_lanes)
-    sampling = Sampling(max_completion_tokens=450, seed=3)  # two buckets of contexts
-    asked = prompts(5, 64, 80)
-    alone = engine(model, stop_ids=()).generate(asked, sampling, num_samples=20)
-    monkeypatch.setitem(lanes.RULES, model.capability.arch, rule)
-    form = SplitForm(32, 64, 2, 4, 3)
-    layer = model.layers[0]
-    shapes = [tuple(linear.base.shape) for linear in (layer.output, layer.gate_up, layer.down)]
-    forms = dict.fromkeys(shapes, ((17, 64, form),)) if joins else {}
-    monkeypatch.setitem(FORMS, model.capability.arch, forms)
-    model.max_folded_rows = 0
-    captured = engine(model, stop_ids=())
-    sizes = []
-    taken = captured.wake
-
-    def wake() -> None:
-        sizes.append(captured.graph_stats.num_bytes)
-        taken()
-
-    captured.wake = wake
-    got = captured.generate(asked, sampling, num_samples=20)
-    assert captured.graph_stats.num_bytes == sizes[0]
-    assert len(captured._graph_steps._beside) == num_lanes - 1
-    plain = engine(model, stop_ids=(), cuda_graphs=False)
-    assert_same(got, plain.generate(asked, sampling, num_samples=20))
-    captured.sleep()
-    assert_same(captured.generate(asked, sampling, num_samples=20), got)
-    assert captured.graph_stats.num_bytes == sizes[0]
-    gaps = [
-        abs(float(a.logprobs[1] - b.logprobs[1]))
-        for a, b in zip(flat(got), flat(alone), strict=True)
-        if torch.equal(a.token_ids[:2], b.token_ids[:2])
-    ]
-    assert len(gaps) > 30, "the first token is the prefill's, the second nearly always the same"
-    assert max(gaps) < 0.2
 
 
 @pytest.mark.parametrize("steps", [1, 3, 16])
