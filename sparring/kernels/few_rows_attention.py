@@ -81,54 +81,44 @@ def _merged(
     finishes = gl.atomic_add(count_ptr + pair, 1, sem="acq_rel") == parts - 1
     barrier()
     if finishes:
-        top = gl.full([NH], -float("inf"), gl.float32, layout=gl.SliceLayout(0, MMA))
+        levels, totals = (), ()
         for p in gl.static_range(PARTS):
             there = (head >= 0) & (p < parts)
-            found = gl.load(
-                work_ptr + p * EACH + 128 * NH + head, mask=there, other=-float("inf"),
-                cache_modifier=".cg",
-            )  # fmt: skip
-            top = gl.maximum(top, found)
+            at = work_ptr + p * EACH + 128 * NH + head
+            level = gl.load(at, mask=there, other=-float("inf"), cache_modifier=".cg")
+            total = gl.load(at + NH, mask=there, other=0.0, cache_modifier=".cg")
+            levels, totals = levels + (level,), totals + (total,)  # noqa: RUF005 - its tuples
         acc = gl.zeros([128, NH], gl.float32, layout=MMA)
+        top = gl.full([NH], -float("inf"), gl.float32, layout=gl.SliceLayout(0, MMA))
         total = gl.zeros([NH], gl.float32, layout=gl.SliceLayout(0, MMA))
-        for p in gl.static_range(PARTS):
-            there = (head >= 0) & (p < parts)
-            at = work_ptr + p * EACH
-            found = gl.load(
-                at + 128 * NH + head, mask=there, other=-float("inf"), cache_modifier=".cg"
-            )
-            factor = gl.exp2(found - top)
-            total += factor * gl.load(
-                at + 129 * NH + head, mask=there, other=0.0, cache_modifier=".cg"
-            )
-            inside = (cell >= 0) & (p < parts)
-            flat = gl.load(at + cell, mask=inside, other=0.0, cache_modifier=".cg")
-            acc += _back(flat, NH, MMA) * factor[None, :]
+        for group in gl.static_range(0, PARTS, 8):
+            flats = ()
+            for p in gl.static_range(group, min(group + 8, PARTS)):
+                inside = (cell >= 0) & (p < parts)
+                there = gl.load(
+                    work_ptr + p * EACH + cell, mask=inside, other=0.0, cache_modifier=".cg"
+                )
+                flats = flats + (there,)  # noqa: RUF005 - what the compiler knows of tuples
+            if group == 0:
+                for p in gl.static_range(PARTS):
+                    top = gl.maximum(top, levels[p])
+            for p in gl.static_range(group, min(group + 8, PARTS)):
+                factor = gl.exp2(levels[p] - top)
+                total += factor * totals[p]
+                acc += _back(flats[p - group], NH, MMA) * factor[None, :]
         gl.store(count_ptr + pair, 0)
     return acc, total, finishes
 
 
 @jit
-def _rotated(
-    qkv_ptr, cos_ptr, sin_ptr, kv_head, K: gl.constexpr, GROUP: gl.constexpr, NH: gl.constexpr,
-    HEADS: gl.constexpr,
-):  # fmt: skip
-    """Both halves [NH, 64] of the group's queries, rotated, then of its new key and value."""
-    DTYPE: gl.constexpr = qkv_ptr.dtype.element_ty
-    head = gl.arange(0, NH, layout=gl.SliceLayout(1, HEADS))
-    column = gl.arange(0, 64, layout=gl.SliceLayout(0, HEADS))
-    source = gl.where(head < GROUP, kv_head * GROUP + head, K * GROUP + kv_head)
-    source += gl.where(head == GROUP + 1, K, 0)
-    inside = (head < GROUP + 2)[:, None] & (column >= 0)[None, :]
-    at = qkv_ptr + (source * 128)[:, None] + column[None, :]
-    a = gl.load(at, mask=inside, other=0.0, cache_modifier=".cg").to(gl.float32)
-    b = gl.load(at + 64, mask=inside, other=0.0, cache_modifier=".cg").to(gl.float32)
-    cos = gl.load(cos_ptr + column, cache_modifier=".cg")[None, :]
-    sin = gl.load(sin_ptr + column, cache_modifier=".cg")[None, :]
-    is_value = (head == GROUP + 1)[:, None]
-    first = gl.where(is_value, a, gl.fma(a, cos, -(b * sin))).to(DTYPE)
-    second = gl.where(is_value, b, gl.fma(b, cos, a * sin)).to(DTYPE)
-    return first, second
+def _rotated(a, b, cos, sin, DTYPE: gl.constexpr):
+    """Both halves of heads, rotated and rounded."""
+    return gl.fma(a, cos, -(b * sin)).to(DTYPE), gl.fma(b, cos, a * sin).to(DTYPE)
+
+
+@jit
+def _read(at, inside):
+    return gl.load(at, mask=inside, other=0.0, cache_modifier=".cg").to(gl.float32)
 
 
 @jit(do_not_specialize=["layer", "num_blocks", "table_stride"])
@@ -169,32 +159,40 @@ def _kernel(
         gdc_launch_dependents()
         gdc_wait()
     if (low < length) | (part == 0):
-        first, second = _rotated(
-            qkv_ptr + row.to(gl.int64) * stride_t, cos_ptr + row * 64, sin_ptr + row * 64, kv_head,
-            K, GROUP, NH, HEADS,
-        )  # fmt: skip
-        q = gl.allocate_shared_memory(DTYPE, [2, NH, 64], SHARED)
-        q.index(0).store(first)
-        q.index(1).store(second)
-        newest = gl.allocate_shared_memory(
-            gl.float32, [2, 64], gl.SwizzledSharedLayout(1, 1, 1, [0])
+        head = gl.arange(0, NH, layout=gl.SliceLayout(1, HEADS))
+        column = gl.arange(0, 64, layout=gl.SliceLayout(0, HEADS))
+        e = gl.arange(0, E, layout=gl.SliceLayout(1, MMA))
+        qkv_ptr += row.to(gl.int64) * stride_t
+        new_k = qkv_ptr + (K * GROUP + kv_head) * E + column
+        new_v = qkv_ptr + (K * GROUP + K + kv_head) * E
+        inside = (head < GROUP)[:, None] & (column >= 0)[None, :]
+        query = qkv_ptr + (kv_head * GROUP + head)[:, None] * E + column[None, :]
+        q_first, q_second = _read(query, inside), _read(query + 64, inside)
+        k_first, k_second = _read(new_k, column >= 0), _read(new_k + 64, column >= 0)
+        v_first, v_second = (
+            _read(new_v + column, column >= 0),
+            _read(new_v + 64 + column, column >= 0),
         )
-        head = gl.arange(0, NH, layout=gl.SliceLayout(1, HEADS))[:, None]
-        low_half, high_half = first.to(gl.float32), second.to(gl.float32)
-        newest.index(0).store(gl.sum(gl.where(head == GROUP + 1, low_half, 0.0), axis=0))
-        newest.index(1).store(gl.sum(gl.where(head == GROUP + 1, high_half, 0.0), axis=0))
-        k_low = gl.sum(gl.where(head == GROUP, low_half, 0.0), axis=0)
-        k_high = gl.sum(gl.where(head == GROUP, high_half, 0.0), axis=0)
-        s_new = gl.sum(low_half * k_low[None, :] + high_half * k_high[None, :], axis=1)
+        v_new = _read(new_v + e, e >= 0)
+        cos = _read(cos_ptr + row * 64 + column, column >= 0)
+        sin = _read(sin_ptr + row * 64 + column, column >= 0)
+        slot = gl.load(slots_ptr + row)
+        q_first, q_second = _rotated(q_first, q_second, cos[None, :], sin[None, :], DTYPE)
+        k_first, k_second = _rotated(k_first, k_second, cos, sin, DTYPE)
+        q = gl.allocate_shared_memory(DTYPE, [2, NH, 64], SHARED)
+        q.index(0).store(q_first)
+        q.index(1).store(q_second)
+        product = q_first.to(gl.float32) * k_first.to(gl.float32)[None, :]
+        product += q_second.to(gl.float32) * k_second.to(gl.float32)[None, :]
+        s_new = gl.sum(product, axis=1)
         has_newest = (length - 1 >= low) & (length - 1 < low + SPAN)
         if has_newest:
-            slot = gl.load(slots_ptr + row)
-            column = gl.arange(0, 64, layout=gl.SliceLayout(0, HEADS))[None, :]
-            to = k_ptr + slot // B * (2 * K * B * E) + slot % B * E
-            to += (head - GROUP) * (K * B * E) + column
-            written = (head >= GROUP) & (head < GROUP + 2) & (column >= 0)
-            gl.store(to, first, mask=written)
-            gl.store(to + 64, second, mask=written)
+            to = k_ptr + slot // B * (2 * K * B * E) + slot % B * E + column
+            gl.store(to, k_first)
+            gl.store(to + 64, k_second)
+            to += K * B * E
+            gl.store(to, v_first.to(DTYPE))
+            gl.store(to + 64, v_second.to(DTYPE))
         async_copy.wait_group(0)
         fence_async_shared()
         barrier()
@@ -215,9 +213,6 @@ def _kernel(
         barrier()
         zeros = gl.zeros([E, NH], gl.float32, layout=MMA)
         acc = warpgroup_mma(v.permute((1, 0)), weights.permute((1, 0)), zeros)
-        v_new = newest._reinterpret(gl.float32, [E], gl.SwizzledSharedLayout(1, 1, 1, [0])).load(
-            gl.SliceLayout(1, MMA)
-        )
         acc += v_new[:, None] * p_new[None, :]
         parts = (length + SPAN - 1) // SPAN
         finishes = True
@@ -229,10 +224,9 @@ def _kernel(
         if finishes:
             inverse = gl.where(total == 0.0, 0.0, 1.0 / gl.where(total == 0.0, 1.0, total))
             out = (acc * inverse[None, :]).to(DTYPE)
-            e = gl.arange(0, E, layout=gl.SliceLayout(1, MMA))
             h = gl.arange(0, NH, layout=gl.SliceLayout(0, MMA))
-            at = out_ptr + (row * K + kv_head) * (GROUP * E) + (h * E)[None, :] + e[:, None]
-            gl.store(at, out, mask=(h < GROUP)[None, :] & (e >= 0)[:, None])
+            to_out = out_ptr + (row * K + kv_head) * (GROUP * E) + (h * E)[None, :] + e[:, None]
+            gl.store(to_out, out, mask=(h < GROUP)[None, :] & (e >= 0)[:, None])
 
 
 def span_of(max_keys: int) -> int | None:

@@ -129,18 +129,32 @@ def _biased(acc, row_n, bias_ptr, num_outputs, HAS_BIAS: gl.constexpr, DTYPE: gl
 
 
 @jit
+def _read(
+    row_n, residual_ptr, num_rows, num_outputs,
+    T: gl.constexpr, MMA: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
+):  # fmt: skip
+    """The residual's [N, T] of a tile."""
+    row_t = gl.arange(0, T, layout=gl.SliceLayout(0, MMA))
+    inside = (row_n < num_outputs)[:, None] & (row_t < num_rows)[None, :]
+    if HAS_RESIDUAL:
+        at = (row_t * num_outputs)[None, :] + row_n[:, None]
+        return gl.load(residual_ptr + at, mask=inside, other=0.0, cache_modifier=".cg")
+    else:  # noqa: RET505 - Triton wants one type a branch
+        return inside
+
+
+@jit
 def _store(
-    acc, row_n, bias_ptr, residual_ptr, out_ptr, num_rows, num_outputs,
+    acc, before, row_n, bias_ptr, out_ptr, num_rows, num_outputs,
     T: gl.constexpr, MMA: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
 ):  # fmt: skip
-    """Bias, residual, and y [N, T] as out [T, N]."""
+    """Bias, the residual `before`, and y [N, T] as out [T, N]."""
     DTYPE: gl.constexpr = out_ptr.dtype.element_ty
     y = _biased(acc, row_n, bias_ptr, num_outputs, HAS_BIAS, DTYPE)
     row_t = gl.arange(0, T, layout=gl.SliceLayout(0, MMA))
     inside = (row_n < num_outputs)[:, None] & (row_t < num_rows)[None, :]
     at = (row_t * num_outputs)[None, :] + row_n[:, None]
     if HAS_RESIDUAL:
-        before = gl.load(residual_ptr + at, mask=inside, other=0.0, cache_modifier=".cg")
         y = (y.to(gl.float32) + before.to(gl.float32)).to(DTYPE)
     gl.store(out_ptr + at, y, mask=inside)
 
@@ -313,6 +327,12 @@ def _kernel(
                     x_desc, [0, k], bar, x.index(slot), pred=coming < last
                 )
             turn += 1
+        row_n = tile * TILE + gl.arange(0, 64, layout=gl.SliceLayout(1, MMA))
+        # under way while pieces meet
+        before = _read(row_n, residual_ptr, num_rows, num_outputs, T, MMA, HAS_RESIDUAL)
+        later = before
+        if BOXES == 2:
+            later = _read(row_n + 64, residual_ptr, num_rows, num_outputs, T, MMA, HAS_RESIDUAL)
         finishes = True
         if PIECES > 1 and end - begin < steps:
             start = ((tile * steps + 1) * programs - 1) // units
@@ -322,20 +342,19 @@ def _kernel(
                 PIECES, MMA,
             )  # fmt: skip
         if finishes:
-            row_n = tile * TILE + gl.arange(0, 64, layout=gl.SliceLayout(1, MMA))
             if GATED:
                 _store_gated(
                     acc, other, row_n, bias_ptr, out_ptr, num_rows, num_outputs, T, MMA, HAS_BIAS
                 )
             else:
                 _store(
-                    acc, row_n, bias_ptr, residual_ptr, out_ptr, num_rows, num_outputs, T, MMA,
-                    HAS_BIAS, HAS_RESIDUAL,
+                    acc, before, row_n, bias_ptr, out_ptr, num_rows, num_outputs, T, MMA, HAS_BIAS,
+                    HAS_RESIDUAL,
                 )  # fmt: skip
                 if BOXES == 2:
                     _store(
-                        other, row_n + 64, bias_ptr, residual_ptr, out_ptr, num_rows, num_outputs,
-                        T, MMA, HAS_BIAS, HAS_RESIDUAL,
+                        other, later, row_n + 64, bias_ptr, out_ptr, num_rows, num_outputs, T, MMA,
+                        HAS_BIAS, HAS_RESIDUAL,
                     )  # fmt: skip
         unit += end - begin
 
