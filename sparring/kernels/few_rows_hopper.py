@@ -41,6 +41,7 @@ if triton is not None:
         mbarrier,
         tma,
         warpgroup_mma,
+        warpgroup_mma_wait,
     )
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -312,27 +313,39 @@ def _kernel(
         other = gl.zeros([64, T], gl.float32, layout=MMA)
         for step in range(begin, end):
             slot = turn % STAGES
-            bar = bars.index(slot)
-            mbarrier.wait(bar, turn // STAGES & 1)
+            mbarrier.wait(bars.index(slot), turn // STAGES & 1)
             b = x.index(step if HAS_NORM else slot).permute((1, 0))
+            acc = warpgroup_mma(w.index(slot * BOXES), b, acc, is_async=True)
             if BOXES == 2:
-                other = warpgroup_mma(w.index(slot * BOXES + 1), b, other)
-            acc = warpgroup_mma(w.index(slot * BOXES), b, acc)
+                other = warpgroup_mma(w.index(slot * BOXES + 1), b, other, is_async=True)
+            # the step before is done: its slot is free
+            if BOXES == 2:
+                acc, other = warpgroup_mma_wait(num_outstanding=BOXES, deps=[acc, other])
+            else:
+                acc = warpgroup_mma_wait(num_outstanding=BOXES, deps=[acc])
             barrier()
-            coming = first + turn + STAGES
-            _ask(w_desc, w, bar, coming, last, slot, steps, second, BOXES, BLOCK_K, BYTES, TILE)
+            later = turn + STAGES - 1
+            slot = later % STAGES
+            coming = gl.where(turn == 0, last, first + later)
+            _ask(
+                w_desc, w, bars.index(slot), coming, last, slot, steps, second, BOXES, BLOCK_K,
+                BYTES, TILE,
+            )  # fmt: skip
             if not HAS_NORM:
                 k = coming % steps * BLOCK_K
                 tma.async_copy_global_to_shared(
-                    x_desc, [0, k], bar, x.index(slot), pred=coming < last
+                    x_desc, [0, k], bars.index(slot), x.index(slot), pred=coming < last
                 )
             turn += 1
+        acc, other = warpgroup_mma_wait(num_outstanding=0, deps=[acc, other])
         row_n = tile * TILE + gl.arange(0, 64, layout=gl.SliceLayout(1, MMA))
         # under way while pieces meet
         before = _read(row_n, residual_ptr, num_rows, num_outputs, T, MMA, HAS_RESIDUAL)
-        later = before
+        other_before = before
         if BOXES == 2:
-            later = _read(row_n + 64, residual_ptr, num_rows, num_outputs, T, MMA, HAS_RESIDUAL)
+            other_before = _read(
+                row_n + 64, residual_ptr, num_rows, num_outputs, T, MMA, HAS_RESIDUAL
+            )
         finishes = True
         if PIECES > 1 and end - begin < steps:
             start = ((tile * steps + 1) * programs - 1) // units
@@ -353,7 +366,7 @@ def _kernel(
                 )  # fmt: skip
                 if BOXES == 2:
                     _store(
-                        other, later, row_n + 64, bias_ptr, out_ptr, num_rows, num_outputs, T, MMA,
+                        other, other_before, row_n + 64, bias_ptr, out_ptr, num_rows, num_outputs, T, MMA,
                         HAS_BIAS, HAS_RESIDUAL,
                     )  # fmt: skip
         unit += end - begin
@@ -401,6 +414,7 @@ def launch(
     tiles = triton.cdiv(width, BOX if gated else BOX * ring.boxes)
     steps = triton.cdiv(columns, ring.block_k)
     assert ring.programs <= tiles * steps, "a program without work"
+    assert ring.stages > 1, "a slot is filled again a step after it was read"
     assert ring.boxes == 2 or not gated, "gates and what they let through"
     assert norm is None or folds_norm(ring, num_rows, columns), "x fits in shared memory"
     out = torch.empty(num_rows, width, dtype=out_dtype or x.dtype, device=x.device)
