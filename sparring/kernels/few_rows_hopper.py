@@ -176,6 +176,27 @@ def _store_gated(
 
 
 @jit
+def _store_tile(
+    acc, other, before, other_before, row_n, bias_ptr, out_ptr, num_rows, num_outputs,
+    T: gl.constexpr, BOXES: gl.constexpr, MMA: gl.constexpr, HAS_BIAS: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr, GATED: gl.constexpr,
+):  # fmt: skip
+    """A tile's boxes: gates and what they let through, or rows of their own."""
+    if GATED:
+        _store_gated(acc, other, row_n, bias_ptr, out_ptr, num_rows, num_outputs, T, MMA, HAS_BIAS)
+    else:
+        _store(
+            acc, before, row_n, bias_ptr, out_ptr, num_rows, num_outputs, T, MMA, HAS_BIAS,
+            HAS_RESIDUAL,
+        )  # fmt: skip
+        if BOXES == 2:
+            _store(
+                other, other_before, row_n + 64, bias_ptr, out_ptr, num_rows, num_outputs, T, MMA,
+                HAS_BIAS, HAS_RESIDUAL,
+            )  # fmt: skip
+
+
+@jit
 def norm_rows(
     x_ptr, x, gains, eps, num_rows, T: gl.constexpr, BLOCK_K: gl.constexpr,
     CHUNKS: gl.constexpr, ROWS: gl.constexpr, DTYPE: gl.constexpr,
@@ -355,20 +376,10 @@ def _kernel(
                 PIECES, MMA,
             )  # fmt: skip
         if finishes:
-            if GATED:
-                _store_gated(
-                    acc, other, row_n, bias_ptr, out_ptr, num_rows, num_outputs, T, MMA, HAS_BIAS
-                )
-            else:
-                _store(
-                    acc, before, row_n, bias_ptr, out_ptr, num_rows, num_outputs, T, MMA, HAS_BIAS,
-                    HAS_RESIDUAL,
-                )  # fmt: skip
-                if BOXES == 2:
-                    _store(
-                        other, other_before, row_n + 64, bias_ptr, out_ptr, num_rows, num_outputs, T, MMA,
-                        HAS_BIAS, HAS_RESIDUAL,
-                    )  # fmt: skip
+            _store_tile(
+                acc, other, before, other_before, row_n, bias_ptr, out_ptr, num_rows, num_outputs,
+                T, BOXES, MMA, HAS_BIAS, HAS_RESIDUAL, GATED,
+            )  # fmt: skip
         unit += end - begin
 
 
