@@ -260,13 +260,7 @@ def paged_decode_triton(
         q_RHE, num_heads, kv_pool, tables_RN, lengths_R, max_splits, out, workspace
     )
     constants = constants_of(kv_pool.data, num_heads) | split_of(capability, size) | OPTIONS
-    if rows and _takes_tiles(capability, rows, constants, shared_R, max_splits):
-        _by_tiles(
-            q_RHE.contiguous(), [*[workspace.states] * 4, tables_RN], 0, kv_pool, layer, tables_RN,
-            lengths_R, out, workspace, max_splits, window, 0.0,
-            constants | {"ROTATES": False, "HAS_NORM": False, "OVERLAPS": False},
-        )  # fmt: skip
-    elif rows:
+    if rows:
         form = _form(capability, rows, constants, shared_R, window)
         grid = (rows, num_kv_heads, _parts(max_splits, form))
         _decode_kernel[grid](
@@ -328,7 +322,7 @@ def rotate_decode_triton(
         _by_tiles(
             qkv_RC, [cos.contiguous(), sin.contiguous(), *norms, slots_R], qkv_RC.stride(0),
             kv_pool, layer, tables_RN, lengths_R, out, workspace, max_splits, window, eps,
-            constants | {"ROTATES": True, "HAS_NORM": has_norm, "OVERLAPS": overlaps},
+            constants | {"HAS_NORM": has_norm, "OVERLAPS": overlaps},
         )  # fmt: skip
     elif rows:
         form = _form(capability, rows, constants, shared_R, window)

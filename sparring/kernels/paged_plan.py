@@ -73,8 +73,10 @@ def sharing_pays(capability: Capability, num_pairs: int, group: int) -> bool:
 
 TILE_PROGRAMS = {0: 64}
 """By architecture: up to how many programs there are, in all, a program takes one tile of keys
-(tile_decode.py): with few rows a launch takes as long as its longest chain of waits.
+(tile_decode.py): with few rows a launch takes as long as its longest chain of waits. On a card
+for heads of TILED_HEAD values alone: halves of them are the rows of a matrix instruction.
 """
+TILED_HEAD = 128
 MOST_TILE_PROGRAMS = 1024
 
 
@@ -86,7 +88,8 @@ def takes_tiles(
     """
     sizes = split_of(capability, head_size)
     programs = num_pairs * max_splits * (sizes["SPLIT"] // sizes["BLOCK_N"])
-    fits = head_size <= LARGEST_SPANNED and block_size % sizes["BLOCK_N"] == 0
+    fits = head_size == TILED_HEAD or capability.arch == 0
+    fits = fits and block_size % sizes["BLOCK_N"] == 0
     return fits and programs <= TILE_PROGRAMS.get(capability.arch, 0)
 
 

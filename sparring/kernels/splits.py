@@ -111,13 +111,13 @@ def inverse(total):
 
 
 @jit
-def tile_sums(
-    q, k, v, k_scale, v_scale, keys, positions, num_keys, scale, window, HAS_WINDOW: tl.constexpr,
+def tile_scores(
+    q, k, k_scale, v_scale, keys, positions, num_keys, scale, window, HAS_WINDOW: tl.constexpr,
     IS_SCALED: tl.constexpr,
 ):  # fmt: skip
-    """One tile: q [E, M], k and v [N, E] -> acc [E, M], peak [M], p [N, M], which is added up at
-    the end of a split: sums over a tile's keys wait for every warp. IS_SCALED: k and v are k_scale
-    and v_scale [N] times what they hold.
+    """One tile: q [E, M], k [N, E] -> p [N, M] rounded as values are multiplied by it, peak [M] and
+    p in float32, which is added up at the end of a split: sums over a tile's keys wait for every
+    warp. IS_SCALED: k and v are k_scale and v_scale [N] times what they hold.
     """
     N: tl.constexpr = k.shape[0]
     M: tl.constexpr = q.shape[1]
@@ -136,7 +136,19 @@ def tile_sums(
         used = rounded(p * v_scale[:, None], q.dtype)
     else:
         used, wide = rounded_and_wide(p, q.dtype)
-    acc = product(tl.trans(v), used, tl.zeros([v.shape[1], M], tl.float32))
+    return used, peak, wide
+
+
+@jit
+def tile_sums(
+    q, k, v, k_scale, v_scale, keys, positions, num_keys, scale, window, HAS_WINDOW: tl.constexpr,
+    IS_SCALED: tl.constexpr,
+):  # fmt: skip
+    """`tile_scores` and v [N, E] -> acc [E, M], peak [M], p [N, M]."""
+    used, peak, wide = tile_scores(
+        q, k, k_scale, v_scale, keys, positions, num_keys, scale, window, HAS_WINDOW, IS_SCALED
+    )
+    acc = product(tl.trans(v), used, tl.zeros([v.shape[1], q.shape[1]], tl.float32))
     return acc, peak, wide
 
 

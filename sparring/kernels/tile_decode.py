@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from sparring.kernels import jit, rounded, tl
 from sparring.kernels.rotate_write import rotated_heads
-from sparring.kernels.splits import inverse, merge_factors, tile_sums, whole_total
+from sparring.kernels.splits import inverse, merge_factors, product, tile_scores, whole_total
 
 AT_ONCE = 2
 """Splits whose tiles are on their way at once where they are merged."""
@@ -72,8 +72,8 @@ def tile_kernel(
     num_slots, scale, window, eps,
     K: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr, B: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, SPLIT: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, KV_DTYPE: tl.constexpr, ROTATES: tl.constexpr,
-    HAS_NORM: tl.constexpr, OVERLAPS: tl.constexpr, AT_ONCE: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, KV_DTYPE: tl.constexpr, HAS_NORM: tl.constexpr,
+    OVERLAPS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
@@ -90,13 +90,21 @@ def tile_kernel(
     is_there = (tile >= first_tile) & (tile < num_tiles)
     block = tl.load(tables_ptr + row * table_stride + start // B, mask=is_there, other=0)
     k_ptr = pool_ptr + (layer.to(tl.int64) * num_blocks * (2 * K) + kv_head) * (B * E)
-    at = block.to(tl.int64) * (2 * K * B * E) + (start % B) * E
-    at = k_ptr + at + (tl.arange(0, BLOCK_N) * E)[:, None] + columns[None, :]
-    written = length - 1 if ROTATES else length  # the new key is put in below
-    old = ((keys < written) & is_there)[:, None] & (columns < E)[None, :]
+    rows_at = k_ptr + block.to(tl.int64) * (2 * K * B * E) + (start % B) * E
+    rows_at = rows_at + (tl.arange(0, BLOCK_N) * E)[:, None]
+    at = rows_at + columns[None, :]
+    old = ((keys < length - 1) & is_there)[:, None] & (columns < E)[None, :]
     k = tl.load(at, mask=old, other=0.0)
-    v = tl.load(at + K * B * E, mask=old, other=0.0)
-    if OVERLAPS:  # in a chain of launches, see chain.py; lengths and tables are as the step began
+    # values in halves, each a product: else probabilities came to lie in shared memory where the
+    # queries had been, and ptxas 12.8 takes undefined registers for an operand's second address
+    HALF: tl.constexpr = BLOCK_E // 2
+    halves = tl.arange(0, HALF)
+    at_v = rows_at + K * B * E + halves[None, :]
+    is_old = ((keys < length - 1) & is_there)[:, None]
+    v_low = tl.load(at_v, mask=is_old & (halves < E)[None, :], other=0.0)
+    v_high = tl.load(at_v + HALF, mask=is_old & (halves < E - HALF)[None, :], other=0.0)
+    slot = tl.load(slots_ptr + row)
+    if OVERLAPS:  # in a chain of launches, see chain.py; what was read is as the step began
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     inside = (columns < E)[:, None] & (members < GROUP)[None, :]
@@ -109,42 +117,49 @@ def tile_kernel(
         return
     if is_there == 0:
         return
-    if ROTATES:  # the row's query heads, then its new key and value
-        is_query, is_value = members < GROUP, members > GROUP
-        heads = tl.where(is_query, kv_head * GROUP + members, K * GROUP + kv_head)
-        heads = tl.where(is_value, heads + K, heads)
-        new = rotated_heads(
-            q_ptr + row * stride_t, cos_ptr + row * (E // 2), sin_ptr + row * (E // 2), q_norm_ptr,
-            k_norm_ptr, heads, members < GROUP + 2, is_query, is_value, eps, E, BLOCK_E, HAS_NORM,
-        )  # fmt: skip
-        if tile == num_tiles - 1:
-            slot = tl.load(slots_ptr + row)
-            place = slot // B * (2 * K * B * E) + (slot % B) * E
-            place += (members - GROUP)[:, None] * (K * B * E) + columns[None, :]
-            is_new = (members >= GROUP) & (members < GROUP + 2)
-            tl.store(k_ptr + place, new, mask=is_new[:, None] & (columns < E)[None, :])
-            tl.debug_barrier()  # before this program reads it back
-            own = (keys == length - 1)[:, None] & (columns < E)[None, :]
-            k = tl.load(at, mask=own, other=k)
-            v = tl.load(at + K * B * E, mask=own, other=v)
-        q = tl.trans(new)
-    else:
-        q = tl.load(q_ptr + pair * (GROUP * E) + to, mask=inside, other=0.0)
+    # the row's query heads, then its new key and value
+    is_query, is_value = members < GROUP, members > GROUP
+    heads = tl.where(is_query, kv_head * GROUP + members, K * GROUP + kv_head)
+    heads = tl.where(is_value, heads + K, heads)
+    new = rotated_heads(
+        q_ptr + row * stride_t, cos_ptr + row * (E // 2), sin_ptr + row * (E // 2), q_norm_ptr,
+        k_norm_ptr, heads, members < GROUP + 2, is_query, is_value, eps, E, BLOCK_E, HAS_NORM,
+    )  # fmt: skip
+    if tile == num_tiles - 1:
+        place = slot // B * (2 * K * B * E) + (slot % B) * E
+        place += (members - GROUP)[:, None] * (K * B * E) + columns[None, :]
+        is_new = (members >= GROUP) & (members < GROUP + 2)
+        tl.store(k_ptr + place, new, mask=is_new[:, None] & (columns < E)[None, :])
+        tl.debug_barrier()  # before this program reads it back
+        own = (keys == length - 1)[:, None] & (columns < E)[None, :]
+        k = tl.load(at, mask=own, other=k)
+        is_own = (keys == length - 1)[:, None]
+        v_low = tl.load(at_v, mask=is_own & (halves < E)[None, :], other=v_low)
+        v_high = tl.load(at_v + HALF, mask=is_own & (halves < E - HALF)[None, :], other=v_high)
     positions = tl.zeros([BLOCK_M], tl.int32) + (length - 1)
-    acc, peak, p = tile_sums(
-        q, k, v, 0.0, 0.0, keys, positions, length, scale, window, HAS_WINDOW, False
+    used, peak, p = tile_scores(
+        tl.trans(new), k, 0.0, 0.0, keys, positions, length, scale, window, HAS_WINDOW, False
     )
+    low = product(tl.trans(v_low), used, tl.zeros([HALF, BLOCK_M], tl.float32))
+    high = product(tl.trans(v_high), used, tl.zeros([HALF, BLOCK_M], tl.float32))
+    to = members[None, :] * E + halves[:, None]
+    in_low = (halves < E)[:, None] & (members < GROUP)[None, :]
+    in_high = (halves < E - HALF)[:, None] & (members < GROUP)[None, :]
     if num_tiles - first_tile == 1:
-        out = acc * inverse(whole_total(tl.trans(p)))[None, :]
+        factor = inverse(whole_total(tl.trans(p)))[None, :]
         out_at = out_ptr + pair * (GROUP * E) + to
-        tl.store(out_at, rounded(out, out_ptr.dtype.element_ty), mask=inside)
+        dtype = out_ptr.dtype.element_ty
+        tl.store(out_at, rounded(low * factor, dtype), mask=in_low)
+        tl.store(out_at + HALF, rounded(high * factor, dtype), mask=in_high)
         return
     place = pair * num_slots + tile
-    tl.store(partial_ptr + place * (GROUP * E) + to, acc, mask=inside)
+    acc_at = partial_ptr + place * (GROUP * E) + to
+    tl.store(acc_at, low, mask=in_low)
+    tl.store(acc_at + HALF, high, mask=in_high)
     state_at = states_ptr + place * (GROUP + BLOCK_N * GROUP)
     tl.store(state_at + BLOCK_N * GROUP + members, peak, mask=members < GROUP)
-    to = tl.arange(0, BLOCK_N)[:, None] + members[None, :] * BLOCK_N
-    tl.store(state_at + to, p, mask=(members < GROUP)[None, :])
+    to_p = tl.arange(0, BLOCK_N)[:, None] + members[None, :] * BLOCK_N
+    tl.store(state_at + to_p, p, mask=(members < GROUP)[None, :])
     tl.debug_barrier()  # every thread has stored before one of them tells
     done = tl.atomic_add(tickets_ptr + pair, 1, sem="acq_rel", scope="gpu")
     if done == num_tiles - first_tile - 1:
