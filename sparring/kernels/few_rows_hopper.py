@@ -347,16 +347,12 @@ def _kernel(
             barrier()
             later = turn + STAGES - 1
             slot = later % STAGES
+            bar = bars.index(slot)
             coming = gl.where(turn == 0, last, first + later)
-            _ask(
-                w_desc, w, bars.index(slot), coming, last, slot, steps, second, BOXES, BLOCK_K,
-                BYTES, TILE,
-            )  # fmt: skip
+            _ask(w_desc, w, bar, coming, last, slot, steps, second, BOXES, BLOCK_K, BYTES, TILE)
             if not HAS_NORM:
-                k = coming % steps * BLOCK_K
-                tma.async_copy_global_to_shared(
-                    x_desc, [0, k], bars.index(slot), x.index(slot), pred=coming < last
-                )
+                at = [0, coming % steps * BLOCK_K]
+                tma.async_copy_global_to_shared(x_desc, at, bar, x.index(slot), pred=coming < last)
             turn += 1
         acc, other = warpgroup_mma_wait(num_outstanding=0, deps=[acc, other])
         row_n = tile * TILE + gl.arange(0, 64, layout=gl.SliceLayout(1, MMA))
