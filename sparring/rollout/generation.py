@@ -72,7 +72,7 @@ class Generation:
             stop_ids=stop_ids,
             stop=sampling.stop,
             min_completion_tokens=sampling.min_completion_tokens,
-            decode=decode,
+            decode=lambda token_ids: decode(list(token_ids)),
         )
         self.end_ids = end_id_tensor(stop_ids, model.config.vocab_size, model.device)
         self.owners: list[Prompt] = []
@@ -87,8 +87,9 @@ class Generation:
                 self.places.append((place, sample_index))
                 noise_index = noise_offset + sample_index
                 self.sample_ids.append(sample_id(policy_version, prompt.id, noise_index))
-        self.token_ids: list[list[int]] = [[] for _ in self.owners]
-        self.logprobs: list[list[float]] = [[] for _ in self.owners]
+        # arrays: a rollout's tensors are then made without a conversion at the end
+        self.token_ids = [array("q") for _ in self.owners]
+        self.logprobs = [array("f") for _ in self.owners]
         self.finish_reasons: list[FinishReason | None] = [None] * len(self.owners)
         self._on_tokens: OnTokens | None = None
         self._num_left = [len(limits_G) for limits_G in limits]
@@ -244,7 +245,7 @@ class Generation:
             taken = logprobs[:count]
             if may_be_nan and any(map(math.isnan, taken)):
                 self._refuse_nan(sequence.index)
-            self.logprobs[sequence.index] += taken
+            self.logprobs[sequence.index].extend(taken)
             sequence.num_completion_tokens += count
             total += count
             if self._on_tokens is not None:
@@ -273,7 +274,7 @@ class Generation:
         pieces = [[token] for token in tokens] if self.sampling.stop else [tokens]
         reason = None
         for piece in pieces:
-            token_ids += piece
+            token_ids.extend(piece)
             reason = self.stop_rule.reason(token_ids, sequence.max_completion_tokens)
             if reason is not None:
                 break
@@ -307,8 +308,8 @@ class Generation:
         return Rollout(
             prompt=prompt,
             sample_index=sample_index,
-            token_ids=torch.frombuffer(array("q", token_ids), dtype=torch.int64),
-            logprobs=torch.frombuffer(array("f", self.logprobs[index]), dtype=torch.float32),
+            token_ids=torch.frombuffer(token_ids, dtype=torch.int64),
+            logprobs=torch.frombuffer(self.logprobs[index], dtype=torch.float32),
             loss_mask=torch.ones(len(token_ids), dtype=torch.bool),
             text=self.stop_rule.text(token_ids),
             finish_reason=reason,
