@@ -174,7 +174,9 @@ def _decode_kernel(
     tables_ptr += row * table_stride
     low = tl.maximum(split * SPLIT, first_key // BLOCK_N * BLOCK_N)
     high = tl.minimum(length, end_split * SPLIT)
+    block = tl.load(tables_ptr + low // B)  # on its way while heads are rotated
     if ROTATES:  # the row's query heads, then its new key and value
+        slot = tl.load(slots_ptr + row)
         is_query, is_value = members < GROUP, members > GROUP
         heads = tl.where(is_query, kv_head * GROUP + members, K * GROUP + kv_head)
         heads = tl.where(is_value, heads + K, heads)
@@ -183,7 +185,6 @@ def _decode_kernel(
             k_norm_ptr, heads, members < GROUP + 2, is_query, is_value, eps, E, BLOCK_E, HAS_NORM,
         )  # fmt: skip
         if end_split == num_splits:
-            slot = tl.load(slots_ptr + row)
             at = slot // B * (2 * K * B * E) + (slot % B) * E
             at += (members - GROUP)[:, None] * (K * B * E) + columns[None, :]
             written = (members >= GROUP) & (members < GROUP + 2)
@@ -208,14 +209,14 @@ def _decode_kernel(
     is_whole = (split == first_split) & (end_split == num_splits)
     if SPAN == 1:
         acc, peak, total = paged_split(
-            q, positions, k_ptr, v_ptr, scales_ptr, tables_ptr, low, high, length, scale, window,
-            2 * K * B * E, B, E, BLOCK_E, BLOCK_M, BLOCK_N, HAS_WINDOW, LIMIT,
+            q, positions, k_ptr, v_ptr, scales_ptr, tables_ptr, block, low, high, length, scale,
+            window, 2 * K * B * E, B, E, BLOCK_E, BLOCK_M, BLOCK_N, HAS_WINDOW, LIMIT,
         )  # fmt: skip
     else:
         acc, total = paged_splits(
-            q, positions, k_ptr, v_ptr, scales_ptr, tables_ptr, partial_at, states_at, low, high,
-            length, scale, window, is_whole == 0, 2 * K * B * E, B, E, GROUP, BLOCK_E, BLOCK_M,
-            BLOCK_N, SPLIT, HAS_WINDOW, LIMIT,
+            q, positions, k_ptr, v_ptr, scales_ptr, tables_ptr, block, partial_at, states_at, low,
+            high, length, scale, window, is_whole == 0, 2 * K * B * E, B, E, GROUP, BLOCK_E,
+            BLOCK_M, BLOCK_N, SPLIT, HAS_WINDOW, LIMIT,
         )  # fmt: skip
     if is_whole:
         out = acc * inverse(total)[None, :]

@@ -166,8 +166,9 @@ def shared_program(
             at = (pairs * GROUP + members)[None, :] * E + columns[:, None]
             q = tl.load(q_ptr + at, mask=inside, other=0.0)
         acc, peak, total = paged_split(
-            q, tl.zeros([BLOCK_W], tl.int32) + end, k_ptr, v_ptr, scales_ptr, tables_ptr, low, end,
-            end, scale, 0, 2 * K * B * E, B, E, BLOCK_E, BLOCK_W, BLOCK_N, False, LIMIT,
+            q, tl.zeros([BLOCK_W], tl.int32) + end, k_ptr, v_ptr, scales_ptr, tables_ptr,
+            tl.load(tables_ptr + low // B), low, end, end, scale, 0, 2 * K * B * E, B, E, BLOCK_E,
+            BLOCK_W, BLOCK_N, False, LIMIT,
         )  # fmt: skip
         slots = pairs * num_slots + split
         to = (slots * GROUP + members)[None, :] * E + columns[:, None]

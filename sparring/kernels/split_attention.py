@@ -65,9 +65,10 @@ def _paged_kernel(
     for split in range(first_key // SPLIT, (num_keys + SPLIT - 1) // SPLIT):
         low = tl.maximum(split * SPLIT, first_key // BLOCK_N * BLOCK_N)
         acc_new, peak_new, total_new = paged_split(
-            q, positions, k_ptr, k_ptr + K * B * E, scales_ptr, table_ptr, low,
-            tl.minimum(num_keys, split * SPLIT + SPLIT), num_keys, scale, window, 2 * K * B * E, B,
-            E, BLOCK_E, BLOCK_M, BLOCK_N, HAS_WINDOW, LIMIT,
+            q, positions, k_ptr, k_ptr + K * B * E, scales_ptr, table_ptr,
+            tl.load(table_ptr + low // B), low, tl.minimum(num_keys, split * SPLIT + SPLIT),
+            num_keys, scale, window, 2 * K * B * E, B, E, BLOCK_E, BLOCK_M, BLOCK_N, HAS_WINDOW,
+            LIMIT,
         )  # fmt: skip
         peak, keep, add = merge_factors(peak, peak_new)
         total = tl.fma(total_new, add, total * keep)

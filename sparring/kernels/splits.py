@@ -226,11 +226,11 @@ def _paged_tile(
 
 @jit
 def paged_split(
-    q, positions, k_ptr, v_ptr, scales_ptr, table_ptr, low, high, num_keys, scale, window,
+    q, positions, k_ptr, v_ptr, scales_ptr, table_ptr, block, low, high, num_keys, scale, window,
     STRIDE: tl.constexpr, B: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """Keys low..high of one split out of a pool's blocks, low on a tile's border.
+    """Keys low..high of one split out of a pool's blocks, low on a tile's border and in `block`.
 
     k_ptr, v_ptr, scales_ptr: this head's part of the layer's block 0; STRIDE: elements from block
     to block; LIMIT > 0: they are 8-bit numbers with scales.
@@ -238,7 +238,7 @@ def paged_split(
     """
     acc, peak, total = no_tiles(BLOCK_E, BLOCK_M, BLOCK_N)
     # a tile's block is known a tile ahead, so that its keys can be under way two tiles ahead
-    block = tl.load(table_ptr + low // B).to(tl.int64)
+    block = block.to(tl.int64)
     for start in range(low, high, BLOCK_N):
         acc_new, peak_new, p = _paged_tile(
             q, positions, k_ptr, v_ptr, scales_ptr, table_ptr, block, start, num_keys, scale,
@@ -252,8 +252,8 @@ def paged_split(
 
 @jit
 def paged_splits(
-    q, positions, k_ptr, v_ptr, scales_ptr, table_ptr, partial_ptr, states_ptr, low, high, num_keys,
-    scale, window, keeps_each, STRIDE: tl.constexpr, B: tl.constexpr, E: tl.constexpr,
+    q, positions, k_ptr, v_ptr, scales_ptr, table_ptr, block, partial_ptr, states_ptr, low, high,
+    num_keys, scale, window, keeps_each, STRIDE: tl.constexpr, B: tl.constexpr, E: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr, HAS_WINDOW: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
@@ -270,7 +270,7 @@ def paged_splits(
     row_peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
     row_total = tl.zeros([BLOCK_M], tl.float32)
     acc, peak, total = no_tiles(BLOCK_E, BLOCK_M, BLOCK_N)
-    block = tl.load(table_ptr + low // B).to(tl.int64)
+    block = block.to(tl.int64)
     for start in range(low, high, BLOCK_N):
         # a peak of -inf multiplies what the split before left by 0
         peak = tl.where(start % SPLIT == 0, -float("inf"), peak)

@@ -105,8 +105,8 @@ def tile_kernel(
     v_high = tl.load(at_v + HALF, mask=is_old & (halves < E - HALF)[None, :], other=0.0)
     slot = tl.load(slots_ptr + row)
     if OVERLAPS:  # in a chain of launches, see chain.py; what was read is as the step began
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     inside = (columns < E)[:, None] & (members < GROUP)[None, :]
     pair = row * K + kv_head
     to = members[None, :] * E + columns[:, None]
