@@ -103,6 +103,28 @@ def test_graphs_equal_the_steps_without_capture(name: str, samples: int) -> None
     assert len({tuple(r.token_ids.tolist()) for r in flat(got)}) == len(flat(got))
 
 
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "mistral_window"])
+def test_a_chain_of_many_rows_over_the_library_s_products(name: str) -> None:
+    """More rows than any product has a form for: norms, SwiGLU and attention begin early."""
+    sampling = Sampling(max_completion_tokens=450, seed=3)  # two buckets of contexts
+    asked = prompts(5, 64, 80)
+    model = gpu_model(name)
+    plain = engine(model, stop_ids=(), max_running=128).generate(asked, sampling, num_samples=40)
+    model.max_folded_rows = 256
+    chained = engine(model, stop_ids=(), max_running=128)
+    got = chained.generate(asked, sampling, num_samples=40)
+    eager = engine(model, stop_ids=(), max_running=128, cuda_graphs=False)
+    assert_same(got, eager.generate(asked, sampling, num_samples=40))
+    assert_same(chained.generate(asked, sampling, num_samples=40), got)
+    gaps = [
+        abs(float(a.logprobs[1] - b.logprobs[1]))
+        for a, b in zip(flat(got), flat(plain), strict=True)
+        if torch.equal(a.token_ids[:2], b.token_ids[:2])
+    ]
+    assert len(gaps) > 60, "the first token is the prefill's, the second nearly always the same"
+    assert max(gaps) < 0.2
+
+
 @pytest.mark.parametrize("steps", [1, 3, 16])
 def test_looking_at_the_result_more_often_changes_nothing(steps: int) -> None:
     model = gpu_model()
