@@ -214,6 +214,14 @@ def tile_of(width: int) -> dict[str, int]:
     }
 
 
+def backward_tile_of(width: int) -> dict[str, int]:
+    """The same of the backward pass for a frozen weight: half the warps hold a row up to 4,096
+    numbers wide, so twice the programs read; 4 and 10 % faster on an H200 than with 8 warps.
+    """
+    tile = tile_of(width)
+    return tile | {"num_warps": 4} if tile["BLOCK_D"] == 4096 else tile
+
+
 def _rows_of(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
     """x and (rows, rows an outer step has, stride of the outer and of the inner step)."""
     if x.dim() == 3 and x.stride(-1) == 1:
@@ -245,7 +253,8 @@ def _backward_triton(
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not rows[0]:
         return dx, torch.zeros_like(weight) if needs_weight else None
-    width, tile = x.shape[-1], tile_of(x.shape[-1])
+    width = x.shape[-1]
+    tile = tile_of(width) if needs_weight else backward_tile_of(width)
     tiles = triton.cdiv(rows[0], tile["ROWS"])
     inputs = (dy.contiguous(), dx if ds is None else ds.contiguous(), x, weight, dx)
     constants = {"D": width, "HAS_RESIDUAL": ds is not None, "enable_fp_fusion": True, **tile}

@@ -117,7 +117,7 @@ POINTERS = {
 def test_norm(width, arch):
     constants = {"D": width, "HAS_RESIDUAL": True, **norm.tile_of(width)}
     check(norm._forward_kernel, POINTERS, constants, arch)
-    check(norm._backward_kernel, POINTERS, constants, arch)
+    check(norm._backward_kernel, POINTERS, constants | norm.backward_tile_of(width), arch)
     limit = 16 if width < 8192 else 512
     check(norm._backward_weight_kernel, POINTERS, constants, arch, stack_limit=limit)
     check(norm._sum_parts_kernel, POINTERS, {"D": width, **norm.PART_TILE}, arch)
