@@ -162,15 +162,6 @@ def same_bits(model: Decoder, step: Step, replays: int) -> dict[str, int]:
     return {name: int(count) for name, count in wrong.items()} | {"of": replays}
 
 
-def profiled(graph: torch.cuda.CUDAGraph) -> list[tuple[str, int, float]]:
-    """(kernel, launches, microseconds in all) of one replay, the longest first."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        graph.replay()
-        torch.cuda.synchronize()
-    rows = [(e.key[:70], e.count, e.self_device_time_total) for e in profile.key_averages()]
-    return sorted((row for row in rows if row[2]), key=lambda row: -row[2])[:14]
-
-
 def a_layer(graph: torch.cuda.CUDAGraph, num_layers: int) -> list[tuple[str, float, float, float]]:
     """(kernel, microseconds from the launch before's end to its own, its duration, how long before
     that end it began), of each launch of a layer, the middle of the layers.
@@ -184,8 +175,8 @@ def a_layer(graph: torch.cuda.CUDAGraph, num_layers: int) -> list[tuple[str, flo
     events = sorted(profile.events(), key=lambda e: e.time_range.end)
     events = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
     names = [e.name for e in events]
-    attention = next(i for i, name in enumerate(names) if names.count(name) == num_layers)
-    starts = [i for i, name in enumerate(names) if name == names[attention]]
+    starts = [i for i, name in enumerate(names) if name in ("_attention_kernel", "_decode_kernel")]
+    assert len(starts) == num_layers, "one launch of attention a layer"
     each = starts[1] - starts[0]
     rows = []
     for k in range(each):
@@ -200,55 +191,41 @@ def a_layer(graph: torch.cuda.CUDAGraph, num_layers: int) -> list[tuple[str, flo
 
 @contextmanager
 def knobs(model: Decoder, chosen: dict[str, Any]) -> Iterator[None]:
-    """What the chain asks for, and forms of products, changed for a while."""
-    forms = {k: v for k, v in chosen.items() if isinstance(v, Form)}
+    """What the chain asks for, its attention, and products that are left to the library, changed
+    for a while.
+    """
     kept = chain_of_steps.ASKED_BYTES, chain_of_steps.CACHE_BYTES
     kept_forms = few_rows.FORMS, few_rows.RINGS
-    chain_of_steps.ASKS_FOR_WEIGHTS = "asked" in chosen or "beside attention" in chosen
+    keys, pairs = paged_attention.ASKED_BYTES, few_rows_attention.MAX_PAIRS
+    chain_of_steps.ASKS_FOR_WEIGHTS = "asked" in chosen
     chain_of_steps.ASKED_BYTES = chosen.get("asked", kept[0])
-    chain_of_steps.CACHE_BYTES = chosen.get("beside attention", kept[1])
-    keys = paged_attention.ASKED_BYTES
     paged_attention.ASKED_BYTES = chosen.get("keys", keys)
-    if forms or "forms" in chosen:
-        shapes = shapes_of(model)
-        use_forms(model, {shapes[k]: v for k, v in forms.items()}, 8)
+    few_rows_attention.MAX_PAIRS = chosen.get("pairs", pairs)
+    left = {shapes_of(model)[which] for which in chosen.get("library", ())}
+    arch = model.capability.arch
+    few_rows.FORMS = {arch: {k: v for k, v in kept_forms[0].get(arch, {}).items() if k not in left}}
+    few_rows.RINGS = {k: v for k, v in kept_forms[1].items() if k not in left}
     try:
         yield
     finally:
         chain_of_steps.ASKED_BYTES, chain_of_steps.CACHE_BYTES = kept
         few_rows.FORMS, few_rows.RINGS = kept_forms
         chain_of_steps.ASKS_FOR_WEIGHTS = False
-        paged_attention.ASKED_BYTES = keys
+        paged_attention.ASKED_BYTES, few_rows_attention.MAX_PAIRS = keys, pairs
 
 
 def variants_of(num_rows: int) -> dict[str, dict[str, Any]]:
     """What is varied of an overlapping step."""
+    products = ("qkv", "output", "gate_up", "down", "head")
     found: dict[str, dict[str, Any]] = {
-        "no keys asked for": {"keys": 0},
-        "early norms, no weights": {"asked": 0, "beside attention": 0},
-        "weights, none beside attention": {"beside attention": 0},
-        "weights": {"asked": 16 << 20},
-        "8 MiB of weights": {"asked": 8 << 20},
-        "32 MiB of weights": {"asked": 32 << 20, "beside attention": 40 << 20},
-        "library's products": {"forms": {}},
+        "keys after their turn": {"pairs": 0},
+        "and not asked for": {"pairs": 0, "keys": 0},
+        "library's products": {"library": products},
+        "library's products, their weights asked for": {"library": products, "asked": 16 << 20},
     }
     if num_rows > 32:
         return found
-    t = 16 if num_rows <= 16 else 32
-    own = {
-        "qkv": Form(Tile(64, t, 4, 4), 6),
-        "output": Form(Tile(32, t, 4, 4), 2),
-        "down": Form(Tile(64, t, 4, 4), 5),
-        "head": Form(Tile(128, t, 4, 3)),
-    }
-    found |= {f"own {which}": {which: form} for which, form in own.items() if which != "head"}
-    found["own output and down"] = {k: own[k] for k in ("output", "down")}
-    found["own qkv and down"] = {k: own[k] for k in ("qkv", "down")}
-    return (
-        found
-        | {"own qkv, output, down": {k: own[k] for k in ("qkv", "output", "down")}}
-        | {"own qkv, output, down, head": own}
-    )
+    return found | {f"library's {which}": {"library": (which,)} for which in products}
 
 
 def steps(name: str, rows: list[int], replays: int) -> dict[str, Any]:
@@ -270,10 +247,9 @@ def steps(name: str, rows: list[int], replays: int) -> dict[str, Any]:
             counts, time = counted(graph), microseconds(graph)
             out[each] = {"us": time, "us a launch": time / counts["nodes"], **counts}
             print(f"  {each}: {out[each]}", flush=True)
-            if replays >= 200:
-                out[each]["kernels"] = profiled(graph)
-                for row in out[each]["kernels"]:
-                    print("     ", *row)
+            if replays >= 200 and each != "library":
+                out[each]["a layer"] = a_layer(graph, len(model.layers))
+                print("     ", *out[each]["a layer"], sep="\n      ", flush=True)
             del graph
         for told, chosen in variants_of(num_rows).items():
             with knobs(model, chosen), form_of_step(model, "overlapped"):
@@ -388,11 +364,6 @@ def search(name: str, num_rows: int, part: int, parts: int) -> dict[str, Any]:
             use(variant)
             with form_of_step(model, "overlapped"):
                 step.logits()
-        few_rows_attention.MAX_PAIRS, spans = 1024, few_rows_attention.SPANS
-        for i in range(3):
-            few_rows_attention.SPANS = spans[i:]
-            with form_of_step(model, "overlapped"):
-                step.logits()
         return result
     with form_of_step(model, "library"):
         result["library"] = microseconds(captured(step)[0])
@@ -414,15 +385,6 @@ def search(name: str, num_rows: int, part: int, parts: int) -> dict[str, Any]:
             print(f"   {which}: {time:.1f} us a step, {what}")
         sys.stdout.flush()
     use(forms)
-    spans = few_rows_attention.SPANS
-    for pairs, parts in ((1024, spans), (1024, spans[1:]), (1024, spans[2:]), (0, spans)):
-        few_rows_attention.MAX_PAIRS, few_rows_attention.SPANS = pairs, parts
-        told = f"keys before their turn, {parts[0]} a part" if pairs else "keys after"
-        with form_of_step(model, "overlapped"):
-            result[told] = microseconds(captured(step)[0])
-        print(f"   {told}: {result[told]:.1f} us a step", flush=True)
-    few_rows_attention.SPANS = spans
-    few_rows_attention.MAX_PAIRS = 1024
     for each in ("in turn", "overlapped"):
         with form_of_step(model, each):
             graph, _ = captured(step)

@@ -74,12 +74,10 @@ class Form:
 
 FORMS: dict[int, dict[tuple[int, int], Form]] = {
     90: {
-        # Qwen2.5-1.5B: qkv, o and down at 8 rows
+        # Qwen2.5-1.5B: qkv, o and down at 9 to 16 rows (up to 8: RINGS)
         (2048, 1536): Form(Tile(64, 16, 4, 4), 6),
         (1536, 1536): Form(Tile(32, 16, 4, 4), 2),
         (1536, 8960): Form(Tile(64, 16, 4, 4), 5),
-        # Qwen2.5-7B: gate and up at 32 rows
-        (37888, 3584): Form(Tile(64, 32, 4, 3), folds_norm=False),
     },
 }
 """By architecture and shape [N, K], where a whole step was measured to be faster than with the
@@ -90,12 +88,13 @@ RINGS: dict[tuple[int, int], dict[int, Ring | Strips]] = {
     # Qwen2.5-1.5B: qkv, o, gate and up, down, the head
     (2048, 1536): {8: Strips(128, 6)},
     (1536, 1536): {8: Strips(96, 6)},
-    (17920, 1536): {8: Strips(264, 8)},
+    (17920, 1536): {8: Strips(264, 8, 1)},
     (1536, 8960): {8: Ring(264, 128, 4)},
     (151936, 1536): {8: Ring(264, 128, 4)},
-    # Qwen2.5-7B: o, down, the head
-    (3584, 3584): {32: Ring(96, 128, 4)},
-    (3584, 18944): {32: Ring(132, 128, 5)},
+    # Qwen2.5-7B: o, gate and up, down, the head; qkv is the library's
+    (3584, 3584): {32: Ring(112, 128, 4)},
+    (37888, 3584): {32: Ring(296, 64, 3, 2)},
+    (3584, 18944): {32: Ring(264, 128, 4)},
     (152064, 3584): {32: Ring(264, 128, 4)},
 }
 """The same of the forms that are for sm_90 alone (few_rows_hopper.py, few_rows_strips.py), by shape

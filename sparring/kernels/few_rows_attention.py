@@ -42,10 +42,12 @@ HEAD_SIZE = 128
 MAX_GROUP = 14
 """Query heads of a key head: of the instruction's 16 columns two are the new key and value."""
 MAX_PARTS = 16
-SPANS = (64, 128, 256)
-"""Keys of a part: the first with which the longest row has at most MAX_PARTS."""
-MAX_PAIRS = 0
-"""Rows times key heads up to which this kernel is taken."""
+SPAN = 256
+"""Keys of a part: whole steps were faster with it than with 128 or 64."""
+MAX_PAIRS = 32
+"""Rows times key heads up to which this kernel is faster than kernels/paged_attention.py: an H200,
+8 and 16 rows of two key heads; 32 rows of four were slower.
+"""
 
 
 @jit
@@ -122,7 +124,7 @@ def _read(at, inside):
 
 
 @jit(do_not_specialize=["layer", "num_blocks", "table_stride"])
-def _kernel(
+def _attention_kernel(
     qkv_ptr, address_ptr, tables_ptr, lengths_ptr, slots_ptr, cos_ptr, sin_ptr, out_ptr, work_ptr,
     count_ptr, stride_t, table_stride, layer, num_blocks, scale,
     K: gl.constexpr, GROUP: gl.constexpr, NH: gl.constexpr, B: gl.constexpr, SPAN: gl.constexpr,
@@ -216,7 +218,7 @@ def _kernel(
         acc += v_new[:, None] * p_new[None, :]
         parts = (length + SPAN - 1) // SPAN
         finishes = True
-        if (PARTS > 1) & (parts > 1):
+        if PARTS > 1 and parts > 1:
             acc, total, finishes = _merged(
                 acc, level, total, work_ptr, count_ptr, row * K + kv_head, part, parts, NH, PARTS,
                 MMA,
@@ -227,11 +229,6 @@ def _kernel(
             h = gl.arange(0, NH, layout=gl.SliceLayout(0, MMA))
             to_out = out_ptr + (row * K + kv_head) * (GROUP * E) + (h * E)[None, :] + e[:, None]
             gl.store(to_out, out, mask=(h < GROUP)[None, :] & (e >= 0)[:, None])
-
-
-def span_of(max_keys: int) -> int | None:
-    """Keys of a part where rows have so many at most; None: too many for this kernel."""
-    return next((span for span in SPANS if span * MAX_PARTS >= max_keys), None)
 
 
 def serves(
@@ -247,7 +244,7 @@ def serves(
         and size == HEAD_SIZE
         and group <= MAX_GROUP
         and len(qkv_RC) * num_kv_heads <= MAX_PAIRS
-        and span_of(max_keys) is not None
+        and max_keys <= MAX_PARTS * SPAN
     )
 
 
@@ -272,20 +269,18 @@ def attend(
     """
     rows, num_kv_heads, block_size, size = len(qkv_RC), *kv_pool.data.shape[3:]
     group = qkv_RC.shape[1] // size // num_kv_heads - 2
-    span = span_of(max_keys)
-    assert span is not None, "`serves` says so"
     assert kv_pool.address is not None, "kernels find the pool through its address"
     assert qkv_RC.stride(1) == cos.stride(1) == sin.stride(1) == 1, "adjacent numbers"
-    parts = triton.cdiv(max_keys, span)
+    parts = triton.cdiv(max_keys, SPAN)
     columns = 8 if group <= 6 else 16
     out = torch.empty(rows, num_kv_heads * group, size, dtype=qkv_RC.dtype, device=qkv_RC.device)
     work, count = out, out
     if parts > 1:
         work, count = workspace(qkv_RC, Tile(size + 2, columns, 4, 1), rows * num_kv_heads, parts)
-    _kernel[(rows, num_kv_heads, parts)](
+    _attention_kernel[(rows, num_kv_heads, parts)](
         qkv_RC, kv_pool.address, tables_RN, lengths_R, slots_R, cos.contiguous(),
         sin.contiguous(), out, work, count, qkv_RC.stride(0), tables_RN.stride(0), layer,
         kv_pool.num_blocks, LOG2_E / math.sqrt(size), K=num_kv_heads, GROUP=group, NH=columns,
-        B=block_size, SPAN=span, PARTS=parts, OVERLAPS=overlaps, num_warps=4, launch_pdl=overlaps,
+        B=block_size, SPAN=SPAN, PARTS=parts, OVERLAPS=overlaps, num_warps=4, launch_pdl=overlaps,
     )  # fmt: skip
     return out

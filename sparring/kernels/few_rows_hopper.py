@@ -260,7 +260,7 @@ def _prefetch(
 
 
 @jit(do_not_specialize=["num_rows", "num_outputs", "tiles", "steps", "second", "most_row"])
-def _kernel(
+def _ring_kernel(
     w_desc, x_desc, w_ptr, x_ptr, gain_ptr, bias_ptr, residual_ptr, out_ptr, work_ptr, count_ptr,
     eps, num_rows, num_outputs, num_inputs, tiles, steps, second, most_row,
     T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, BOXES: gl.constexpr,
@@ -435,7 +435,7 @@ def launch(
         TensorDescriptor.from_tensor(matrix, [rows, ring.block_k], shared)
         for matrix, rows in ((weight, BOX), (x, block_t))
     ]
-    _kernel[(ring.programs,)](
+    _ring_kernel[(ring.programs,)](
         *described, weight, x, x if norm is None else norm[0], x if bias is None else bias,
         x if residual is None else residual, out, work, count, 0.0 if norm is None else norm[1],
         num_rows, width, columns, tiles, steps, width if gated else BOX, num_outputs - 1,

@@ -132,7 +132,7 @@ def _store(
 
 
 @jit(do_not_specialize=["num_rows", "num_outputs", "tiles", "steps"])
-def _kernel(
+def _strips_kernel(
     w_desc, x_desc, w_ptr, x_ptr, gain_ptr, bias_ptr, residual_ptr, out_ptr, eps, num_rows,
     num_outputs, num_inputs, tiles, steps,
     T: gl.constexpr, STAGES: gl.constexpr, CHUNKS: gl.constexpr, WHOLE: gl.constexpr,
@@ -269,7 +269,7 @@ def launch(
         [4, MAX_ROWS, 64],
         gl.NVMMASharedLayout(128, 16, 3),
     )
-    _kernel[(strips.programs,)](
+    _strips_kernel[(strips.programs,)](
         described, rows, weight, x, x if norm is None else norm[0], x if bias is None else bias,
         x if residual is None else residual, out, 0.0 if norm is None else norm[1], num_rows,
         width, columns, tiles, steps,

@@ -407,7 +407,7 @@ def test_products_through_a_ring(rows, which, ring):
         for name, height in (("w", 64), ("x", rows))
     }
     pointers = {**POINTERS, **described, "gain_ptr": "*bf16", "w_ptr": "*bf16"}
-    found, ptx = check(few_rows_hopper._kernel, pointers, constants, 90, products=True)
+    found, ptx = check(few_rows_hopper._ring_kernel, pointers, constants, 90, products=True)
     assert found == {"wgmma.mma"}
     before, after = ptx.split("griddepcontrol.wait", 1)
     asked = before.count("cp.async.bulk.tensor")
@@ -437,7 +437,7 @@ def test_products_in_strips(which, stages):
         "x_desc": f"tensordesc<bf16[4,8,64],{x!r}>",
     }
     pointers = {**POINTERS, **described, "gain_ptr": "*bf16", "w_ptr": "*bf16"}
-    found, ptx = check(few_rows_strips._kernel, pointers, constants, 90, products=True)
+    found, ptx = check(few_rows_strips._strips_kernel, pointers, constants, 90, products=True)
     assert found == {"mma.sync"}
     before, after = ptx.split("griddepcontrol.wait", 1)
     asked = before.count("cp.async.bulk.tensor")
@@ -450,18 +450,19 @@ def test_products_in_strips(which, stages):
 
 
 @pytest.mark.parametrize(
-    ("group", "span"), [(6, 64), (7, 128), pytest.param(8, 256, marks=pytest.mark.slow)]
+    ("group", "parts"), [(6, 3), (7, 16), pytest.param(8, 1, marks=pytest.mark.slow)]
 )
-def test_attention_of_few_rows(group, span):
+def test_attention_of_few_rows(group, parts):
+    span = few_rows_attention.SPAN
     constants = {
-        "K": 2, "GROUP": group, "NH": 8 if group <= 6 else 16, "B": 64, "SPAN": span, "PARTS": 12,
-        "OVERLAPS": True, "num_warps": 4,
+        "K": 2, "GROUP": group, "NH": 8 if group <= 6 else 16, "B": 64, "SPAN": span,
+        "PARTS": parts, "OVERLAPS": True, "num_warps": 4,
     }  # fmt: skip
     pointers = {
         **POINTERS, "qkv_ptr": "*bf16", "address_ptr": "*i64", "tables_ptr": "*i32",
         "lengths_ptr": "*i32", "slots_ptr": "*i64",
     }  # fmt: skip
-    found, ptx = check(few_rows_attention._kernel, pointers, constants, 90, products=True)
+    found, ptx = check(few_rows_attention._attention_kernel, pointers, constants, 90, products=True)
     assert found == {"wgmma.mma"}
     before, _ = ptx.split("griddepcontrol.wait", 1)
     copies = before.count("cp.async.cg.shared.global")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparring.kernels import capability_for, few_rows_attention
-from sparring.kernels.few_rows_attention import attend, span_of
+from sparring.kernels.few_rows_attention import attend
 from sparring.kernels.paged_attention import paged_decode_reference, rotate_decode_triton
 from sparring.kernels.rotate_write import rotate_write_reference
 from sparring.layout import KVPool
@@ -63,10 +63,6 @@ def test_few_rows_of_a_chain(heads, kv_heads, block_size, max_keys, dtype, overl
     assert torch.equal(new, same), "the new keys and values, to the bit"
     written[1][blocks, :, :, places] = before[1][blocks, :, :, places]
     assert torch.equal(written.nan_to_num(), before.nan_to_num()), "and nothing else"
-
-
-def test_keys_of_a_part():
-    assert [span_of(n) for n in (1, 1024, 1025, 4096, 4097)] == [64, 64, 128, 256, None]
 
 
 def test_which_rows_are_served(monkeypatch):
