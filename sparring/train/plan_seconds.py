@@ -25,11 +25,11 @@ SKINNY_SHARE = 0.6
 """Of the bandwidth, that products with an adapter's narrow matrices reach."""
 BANDWIDTH_SHARE = 0.88
 KERNEL_SECONDS, OPERATION_SECONDS = 150e-6, 20e-6
-DECODED_SECONDS, ADAPTED_SECONDS = 80e-6, 90e-6
+DECODED_SECONDS, ADAPTED_SECONDS = 50e-6, 90e-6
 """What the host takes to launch a Triton kernel with its autograd node, a library call with its
 views, a slice of a four-bit matrix to be decoded, and for a linear layer with an adapter besides,
 each time it is passed. A layer costs so many of each, and below their sum the card waits (fitted to
-three recipes on one H200 whose host took train/host.py's REFERENCE_MICROSECONDS)."""
+three recipes in two runs beside an H200 whose host took train/host.py's REFERENCE_MICROSECONDS)."""
 STEP_SECONDS = 0.02
 """A step's packing, clipping and reading of metrics."""
 DECODE_LAYER_SECONDS, DECODE_ROW_SECONDS = 29e-6, 2e-6
