@@ -78,4 +78,5 @@ def test_on_a_machine_with_the_card_its_host_counts(
     assert "on H200 (measured card), host: this machine's, 3.00 x" in own
     assert "no card was named" not in own
     assert "this machine's, 3.00 x" in named
+    assert json.loads(plan(recipe, "--json").output)["recipe"]["card"]["host"] == 3.0
     assert "host: like the measured one" in plan(recipe, "--card", "4090").output

@@ -91,7 +91,12 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         else {**asdict(plan.seconds), "total": plan.seconds.total},
         "card": None
         if card is None
-        else {"name": card.name, "is_measured": card.is_measured, "source": card.source},
+        else {
+            "name": card.name,
+            "is_measured": card.is_measured,
+            "source": card.source,
+            "host": card.host,
+        },
     }
 
 
