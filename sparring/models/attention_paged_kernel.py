@@ -125,10 +125,16 @@ class PagedKernelPlan:
         A decode step is one launch. chained: it is one of models/few_rows.py, whose order of sums
         is its own. overlaps, ahead: of a decode step only, see kernels/chain.py.
         """
-        max_keys = self.max_splits * split_of(self.capability, self.pool.data.shape[5])["SPLIT"]
-        has_norm = q_norm is not None
+        block_size, size = self.pool.data.shape[4:]
+        max_keys = self.max_splits * split_of(self.capability, size)["SPLIT"]
         if chained and few_rows_attention.serves(
-            qkv_TC, self.pool, self.capability.arch, max_keys, has_norm=has_norm, window=window
+            qkv_TC,
+            self.pool,
+            self.capability.arch,
+            # what a table holds, not what this step needs: rows' bits keep to one kernel
+            self.tables_RN.shape[1] * block_size,
+            has_norm=q_norm is not None,
+            window=window,
         ):
             return few_rows_attention.attend(
                 qkv_TC,
@@ -139,7 +145,7 @@ class PagedKernelPlan:
                 layer,
                 self.tables_RN,
                 self.lengths_R,
-                max_keys=max_keys,
+                max_keys=min(max_keys, self.tables_RN.shape[1] * block_size),
                 overlaps=overlaps,
             )
         if self.tiles is None:
