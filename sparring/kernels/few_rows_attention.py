@@ -140,9 +140,11 @@ def _attention_kernel(
     row = gl.program_id(0)
     kv_head = gl.program_id(1)
     part = gl.program_id(2)
-    length = gl.load(lengths_ptr + row)
+    length = gl.load(lengths_ptr + row, cache_modifier=".cg")  # as the step began, see above
     low = part * SPAN
-    pool_ptr = gl.multiple_of(gl.load(address_ptr).to(gl.pointer_type(DTYPE), bitcast=True), 16)
+    pool_ptr = gl.multiple_of(
+        gl.load(address_ptr, cache_modifier=".cg").to(gl.pointer_type(DTYPE), bitcast=True), 16
+    )
     k_ptr = pool_ptr + (layer.to(gl.int64) * num_blocks * (2 * K) + kv_head) * (B * E)
     k = gl.allocate_shared_memory(DTYPE, [SPAN, E], SHARED)
     v = gl.allocate_shared_memory(DTYPE, [SPAN, E], SHARED)
@@ -150,7 +152,8 @@ def _attention_kernel(
         key = low + gl.arange(0, SPAN, layout=gl.SliceLayout(1, COPY))
         column = gl.arange(0, E, layout=gl.SliceLayout(0, COPY))
         old = key < length - 1  # the newest is not written yet
-        block = gl.load(tables_ptr + row * table_stride + key // B, mask=old, other=0)
+        place = tables_ptr + row * table_stride + key // B
+        block = gl.load(place, mask=old, other=0, cache_modifier=".cg")
         at = (block.to(gl.int64) * (2 * K * B * E) + key % B * E)[:, None] + column[None, :]
         at = k_ptr + at
         inside = old[:, None] & (column >= 0)[None, :]
@@ -178,7 +181,7 @@ def _attention_kernel(
         v_new = _read(new_v + e, e >= 0)
         cos = _read(cos_ptr + row * 64 + column, column >= 0)
         sin = _read(sin_ptr + row * 64 + column, column >= 0)
-        slot = gl.load(slots_ptr + row)
+        slot = gl.load(slots_ptr + row, cache_modifier=".cg")
         q_first, q_second = _rotated(q_first, q_second, cos[None, :], sin[None, :], DTYPE)
         k_first, k_second = _rotated(k_first, k_second, cos, sin, DTYPE)
         q = gl.allocate_shared_memory(DTYPE, [2, NH, 64], SHARED)

@@ -17,15 +17,24 @@ from tests.kernels.test_triton_paged import paged
 __all__ = ["_poisoned"]
 
 
+CASES = [
+    (12, 2, 64, 512, torch.bfloat16),
+    (12, 2, 64, 768, torch.bfloat16),
+    (12, 2, 64, 1024, torch.bfloat16),
+    (28, 4, 64, 2048, torch.bfloat16),
+    (2, 1, 16, 1024, torch.float16),
+    (12, 2, 64, 4096, torch.float16),
+    (12, 2, 64, 64, torch.bfloat16),
+]
+
+
 @on_card
 @pytest.mark.parametrize("overlaps", [False, True])
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "block_size", "max_keys"),
-    [(12, 2, 64, 1024), (28, 4, 64, 2048), (2, 1, 16, 1024), (12, 2, 64, 4096), (12, 2, 64, 64)],
-)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_few_rows_of_a_chain(heads, kv_heads, block_size, max_keys, dtype, overlaps):
-    lengths = [n for n in (1, 0, 17, 64, 65, 129, 700, 1024, 2000, 4096) if n <= max_keys]
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_few_rows_of_a_chain(case, overlaps):
+    heads, kv_heads, block_size, max_keys, dtype = CASES[case]
+    lengths = [1, 0, 17, 64, 65, 129, 256, 257, 512, 513, 700, 1024, 2000, 4096]
+    lengths = [n for n in lengths if n <= max_keys]
     pool, tables = paged(lengths, kv_heads, 128, block_size, dtype)
     rows = len(lengths)
     lengths_R = torch.tensor(lengths, dtype=torch.int32, device="cuda")
