@@ -162,6 +162,20 @@ def test_nothing_below_the_command_line_reads_the_environment_or_runs_text():
     assert not [line for line in wrong if "sandbox" not in line], wrong
 
 
+def test_an_option_with_a_metavar_names_itself():
+    """Typer 0.27.0 takes the metavar for the name otherwise: `--MODEL`."""
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in FILES
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) == "typer.Option"
+        and any(keyword.arg == "metavar" for keyword in node.keywords)
+        and not (node.args and ast.unparse(node.args[0]).startswith("'--"))
+    ]
+    assert not wrong, wrong
+
+
 READS_THE_CARDS_SIZE = re.compile(r"mem_get_info|total_memory|set_per_process_memory_fraction")
 MAY_READ_IT = {
     "sparring.environment": "writes down what the machine is",

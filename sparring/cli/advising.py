@@ -22,7 +22,8 @@ def advise(
     prompts: Annotated[int, typer.Option(help="Prompts to sample.", min=1)] = 64,
     samples: Annotated[int, typer.Option(help="Completions of each.", min=1)] = 8,
     output: Annotated[
-        str, typer.Option(help="Write rows and recipes of the advice here.", metavar="DIR")
+        str,
+        typer.Option("--output", help="Write rows and recipes of the advice here.", metavar="DIR"),
     ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     traceback: Traceback = False,

@@ -36,9 +36,14 @@ Resume = Annotated[
 ]
 Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error was raised.")]
 Model = Annotated[
-    str, typer.Option(help="A folder, a run directory, a Hub id, or: quickstart.", metavar="MODEL")
+    str,
+    typer.Option(
+        "--model", help="A folder, a run directory, a Hub id, or: quickstart.", metavar="MODEL"
+    ),
 ]
-Adapter = Annotated[str, typer.Option(help="A PEFT adapter to put on it.", metavar="ADAPTER")]
+Adapter = Annotated[
+    str, typer.Option("--adapter", help="A PEFT adapter to put on it.", metavar="ADAPTER")
+]
 
 
 @app.callback(invoke_without_command=True)

@@ -15,7 +15,7 @@ def export(
     source: Annotated[
         str, typer.Argument(help="A run directory, a folder or a Hub id.", metavar="RUN_OR_MODEL")
     ],
-    output: Annotated[str, typer.Option(help="A new folder.", metavar="DIR")],
+    output: Annotated[str, typer.Option("--output", help="A new folder.", metavar="DIR")],
     format_name: Annotated[
         str,
         typer.Option(
@@ -25,7 +25,7 @@ def export(
     adapter: Adapter = "",
     dtype: Annotated[str, typer.Option(help="Of merged weights; auto: the base's.")] = "auto",
     system_prompt: Annotated[
-        str, typer.Option(help="In place of the recorded one.", metavar="TEXT")
+        str, typer.Option("--system-prompt", help="In place of the recorded one.", metavar="TEXT")
     ] = "",
     traceback: Traceback = False,
 ) -> None:

@@ -23,17 +23,22 @@ def evaluate(
     model: Model = "",
     adapter: Adapter = "",
     data: Annotated[
-        str, typer.Option(help="Evaluation data: a file, a Hub id, or: gsm8k.", metavar="FILE")
+        str,
+        typer.Option(
+            "--data", help="Evaluation data: a file, a Hub id, or: gsm8k.", metavar="FILE"
+        ),
     ] = "",
-    reward: Annotated[str, typer.Option(help="What judges.", metavar="NAME")] = "",
+    reward: Annotated[str, typer.Option("--reward", help="What judges.", metavar="NAME")] = "",
     against: Annotated[
         str,
         typer.Option(
-            help="Measure another model on the same prompts too: base, or a model.", metavar="MODEL"
+            "--against",
+            help="Measure another model on the same prompts too: base, or a model.",
+            metavar="MODEL",
         ),
     ] = "",
     samples: Annotated[
-        str, typer.Option(help="Write a row for each sample.", metavar="FILE.jsonl")
+        str, typer.Option("--samples", help="Write a row for each sample.", metavar="FILE.jsonl")
     ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     traceback: Traceback = False,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from sparring.cli.app import Adapter, Traceback, app
+from sparring.cli.app import Adapter, Model, Traceback, app
 from sparring.cli.terminal import emit, opened, progress, reporting, say
 from sparring.errors import UserError
 
@@ -18,19 +18,16 @@ if TYPE_CHECKING:
 
 @app.command()
 def generate(
-    model: Annotated[
-        str,
-        typer.Option(help="A folder, a run directory, a Hub id, or: quickstart.", metavar="MODEL"),
-    ],
+    model: Model,
     adapter: Adapter = "",
-    prompt: Annotated[str, typer.Option(help="One user message.", metavar="TEXT")] = "",
+    prompt: Annotated[str, typer.Option("--prompt", help="One user message.", metavar="TEXT")] = "",
     input_file: Annotated[
         str, typer.Option("--input", help='Rows with "prompt".', metavar="FILE.jsonl")
     ] = "",
     output_file: Annotated[
         str, typer.Option("--output", help="Where rows go; else printed.", metavar="FILE.jsonl")
     ] = "",
-    system_prompt: Annotated[str, typer.Option(metavar="TEXT")] = "",
+    system_prompt: Annotated[str, typer.Option("--system-prompt", metavar="TEXT")] = "",
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it stands.")] = False,
     chat: Annotated[
         bool, typer.Option("--chat", help="Talk; answers appear as they are written.")
@@ -45,7 +42,8 @@ def generate(
     top_k: Annotated[int, typer.Option(help="Keep so many; 0: all.")] = 0,
     min_p: Annotated[float, typer.Option(help="Keep from this share of the likeliest.")] = 0.0,
     stop: Annotated[
-        list[str] | None, typer.Option(help="A text that ends a completion.", metavar="TEXT")
+        list[str] | None,
+        typer.Option("--stop", help="A text that ends a completion.", metavar="TEXT"),
     ] = None,
     seed: int = 0,
     dtype: str = "auto",

@@ -46,13 +46,21 @@ def identity(
     held_out: HeldOut = "",
     empty_think: EmptyThink = False,
     template_of: Annotated[
-        str, typer.Option(help="Begin with one where this model needs it.", metavar="MODEL")
+        str,
+        typer.Option(
+            "--template-of", help="Begin with one where this model needs it.", metavar="MODEL"
+        ),
     ] = "",
     probe: Annotated[
-        str, typer.Option(help="Ask this model who it is, and write no rows.", metavar="MODEL")
+        str,
+        typer.Option(
+            "--probe", help="Ask this model who it is, and write no rows.", metavar="MODEL"
+        ),
     ] = "",
     adapter: Adapter = "",
-    system_prompt: Annotated[str, typer.Option(help="For --probe.", metavar="TEXT")] = "",
+    system_prompt: Annotated[
+        str, typer.Option("--system-prompt", help="For --probe.", metavar="TEXT")
+    ] = "",
     num_samples: Annotated[int, typer.Option(help="For --probe: of each question.", min=1)] = 3,
     temperature: Annotated[float, typer.Option(help="For --probe; 0 is greedy.")] = 0.7,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
