@@ -247,8 +247,8 @@ def _tiles_kernel(
             # the quotient that this tile must reach; a little less, for what rounding may take
             bar = tl.exp(lead - base * inverse) * 0.9999
             # E's upper 23 bits, set as the digits of 1 + E: dearer to convert than to shift
-            least = (words >> 9 | 0x3F800000).to(tl.float32, bitcast=True) - 1.0
-            if tl.max(e - least * bar, axis=0) >= 0.0:
+            under = (words >> 9 | 0x3F800000).to(tl.float32, bitcast=True) - 1.0
+            if tl.max(e - under * bar, axis=0) >= 0.0:
                 quotients = _quotient(e, exponential(words))
                 peak = tl.max(quotients, axis=0)
                 gap = tl.log(peak)
