@@ -145,7 +145,7 @@ def through(
             normed, x = add_rms_norm(added, x, layer.attention_norm, eps)
             seen["stream"].append(x)
         seen["qkv"].append(layer.qkv(normed, "policy"))
-        added = layer.attention(normed, cos, sin, plan, "policy", in_order=False)
+        added = layer.attention(normed, cos, sin, plan, "policy")
         seen["attention"].append(added)
         normed, x = add_rms_norm(added, x, layer.mlp_norm, eps)
         added = layer.mlp(normed, "policy")

@@ -27,6 +27,10 @@ from sparring.kernels import nf4_hopper
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INTEGER = ("PRMT", "LOP3", "SHF", "IADD3", "VIADD", "LEA", "ISETP", "SEL", "VIMNMX", "IABS", "BFI")
 WEIGHTS_A_PRODUCT = 64 * 16
+THREADS = 128
+"""That a matrix instruction belongs to: a warp group has its own rows of the weight."""
+TURNS = 7
+"""Of a segment of a 7B's gate and up; it does not change the loop of up to MOST_TURNS."""
 
 
 def assembly(tile: nf4_hopper.Tile) -> list[str]:
@@ -34,15 +38,16 @@ def assembly(tile: nf4_hopper.Tile) -> list[str]:
     from triton.experimental.gluon._runtime import GluonASTSource
 
     constants = {
-        **nf4_hopper.constants_of(tile), "DOUBLE": True, "SPLIT": True, "HAS_BIAS": True,
-        "OVERLAPS": True,
+        **nf4_hopper.constants_of(tile, TURNS), "DOUBLE": True, "SPLIT": True, "HAS_BIAS": True,
+        "OVERLAPS": True, "NUM_PARTS": 0, "RANK": 1, "BLOCK_R": 16, "BESIDE_SHRINK": False,
     }  # fmt: skip
     kernel = nf4_hopper._kernel
     kinds = {
-        **dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr"), "*bf16"),
-        **dict.fromkeys(("words_ptr", "count_ptr"), "*i32"),
+        **dict.fromkeys(("x_ptr", "bias_ptr", "xa_ptr", "b_ptr", "out_ptr"), "*bf16"),
+        **dict.fromkeys(("words_ptr", "count_ptr", "parts_ptr"), "*i32"),
         **dict.fromkeys(("absmax2_ptr", "offset_ptr", "map_ptr", "work_ptr"), "*fp32"),
         "absmax_ptr": "*u8",
+        "scale": "fp32",
     }
     signature = {
         name: "constexpr" if name in constants else kinds.get(name, "i32")
@@ -53,7 +58,7 @@ def assembly(tile: nf4_hopper.Tile) -> list[str]:
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
-        if name in kinds or name.startswith("stride")
+        if name.endswith("_ptr") or name.startswith("stride")
     }
     source = GluonASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": tile.num_warps, "enable_fp_fusion": False}
@@ -95,14 +100,13 @@ def products(body: list[str]) -> int:
 def counted(tile: nf4_hopper.Tile) -> dict[str, float]:
     body = loop_of(assembly(tile))
     weights = products(body) * WEIGHTS_A_PRODUCT
-    threads = 32 * tile.num_warps
     integer = sum(name.split(".")[0] in INTEGER for name in body)
     return {
         "rows": tile.block_t,
         "instructions of the loop": len(body),
         "matrix instructions": products(body),
-        "integer a weight": integer * threads / weights,
-        "all a weight": len(body) * threads / weights,
+        "integer a weight": integer * THREADS / weights,
+        "all a weight": len(body) * THREADS / weights,
     }
 
 

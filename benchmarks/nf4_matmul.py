@@ -1,14 +1,16 @@
 """Products of 1 to 256 rows with a 7B model's NF4 matrices on a GPU, as JSON.
 
-    python benchmarks/nf4_matmul.py OUTPUT.json [--sweep]
+    python -m benchmarks.nf4_matmul OUTPUT.json [--sweep]
 
 The four matrices of a layer: qkv 4608 x 3584, o 3584 x 3584, gate_up 37888 x 3584, down 3584 x
 18944. Columns: the fused kernel, the same with rows in its order of columns (column_order.py: as
-norms and SwiGLU write them in decoding), that begun while the launch before ends, and with scales
-in float32, the library's bf16 product with a weight decoded before, decoding plus that product,
-bitsandbytes' where it can be imported, and what a rank 16 adapter (q, k, v; o) adds to the fused
-kernel. First bits and errors are checked. --sweep: tiles, warps and pipeline depths instead, what
-the tables in nf4_matmul.py and nf4_hopper.py were filled from.
+norms and SwiGLU write them in decoding) begun after or while the launch before ends, the library's
+bf16 product with a weight decoded before, decoding plus that product, bitsandbytes' where it can be
+imported, and the first two with a rank 16 adapter (q, k, v; o). First bits and errors are checked.
+The limit is the longest of: bytes at the bandwidth of a copy, FLOP at the rate of a large product
+(both measured here), and on sm_90, up to 64 rows, the instructions of the compiled loop
+(nf4_instructions.py). --sweep: tiles, warps and pipeline depths instead, what the tables in
+nf4_matmul.py and nf4_hopper.py were filled from.
 
 A time is that of one call in a CUDA graph that goes through copies of the weight larger than the L2
 cache together; medians of replays.
@@ -19,17 +21,26 @@ from __future__ import annotations
 import json
 import multiprocessing
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from itertools import product
 
 import torch
-import triton
 
-from sparring.kernels import capability_of, lora, matmul, nf4, nf4_hopper, nf4_matmul
+from benchmarks.nf4_instructions import counted
+from benchmarks.rollouts import copy_bandwidth, environment, matmul_rate
+from sparring.kernels import (
+    capability_of,
+    lora,
+    matmul,
+    nf4,
+    nf4_hopper,
+    nf4_hopper_wide,
+    nf4_matmul,
+)
 from sparring.kernels.column_order import in_kernel_order
 from sparring.kernels.low_rank import LowRank
 from sparring.kernels.matmul import Tile
@@ -49,11 +60,10 @@ SWEEP = {
     128: [(64, 4, 2, 0), (128, 8, 2, 0), (64, 8, 2, 128)],
 }
 ORDERED_SWEEP = {
-    8: [(64, 4, 3, 96), (64, 4, 2, 96), (64, 4, 3, 80)],
-    16: [(64, 4, 3, 96), (64, 4, 2, 96), (64, 4, 3, 128)],
-    32: [(64, 4, 2, 96), (64, 4, 1, 96), (64, 4, 3, 128)],
-    64: [(64, 4, 2, 168), (64, 4, 2, 128), (64, 4, 1, 128), (64, 4, 1, 168)],
-    128: [(64, 4, 1, 168), (64, 4, 1, 232), (128, 8, 1, 232), (128, 8, 2, 168)],
+    8: [(64, 4, 2, 96), (64, 4, 3, 96), (64, 4, 4, 96), (128, 8, 3, 96)],
+    16: [(64, 4, 2, 96), (64, 4, 3, 96), (128, 8, 3, 96)],
+    32: [(64, 4, 2, 96), (128, 8, 2, 128), (128, 8, 3, 128)],
+    64: [(64, 4, 2, 128), (128, 8, 2, 128), (128, 8, 3, 128), (256, 16, 2, 128)],
 }
 """Of kernels/nf4_hopper.py: weight rows, warps, stages, registers."""
 
@@ -114,13 +124,29 @@ def in_order_alone(x: torch.Tensor, w: nf4.NF4Matrix) -> torch.Tensor:
     if not nf4_hopper.serves(x, capability.arch, in_order=True):
         return nf4_matmul.nf4_matmul(x, w, in_order=True)
     segments = nf4_matmul.nf4_segments_of(capability, *w.shape)
+    if len(x) > nf4_hopper.TILES[-1].block_t:
+        return nf4_hopper_wide.launch(x, w, None, segments, overlaps=False)
     return nf4_hopper.launch(x, w, None, segments, overlaps=False)
 
 
-def single_level(w: nf4.NF4Matrix) -> nf4.NF4Matrix:
-    """The same weight with scales in float32."""
-    scales = nf4.scales_of(w).clone()
-    return replace(w, absmax=scales, absmax2=None, offset=None)
+loop_of = cache(counted)
+
+
+def limits(shape: tuple[int, int], num_rows: int, ceilings: dict[str, float]) -> dict[str, float]:
+    """Microseconds that bytes, FLOP and instructions of a product take at least."""
+    (num_outputs, num_inputs), device = shape, torch.cuda.get_device_properties(CUDA)
+    weights = num_outputs * num_inputs
+    num_bytes = weights * 0.516 + 2 * num_rows * (num_outputs + num_inputs)
+    out = {
+        "bytes us": num_bytes / ceilings["bandwidth"] * 1e6,
+        "FLOP us": 2 * num_rows * weights / ceilings["matmul"] * 1e6,
+    }
+    if capability_of(CUDA).arch == nf4_hopper.ARCH and num_rows <= nf4_hopper.TILES[-1].block_t:
+        found = loop_of(matmul.first_that_holds(nf4_hopper.TILES, num_rows))
+        lanes = max(found["integer a weight"] / 64, found["all a weight"] / 128)
+        clocks = weights * lanes / device.multi_processor_count
+        out["instructions us"] = clocks / ceilings["hertz"] * 1e6
+    return out
 
 
 def adapter(name: str, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> LowRank:
@@ -162,7 +188,7 @@ def check() -> dict[str, float]:
     return out
 
 
-def table() -> list[dict[str, object]]:
+def table(ceilings: dict[str, float]) -> list[dict[str, object]]:
     try:
         import bitsandbytes.functional as bnb
     except ImportError:
@@ -171,16 +197,20 @@ def table() -> list[dict[str, object]]:
     for name, num_rows in product(MATRICES, ROWS):
         if num_rows == ROWS[0]:
             weights = weights_of(name)
+            theirs = [] if bnb is None else bitsandbytes_weights(bnb, weights)
             num_outputs, num_inputs = MATRICES[name]
             decoded = [
                 nf4.dequantize_nf4(w) for w in weights[: copies(num_outputs * num_inputs * 2)]
             ]
-        rows.append(one_row(name, num_rows, weights, decoded, bnb))
-        print(rows[-1], flush=True)
+        row = one_row(name, num_rows, weights, decoded, theirs)
+        row["limit"] = limits(MATRICES[name], num_rows, ceilings)
+        row["share of limit"] = max(row["limit"].values()) / row["rows in order, overlapping us"]
+        rows.append(row)
+        print({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
     return rows
 
 
-def one_row(name: str, num_rows: int, weights: list, decoded: list, bnb: object) -> dict:
+def one_row(name: str, num_rows: int, weights: list, decoded: list, theirs: list) -> dict:
     num_outputs, num_inputs = MATRICES[name]
     x = normal(num_rows, num_inputs)
     row: dict[str, object] = {"matrix": name, "rows": num_rows}
@@ -190,11 +220,6 @@ def one_row(name: str, num_rows: int, weights: list, decoded: list, bnb: object)
     row["rows in order, overlapping us"] = timed(
         [partial(nf4_matmul.nf4_matmul, ordered, w, in_order=True) for w in weights]
     )
-    wide = [single_level(w) for w in weights]
-    row["rows in order, float32 scales us"] = timed(
-        [partial(in_order_alone, ordered, w) for w in wide]
-    )
-    del wide
     row["library us"] = timed([partial(torch.mm, x, w.T) for w in decoded])
     row["16-bit fixed order us"] = timed([partial(matmul.launch, x, w) for w in decoded])
     scratch = torch.empty_like(decoded[0])
@@ -211,24 +236,28 @@ def one_row(name: str, num_rows: int, weights: list, decoded: list, bnb: object)
             return nf4_matmul.launch(x, w, None, adapter(name, x, a, b))
 
         row["fused + adapter us"] = timed([partial(with_adapter, w) for w in weights])
-    if bnb is not None:
-        row["bitsandbytes us"] = bitsandbytes_time(bnb, weights, x)
+
+        def ordered_with_adapter(w: nf4.NF4Matrix) -> torch.Tensor:
+            low_rank = adapter(name, x, a, b)
+            return nf4_matmul.nf4_matmul(ordered, w, None, low_rank, in_order=True)
+
+        row["rows in order + adapter us"] = timed(
+            [partial(ordered_with_adapter, w) for w in weights]
+        )
+    if theirs:
+        import bitsandbytes
+
+        row["bitsandbytes us"] = timed(
+            [lambda p=p: bitsandbytes.matmul_4bit(x, p[0].t(), p[1]) for p in theirs]
+        )
     return row
 
 
-def bitsandbytes_time(bnb: object, weights: list[nf4.NF4Matrix], x: torch.Tensor) -> float:
-    """Its own product of the same numbers of rows and the same shape (its own quantisation)."""
-    import bitsandbytes
-
-    shape = weights[0].shape
-    pairs = []
-    for _ in weights:
-        pairs.append(
-            bnb.quantize_4bit(
-                normal(*shape, scale=0.02), quant_type="nf4", compress_statistics=True
-            )
-        )
-    return timed([lambda p=p: bitsandbytes.matmul_4bit(x, p[0].t(), p[1]) for p in pairs])
+def bitsandbytes_weights(bnb: object, weights: list[nf4.NF4Matrix]) -> list[tuple]:
+    """As many weights of the same shape in its own quantisation."""
+    dense = normal(*weights[0].shape, scale=0.02)
+    given = {"quant_type": "nf4", "compress_statistics": True}
+    return [bnb.quantize_4bit(torch.roll(dense, i, 1), **given) for i in range(len(weights))]
 
 
 def candidates() -> list[tuple[str, int, int, Tile, bool]]:
@@ -265,14 +294,28 @@ def compile_some(which: int, of: int) -> None:
 
 def compile_table(which: int, of: int) -> None:
     """Fill Triton's cache with every of-th kernel of the table."""
-    weight = nf4.quantize_nf4(normal(4608, 3584, scale=0.02))
-    for num_rows in ROWS[which::of]:
-        x = normal(num_rows, 3584)
+    put_tables()
+    for num_rows, name in list(product(ROWS, MATRICES))[which::of]:
+        num_outputs, num_inputs = MATRICES[name]
+        weight = nf4.quantize_nf4(normal(*MATRICES[name], scale=0.02))
+        x = normal(num_rows, num_inputs)
+        ordered = in_kernel_order(x)
         nf4_matmul.launch(x, weight)
-        nf4_matmul.nf4_matmul(x, weight, in_order=True)
-        in_order_alone(x, weight)
-        in_order_alone(x, single_level(weight))
+        nf4_matmul.nf4_matmul(ordered, weight, in_order=True)
+        in_order_alone(ordered, weight)
         matmul.launch(x, nf4.dequantize_nf4(weight))
+        if name in PARTS:
+            a = normal(16 * len(PARTS[name]), num_inputs, scale=0.02)
+            low_rank = adapter(name, x, a, normal(num_outputs, 16, scale=0.02))
+            nf4_matmul.launch(x, weight, None, low_rank)
+            nf4_matmul.nf4_matmul(ordered, weight, None, low_rank, in_order=True)
+    torch.cuda.synchronize()
+
+
+def put_tables() -> None:
+    """Where adapters' parts lie, on the device."""
+    for name, parts in PARTS.items():
+        TABLES[name] = torch.tensor(parts, dtype=torch.int32, device=CUDA)
 
 
 def sweep() -> list[dict[str, object]]:
@@ -302,14 +345,31 @@ def sweep() -> list[dict[str, object]]:
     return rows
 
 
+def clock_hertz() -> float:
+    """The card's highest clock of its multiprocessors."""
+    given = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
+    done = subprocess.run(given, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[0]) * 1e6
+
+
+def summed(rows: list[dict], num_rows: int) -> dict[str, float]:
+    """Milliseconds of 28 layers' matrices, and how many times as fast the library and its peer."""
+    mine = [r for r in rows if r["rows"] == num_rows]
+    names = [n for n in mine[0] if n.endswith("us") and all(n in r for r in mine)]
+    out = {n.removesuffix(" us"): sum(r[n] for r in mine) * 28 / 1e3 for n in names}
+    ours = out["rows in order, overlapping"]
+    out |= {f"times {n}": out[n] / ours for n in ("library", "bitsandbytes") if n in out}
+    out["limit"] = sum(max(r["limit"].values()) for r in mine) * 28 / 1e3
+    return {name: round(value, 3) for name, value in out.items()}
+
+
 def main() -> None:
     torch.manual_seed(0)
-    for name, parts in PARTS.items():
-        TABLES[name] = torch.tensor(parts, dtype=torch.int32, device=CUDA)
+    put_tables()
+    ceilings = {"bandwidth": copy_bandwidth(), "matmul": matmul_rate(), "hertz": clock_hertz()}
     result: dict[str, object] = {
-        "date": time.strftime("%Y-%m-%d"), "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__, "triton": triton.__version__,
-        "arch": capability_of(CUDA).arch,
+        "date": time.strftime("%Y-%m-%d"), **environment(), "arch": capability_of(CUDA).arch,
+        "ceilings": ceilings,
     }  # fmt: skip
     if "--sweep" in sys.argv:
         result["sweep"] = sweep()
@@ -318,13 +378,9 @@ def main() -> None:
             pool.starmap(compile_table, [(i, len(ROWS)) for i in range(len(ROWS))])
         result["checks"] = check()
         print(json.dumps(result["checks"], indent=0), flush=True)
-        result["table"] = table()
+        result["table"] = table(ceilings)
         for num_rows in ROWS:
-            mine = [r for r in result["table"] if r["rows"] == num_rows]
-            keys = [k for k in mine[0] if k.endswith("us") and k != "fused + adapter us"]
-            print(num_rows, "rows, 28 layers, ms:", {
-                k: round(sum(r[k] for r in mine) * 28 / 1e3, 3) for k in keys if k in mine[-1]
-            })  # fmt: skip
+            print(num_rows, "rows, 28 layers, ms:", summed(result["table"], num_rows), flush=True)
     with open(sys.argv[1], "w") as file:
         json.dump(result, file, indent=1)
 

@@ -8,6 +8,8 @@ of four bytes at a time; the product would otherwise permute them once for every
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,35 @@ from sparring.kernels import jit, tl
 
 BLOCK_K = 256
 """Columns that are permuted among themselves: what a turn of the product's loop takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """How a norm or SwiGLU writes rows [T, D], without gradient, for the product that reads them.
+
+    in_order: in the order of this file, D whole blocks. both: as [2, T, D], in that order and as
+    they are, for an adapter reads them so. early: on sm_90 and later, in a launch that begins while
+    the one before it runs, and lets the next one begin at once.
+    """
+
+    in_order: bool = False
+    both: bool = False
+    early: bool = False
+
+    def of(self, rows: Tensor) -> Tensor:
+        """What is written, of rows computed elsewhere."""
+        if not self.in_order:
+            return rows
+        ordered = in_kernel_order(rows)
+        return torch.stack([ordered, rows]) if self.both else ordered
+
+    def options(self) -> dict[str, bool]:
+        """A kernel's arguments for it."""
+        early = {"launch_pdl": True} if self.early else {}
+        return {"IN_ORDER": self.in_order, "BOTH": self.both, "EARLY": self.early, **early}
+
+
+AS_THEY_ARE = Written()
 
 
 def in_kernel_order(matrix: Tensor) -> Tensor:

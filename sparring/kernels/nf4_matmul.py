@@ -11,8 +11,8 @@ runs, from x as from W. Then decoded weights are where the instruction wants the
 through shared memory and no barrier is waited for. `in_kernel_order` puts a matrix's columns so
 (kernels/column_order.py); nf4_matmul(x, W) has the bits of matmul(in_kernel_order(x),
 in_kernel_order(decoded W)). x may come in that order; else it is permuted on its way to shared
-memory, which every tile of weight rows does again. Few rows in that order on sm_90, without an
-adapter, go to kernels/nf4_hopper.py, which computes the same bits.
+memory, which every tile of weight rows does again. Up to 128 rows in that order on sm_90 go to
+kernels/nf4_hopper.py and nf4_hopper_wide.py, which compute the same bits.
 
 Bytes: 0.516 a weight (0.5625 without double quantisation) once per tile of rows of x, 2 (K + N) a
 row. 4.3 to 5.5 instructions a weight on sm_90 for up to 64 rows, some 3.1 of them integer ones of
@@ -25,7 +25,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparring.kernels import Capability, capability_of, dot, jit, nf4_hopper, tl, triton
+from sparring.kernels import (
+    Capability,
+    capability_of,
+    dot,
+    jit,
+    nf4_hopper,
+    nf4_hopper_wide,
+    tl,
+    triton,
+)
 from sparring.kernels import matmul as products
 from sparring.kernels.column_order import BLOCK_K, in_kernel_order, out_of_kernel_order
 from sparring.kernels.low_rank import LowRank, low_rank_arguments, part_of, rows_of_b
@@ -262,9 +271,11 @@ def nf4_matmul(
     if not takes(x, weight, capability):
         x = out_of_kernel_order(x) if in_order else x
         return nf4_matmul_reference(x, weight, bias, low_rank)
-    if low_rank is None and nf4_hopper.serves(x, capability.arch, in_order=in_order):
+    if nf4_hopper.serves(x, capability.arch, low_rank, in_order=in_order):
         segments = nf4_segments_of(capability, *weight.shape)
-        return nf4_hopper.launch(x, weight, bias, segments)
+        if len(x) > nf4_hopper.TILES[-1].block_t:
+            return nf4_hopper_wide.launch(x, weight, bias, segments, low_rank)
+        return nf4_hopper.launch(x, weight, bias, segments, low_rank=low_rank)
     if len(x) <= MAX_ROWS:
         return launch(x, weight, bias, low_rank, capability, in_order=in_order)
     segments = nf4_segments_of(capability, *weight.shape)

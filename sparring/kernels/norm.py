@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sparring.kernels import jit, rounded, tl, triton, uses_triton
-from sparring.kernels.column_order import in_kernel_order, place_of
+from sparring.kernels.column_order import AS_THEY_ARE, Written, place_of
 
 __all__ = [
     "rms_norm",
@@ -97,9 +97,14 @@ def _forward_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr,
     num_rows, inner, stride_outer, stride_inner, eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    IN_ORDER: tl.constexpr = False,
+    IN_ORDER: tl.constexpr = False, BOTH: tl.constexpr = False, EARLY: tl.constexpr = False,
 ):  # fmt: skip
-    """IN_ORDER: y is written in the order of kernels/column_order.py."""
+    """IN_ORDER: y is written in the order of kernels/column_order.py; BOTH: as it is too, behind
+    those rows. EARLY: begins while the launch before it runs, and lets the next begin at once.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_D)
     inside = (rows < num_rows)[:, None] & (columns < D)[None, :]
@@ -115,9 +120,12 @@ def _forward_kernel(
     scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / D + eps)
     normed = rounded(x * scale[:, None], dtype).to(tl.float32)
     weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
+    y = rounded(normed * weight[None, :], dtype)
+    if BOTH:
+        tl.store(y_ptr + num_rows * D + flat, y, mask=inside)
     if IN_ORDER:
         flat = rows[:, None] * D + place_of(columns)[None, :]
-    tl.store(y_ptr + flat, rounded(normed * weight[None, :], dtype), mask=inside)
+    tl.store(y_ptr + flat, y, mask=inside)
 
 
 @jit
@@ -231,17 +239,22 @@ def _rows_of(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
 
 
 def _forward_triton(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, in_order: bool = False
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    written: Written = AS_THEY_ARE,
 ) -> tuple[Tensor, Tensor]:
     x, rows = _rows_of(x)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    summed = y if residual is None else torch.empty_like(y)
+    shape = (2, *x.shape) if written.both else x.shape
+    y = torch.empty(shape, dtype=x.dtype, device=x.device)
+    summed = y if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tile = tile_of(x.shape[-1])
     if rows[0]:
         _forward_kernel[(triton.cdiv(rows[0], tile["ROWS"]),)](
             x, x if residual is None else residual.contiguous(), weight, y, summed, *rows, eps,
-            D=x.shape[-1], HAS_RESIDUAL=residual is not None, IN_ORDER=in_order,
-            enable_fp_fusion=True, **tile,
+            D=x.shape[-1], HAS_RESIDUAL=residual is not None, enable_fp_fusion=True, **tile,
+            **written.options(),
         )  # fmt: skip
     return y, (x if residual is None else summed)
 
@@ -292,44 +305,45 @@ class _RmsNormTriton(torch.autograd.Function):
         return dx, dx if ctx.has_residual else None, d_weight, None
 
 
-def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, *, in_order: bool = False) -> Tensor:
+def rms_norm_triton(
+    x: Tensor, weight: Tensor, eps: float, *, written: Written = AS_THEY_ARE
+) -> Tensor:
     """`rms_norm_reference` as one launch either way (two where the weight is trained)."""
     if not torch.is_grad_enabled():
-        return _forward_triton(x, None, weight, eps, in_order)[0]
-    assert not in_order, "that order is for products without gradient"
+        return _forward_triton(x, None, weight, eps, written)[0]
+    assert written == AS_THEY_ARE, "other ways are for products without gradient"
     return _RmsNormTriton.apply(x, None, weight, eps)[0]
 
 
 def add_rms_norm_triton(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, in_order: bool = False
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, written: Written = AS_THEY_ARE
 ) -> tuple[Tensor, Tensor]:
     """`add_rms_norm_reference` as one launch either way (two where the weight is trained)."""
     if not torch.is_grad_enabled():
-        return _forward_triton(x, residual, weight, eps, in_order)
-    assert not in_order, "that order is for products without gradient"
+        return _forward_triton(x, residual, weight, eps, written)
+    assert written == AS_THEY_ARE, "other ways are for products without gradient"
     pair: tuple[Tensor, Tensor] = _RmsNormTriton.apply(x, residual, weight, eps)
     return pair
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, in_order: bool = False) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, written: Written = AS_THEY_ARE) -> Tensor:
     """RMSNorm over the last dimension of x [..., D] with weight [D]; differentiable in both.
 
-    in_order: of x [T, D], D whole blocks, without gradient: in the order of column_order.py.
+    written: another way to write y, of x [T, D] without gradient.
     """
     if uses_triton(x):
-        return rms_norm_triton(x, weight, eps, in_order=in_order)
-    y = rms_norm_reference(x, weight, eps)
-    return in_kernel_order(y) if in_order else y
+        return rms_norm_triton(x, weight, eps, written=written)
+    return written.of(rms_norm_reference(x, weight, eps))
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, in_order: bool = False
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, written: Written = AS_THEY_ARE
 ) -> tuple[Tensor, Tensor]:
     """(RMSNorm of x + residual, x + residual), all [..., D]; differentiable in all three.
 
-    in_order: see `rms_norm`; the sum stays as it is.
+    written: see `rms_norm`; the sum stays as it is.
     """
     if uses_triton(x):
-        return add_rms_norm_triton(x, residual, weight, eps, in_order=in_order)
+        return add_rms_norm_triton(x, residual, weight, eps, written=written)
     y, summed = add_rms_norm_reference(x, residual, weight, eps)
-    return (in_kernel_order(y) if in_order else y), summed
+    return written.of(y), summed

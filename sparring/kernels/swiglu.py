@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparring.kernels import jit, rounded, tl, triton, uses_triton
-from sparring.kernels.column_order import in_kernel_order, place_of
+from sparring.kernels.column_order import AS_THEY_ARE, Written, place_of
 
 __all__ = [
     "swiglu",
@@ -71,19 +71,26 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
 
 @jit
 def _forward_kernel(
-    x_ptr, h_ptr, stride_xt, F: tl.constexpr, BLOCK_F: tl.constexpr, IN_ORDER: tl.constexpr = False
+    x_ptr, h_ptr, stride_xt, F: tl.constexpr, BLOCK_F: tl.constexpr,
+    IN_ORDER: tl.constexpr = False, BOTH: tl.constexpr = False, EARLY: tl.constexpr = False,
 ):  # fmt: skip
-    """IN_ORDER: h is written in the order of kernels/column_order.py."""
+    """IN_ORDER, BOTH, EARLY: see kernels/norm.py."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     inside = columns < F
     at = x_ptr + token * stride_xt + columns
     gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(at + F, mask=inside, other=0.0).to(tl.float32)
-    h = gate / (1.0 + tl.exp(-gate)) * up
+    h = rounded(gate / (1.0 + tl.exp(-gate)) * up, h_ptr.dtype.element_ty)
+    to = h_ptr + token * F
+    if BOTH:
+        tl.store(to + tl.num_programs(0).to(tl.int64) * F + columns, h, mask=inside)
     if IN_ORDER:
         columns = place_of(columns)
-    tl.store(h_ptr + token * F + columns, rounded(h, h_ptr.dtype.element_ty), mask=inside)
+    tl.store(to + columns, h, mask=inside)
 
 
 @jit
@@ -111,16 +118,17 @@ def _backward_kernel(
         tl.store(dh_ptr + token * F + columns, rounded(h, dtype), mask=inside)
 
 
-def _forward_triton(gate_up: Tensor, in_order: bool = False) -> Tensor:
+def _forward_triton(gate_up: Tensor, written: Written = AS_THEY_ARE) -> Tensor:
     x = gate_up.reshape(-1, gate_up.shape[-1]).contiguous()
     half = x.shape[1] // 2
-    h = torch.empty(len(x), half, dtype=x.dtype, device=x.device)
+    shape = (2, len(x), half) if written.both else (*gate_up.shape[:-1], half)
+    h = torch.empty(shape, dtype=x.dtype, device=x.device)
     if len(x):
         _forward_kernel[(len(x), triton.cdiv(half, BLOCK_F))](
-            x, h, x.stride(0), F=half, BLOCK_F=BLOCK_F, IN_ORDER=in_order, num_warps=NUM_WARPS,
-            enable_fp_fusion=True,
+            x, h, x.stride(0), F=half, BLOCK_F=BLOCK_F, num_warps=NUM_WARPS, enable_fp_fusion=True,
+            **written.options(),
         )  # fmt: skip
-    return h.view(*gate_up.shape[:-1], half)
+    return h
 
 
 class _SwigluTriton(torch.autograd.Function):
@@ -144,29 +152,30 @@ class _SwigluTriton(torch.autograd.Function):
         return dx.view(gate_up.shape), None
 
 
-def swiglu_triton(gate_up: Tensor, *, overwrite: bool = False, in_order: bool = False) -> Tensor:
+def swiglu_triton(
+    gate_up: Tensor, *, overwrite: bool = False, written: Written = AS_THEY_ARE
+) -> Tensor:
     """`swiglu_reference` as one launch either way.
 
     overwrite: the backward pass writes the gradient over gate_up, so it can run once and nobody
     else may read gate_up afterwards.
     """
     if not torch.is_grad_enabled():
-        return _forward_triton(gate_up, in_order)
-    assert not in_order, "that order is for products without gradient"
+        return _forward_triton(gate_up, written)
+    assert written == AS_THEY_ARE, "other ways are for products without gradient"
     product: Tensor = _SwigluTriton.apply(gate_up, overwrite)
     return product
 
 
-def swiglu(gate_up: Tensor, *, overwrite: bool = False, in_order: bool = False) -> Tensor:
+def swiglu(gate_up: Tensor, *, overwrite: bool = False, written: Written = AS_THEY_ARE) -> Tensor:
     """silu(gate) * up for gate_up [T, 2F], gate in the first half -> [T, F]; differentiable.
 
-    overwrite: on a GPU the backward pass may write over gate_up (it can run once only). in_order:
-    without gradient, F whole blocks: in the order of kernels/column_order.py.
+    overwrite: on a GPU the backward pass may write over gate_up (it can run once only). written:
+    another way to write h, without gradient.
     """
     if uses_triton(gate_up):
-        return swiglu_triton(gate_up, overwrite=overwrite, in_order=in_order)
-    h = swiglu_reference(gate_up)
-    return in_kernel_order(h) if in_order else h
+        return swiglu_triton(gate_up, overwrite=overwrite, written=written)
+    return written.of(swiglu_reference(gate_up))
 
 
 def swiglu_gradients_reference(gate_up: Tensor, dh: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparring.kernels import Capability, capability_of
+from sparring.kernels.column_order import AS_THEY_ARE, Written
+from sparring.kernels.few_rows import overlaps
 from sparring.kernels.lora import lora_expand
 from sparring.kernels.low_rank import LowRank
 from sparring.kernels.matmul import matmul
@@ -177,26 +179,30 @@ class Linear(nn.Module):
                 capability=self.capability,
             )
 
-    def reads_order(self, num_rows: int, adapter: str | None) -> bool:
-        """Whether so many rows may come in the order of kernels/column_order.py."""
-        return (
-            isinstance(self.base, Quantised)
-            and not self.is_fixed
-            and not torch.is_grad_enabled()
-            and self.adapter(adapter) is None
-            and self.base.reads_order(num_rows)
-        )
+    def reads(self, num_rows: int, adapter: str | None) -> Written:
+        """How a norm or SwiGLU is to write so many rows for this layer: as they are, or as its NF4
+        product in decoding would have them.
+        """
+        lora, base = self.adapter(adapter), self.base
+        if (
+            not isinstance(base, Quantised)
+            or self.is_fixed
+            or torch.is_grad_enabled()
+            or not base.reads_order(num_rows)
+            or (lora is not None and not lora.adds_beside(num_rows))
+        ):
+            return AS_THEY_ARE
+        return Written(in_order=True, both=lora is not None, early=overlaps(self.capability))
 
     def forward(
-        self, x_TI: Tensor, adapter: str | None = None, *, in_order: bool = False
+        self, x_TI: Tensor, adapter: str | None = None, *, written: Written = AS_THEY_ARE
     ) -> Tensor:
         """x W^T + bias, plus the named adapter's part where it has one: [T, I] -> [T, O].
 
-        in_order: x is so ordered, which `reads_order` must allow.
+        written: how x is; other than as it is only where `reads` says so.
         """
-        if in_order:
-            assert isinstance(self.base, Quantised), "`reads_order` says so"
-            return self.base.ordered_product(x_TI, self.bias)
+        if written.in_order:
+            return self._ordered(x_TI, adapter, written)
         if self.takes_blocks(x_TI):
             return lora_linear(x_TI, self.frozen(adapter))
         lora = self.adapter(adapter)
@@ -211,6 +217,16 @@ class Linear(nn.Module):
                 return self.base.product(x_TI, self.bias, low_rank)
         y_TO = self.base.matmul(x_TI, self.bias)
         return y_TO if lora is None else lora(y_TO, x_TI)
+
+    def _ordered(self, x: Tensor, adapter: str | None, written: Written) -> Tensor:
+        lora, base, low_rank = self.adapter(adapter), self.base, None
+        assert isinstance(base, Quantised), "`reads` says so"
+        if lora is not None:
+            assert written.both, "an adapter reads rows as they are"
+            x, plain_TI = x
+            low_rank = lora.low_rank(plain_TI, self.capability)
+            assert low_rank is not None, "`reads` says so"
+        return base.ordered_product(x, self.bias, low_rank)
 
     def takes_blocks(self, x_TI: Tensor) -> bool:
         """Whether x goes through models/blocks.py: over a frozen base, other than in decoding."""

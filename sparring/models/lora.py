@@ -27,6 +27,7 @@ from sparring.kernels.lora_rows import (
     wide_product,
 )
 from sparring.kernels.low_rank import LowRank
+from sparring.kernels.nf4_hopper import takes_adapter
 
 PROJECTIONS = (
     "q_proj",
@@ -221,6 +222,11 @@ class LoraAdapter(nn.Module):
         if self.a_shadow is not None and self.b_shadow is not None:
             self.a_shadow.copy_(self.a)
             self.b_shadow.copy_(self.b)
+
+    def adds_beside(self, num_rows: int) -> bool:
+        """Whether an NF4 product of rows in order can add this adapter's part (sm_90)."""
+        fits = takes_adapter(self.capability, num_rows, self.rank, self._granule)
+        return fits and self.a_shadow is not None and self.b_shadow is not None
 
     def low_rank(self, x_TI: Tensor, capability: Capability) -> LowRank | None:
         """round(x A^T) and what a product's kernel needs to add the rest; without gradient.

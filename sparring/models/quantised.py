@@ -194,10 +194,12 @@ class Quantised(nn.Module):
             and 0 < num_rows <= self._fused_rows()
         )
 
-    def ordered_product(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+    def ordered_product(
+        self, x_TI: Tensor, bias_O: Tensor | None, low_rank: LowRank | None = None
+    ) -> Tensor:
         """`product` of x in that order, where `reads_order` allows it."""
         assert self._whole is not None, "`reads_order` says so"
-        return nf4_matmul(x_TI, self._whole, bias_O, None, self.capability, in_order=True)
+        return nf4_matmul(x_TI, self._whole, bias_O, low_rank, self.capability, in_order=True)
 
     def scratch_bytes(self, num_rows: int) -> int:
         """Most bytes that `product` decodes at once for so many rows, where there is no copy."""

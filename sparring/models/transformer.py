@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sparring.errors import CheckpointError, UserError
 from sparring.kernels import Capability, capability_of
+from sparring.kernels.column_order import AS_THEY_ARE, Written
 from sparring.kernels.few_rows import max_folded_rows
 from sparring.kernels.head import head_logits, linear_logprob
 from sparring.kernels.norm import add_rms_norm, rms_norm
@@ -158,24 +159,24 @@ class DecoderLayer(nn.Module):
 
     def attention(
         self, normed_TD: Tensor, cos: Tensor, sin: Tensor, plan: AttentionPlan,
-        adapter: str | None, in_order: bool,
+        adapter: str | None, written: Written = AS_THEY_ARE,
     ) -> Tensor:  # fmt: skip
         """What attention adds to the residual stream, from its normed state (see `infer`)."""
-        heads = self.qkv(normed_TD, adapter, in_order=in_order)
+        heads = self.qkv(normed_TD, adapter, written=written)
         if isinstance(plan, PagedKernelPlan):
             attended = plan.attend_rotated(
                 heads, cos, sin, self.q_norm, self.k_norm, self.config.norm_eps, self.index,
-                self.window,
+                self.window, overlaps=written.early,
             )  # fmt: skip
         else:
-            heads = heads.view(len(normed_TD), -1, self.config.head_size)
+            heads = heads.view(len(heads), -1, self.config.head_size)
             attended = plan.attend(*self._rotate(heads, cos, sin), self.index, self.window)
-        out: Tensor = self.output(attended.reshape(len(normed_TD), -1), adapter)
+        out: Tensor = self.output(attended.reshape(len(heads), -1), adapter)
         return out
 
     def mlp(
         self, normed_TD: Tensor, adapter: str | None, *,
-        is_read: bool = True, in_order: bool = False,
+        is_read: bool = True, written: Written = AS_THEY_ARE,
     ) -> Tensor:  # fmt: skip
         """What the feed-forward adds to the residual stream, from its normed state.
 
@@ -185,11 +186,11 @@ class DecoderLayer(nn.Module):
         if all(layer.takes_blocks(normed_TD) for layer in layers):
             gate_up, down = (layer.frozen(adapter) for layer in layers)
             return lora_mlp(normed_TD, gate_up, down, is_read=is_read)
-        projected = self.gate_up(normed_TD, adapter, in_order=in_order)
-        in_order = self.down.reads_order(len(projected), adapter)
+        projected = self.gate_up(normed_TD, adapter, written=written)
+        written = self.down.reads(len(projected), adapter)
         # nothing else reads the projection, so its gradient may lie where it lay
-        hidden = swiglu(projected, overwrite=True, in_order=in_order)
-        out: Tensor = self.down(hidden, adapter, in_order=in_order)
+        hidden = swiglu(projected, overwrite=True, written=written)
+        out: Tensor = self.down(hidden, adapter, written=written)
         return out
 
     def _project(
@@ -361,15 +362,15 @@ class Decoder(nn.Module):
         added: Tensor | None = None
         for layer in self.layers:
             assert isinstance(layer, DecoderLayer), "layers are DecoderLayers"
-            order = layer.qkv.reads_order(len(x_TD), adapter)
+            way = layer.qkv.reads(len(x_TD), adapter)
             if added is None:
-                normed = rms_norm(x_TD, layer.attention_norm, eps, in_order=order)
+                normed = rms_norm(x_TD, layer.attention_norm, eps, written=way)
             else:
-                normed, x_TD = add_rms_norm(added, x_TD, layer.attention_norm, eps, in_order=order)
-            added = layer.attention(normed, cos, sin, plan, adapter, order)
-            order = layer.gate_up.reads_order(len(x_TD), adapter)
-            normed, x_TD = add_rms_norm(added, x_TD, layer.mlp_norm, eps, in_order=order)
-            added = layer.mlp(normed, adapter, in_order=order)
+                normed, x_TD = add_rms_norm(added, x_TD, layer.attention_norm, eps, written=way)
+            added = layer.attention(normed, cos, sin, plan, adapter, way)
+            way = layer.gate_up.reads(len(x_TD), adapter)
+            normed, x_TD = add_rms_norm(added, x_TD, layer.mlp_norm, eps, written=way)
+            added = layer.mlp(normed, adapter, written=way)
         assert added is not None, "a decoder has a layer"
         return add_rms_norm(added, x_TD, self.norm, eps)[0]
 

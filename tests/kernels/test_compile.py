@@ -33,6 +33,7 @@ from sparring.kernels import (
     matmul,
     nf4,
     nf4_hopper,
+    nf4_hopper_wide,
     nf4_matmul,
     norm,
     rope,
@@ -362,23 +363,35 @@ def test_squares(arch):
 
 
 @pytest.mark.parametrize(
-    "index", [2, *(pytest.param(i, marks=pytest.mark.slow) for i in (0, 1, 3))]
+    ("index", "turns", "parts"),
+    [
+        (0, 7, 0),
+        *(pytest.param(i, 2, 3, marks=[] if i == 2 else pytest.mark.slow) for i in range(4)),
+        *(pytest.param(i, 11, 0, marks=pytest.mark.slow) for i in range(4)),
+    ],
 )
 @pytest.mark.parametrize("dtype", ["*bf16", pytest.param("*fp16", marks=pytest.mark.slow)])
-def test_products_with_layouts_written_out(index, dtype):
+def test_products_with_layouts_written_out(index, turns, parts, dtype):
     tile = nf4_hopper.TILES[index]
     constants = {
-        **nf4_hopper.constants_of(tile), "DOUBLE": True, "SPLIT": True, "HAS_BIAS": True,
-        "OVERLAPS": True, "num_warps": tile.num_warps, "maxnreg": tile.max_registers,
+        **nf4_hopper.constants_of(tile, turns), "DOUBLE": True, "SPLIT": True, "HAS_BIAS": True,
+        "OVERLAPS": True, "NUM_PARTS": parts, "RANK": 16, "BLOCK_R": 16,
+        "BESIDE_SHRINK": False, "num_warps": tile.num_warps, "maxnreg": tile.max_registers,
         "enable_fp_fusion": False,
     }  # fmt: skip
-    pointers = {**POINTERS, **dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr"), dtype)}
+    halves = dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr", "xa_ptr", "b_ptr"), dtype)
+    pointers = {**POINTERS, **halves, "parts_ptr": "*i32"}
     found, ptx = check(nf4_hopper._kernel, pointers, constants, 90, products=True, stack_limit=0)
     assert found == {"wgmma.mma"}
     loop = ptx[: ptx.index("wgmma.mma")]
     assert "0xd9c8" in loop, "decoded in registers"
-    assert loop.index("griddepcontrol.wait") < loop.index("cp.async.cg.shared.global")
-    assert "cp.async.cg.shared.global" in loop, "x comes 16 bytes at a time"
+    before, after = loop.split("griddepcontrol.wait")
+    is_short = turns <= nf4_hopper.MOST_TURNS
+    assert ("griddepcontrol.launch_dependents" in before) == is_short, "else after the last turn"
+    assert "griddepcontrol.launch_dependents" in ptx
+    for part, what in ((before, "weights"), (after, "x")):
+        assert "cp.async.cg.shared.global" in part, f"{what}, 16 bytes at a time"
+        assert "cp.async.ca" not in part, f"{what}, some less than 16 bytes at a time"
 
 
 @pytest.mark.parametrize(
@@ -467,6 +480,19 @@ def test_attention_of_few_rows(group, parts):
     before, _ = ptx.split("griddepcontrol.wait", 1)
     copies = before.count("cp.async.cg.shared.global")
     assert copies == 2 * span * 128 * 2 // (16 * 128), "keys and values before the turn"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [0, 3])
+def test_products_of_many_rows_with_layouts_written_out(parts):
+    tile = nf4_hopper.WIDE
+    constants = {
+        **nf4_hopper_wide.constants(), "DOUBLE": True, "SPLIT": True, "HAS_BIAS": True,
+        "OVERLAPS": True, "NUM_PARTS": parts, "RANK": 16, "BLOCK_R": 16, "BESIDE_SHRINK": parts > 0,
+        "num_warps": tile.num_warps, "maxnreg": tile.max_registers, "enable_fp_fusion": False,
+    }  # fmt: skip
+    pointers = {**POINTERS, "parts_ptr": "*i32"}
+    check(nf4_hopper_wide._kernel, pointers, constants, 90, products=True, stack_limit=144)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -24,6 +24,7 @@ FIRST = {"", "attention"}
 """What one of the two processes runs; the other runs all the rest."""
 NOT_INTERPRETED = {
     "nf4_hopper._kernel",
+    "nf4_hopper_wide._kernel",
     "few_rows_hopper._ring_kernel",
     "few_rows_strips._strips_kernel",
     "few_rows_attention._attention_kernel",

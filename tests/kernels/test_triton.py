@@ -11,8 +11,9 @@ import os
 import pytest
 import torch
 
-from sparring.kernels import embedding, head, int8, nf4, norm, rope, swiglu
-from sparring.kernels.column_order import in_kernel_order
+from sparring.kernels import capability_of, embedding, head, int8, nf4, norm, rope, swiglu
+from sparring.kernels.column_order import Written, in_kernel_order
+from sparring.kernels.few_rows import overlaps
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -356,16 +357,21 @@ def test_norm_and_swiglu_in_the_order_of_an_nf4_product(width):
     x = random(5, width, dtype=torch.bfloat16)
     residual = random(5, width, dtype=torch.bfloat16, seed=1)
     weight = random(width, dtype=torch.bfloat16, seed=2)
+    gate_up = torch.cat([x, residual], dim=1)
+    early = overlaps(capability_of(DEVICE))
     with torch.no_grad():
-        want = norm.rms_norm_triton(x, weight, 1e-6)
-        got = norm.rms_norm_triton(x, weight, 1e-6, in_order=True)
-        assert torch.equal(got, in_kernel_order(want))
-        want, summed = norm.add_rms_norm_triton(x, residual, weight, 1e-6)
-        got, same = norm.add_rms_norm_triton(x, residual, weight, 1e-6, in_order=True)
-        assert torch.equal(got, in_kernel_order(want))
-        assert torch.equal(same, summed)
-        gate_up = torch.cat([x, residual], dim=1)
-        want = swiglu.swiglu_triton(gate_up)
-        assert torch.equal(swiglu.swiglu_triton(gate_up, in_order=True), in_kernel_order(want))
-        want = swiglu.swiglu(gate_up)
-        assert torch.equal(swiglu.swiglu(gate_up, in_order=True), in_kernel_order(want))
+        plain = norm.rms_norm_triton(x, weight, 1e-6)
+        added, summed = norm.add_rms_norm_triton(x, residual, weight, 1e-6)
+        gated = swiglu.swiglu_triton(gate_up)
+        for both, begins in ((False, False), (True, False), (False, early), (True, early)):
+            way = Written(in_order=True, both=both, early=begins)
+            assert torch.equal(norm.rms_norm_triton(x, weight, 1e-6, written=way), way.of(plain))
+            got, same = norm.add_rms_norm_triton(x, residual, weight, 1e-6, written=way)
+            assert torch.equal(got, way.of(added))
+            assert torch.equal(same, summed)
+            assert torch.equal(swiglu.swiglu_triton(gate_up, written=way), way.of(gated))
+            want = swiglu.swiglu(gate_up)
+            assert torch.equal(swiglu.swiglu(gate_up, written=way), way.of(want))
+    ordered = in_kernel_order(plain)
+    assert torch.equal(Written(in_order=True).of(plain), ordered)
+    assert torch.equal(Written(in_order=True, both=True).of(plain), torch.stack([ordered, plain]))

@@ -105,6 +105,38 @@ def test_rows_that_come_in_the_order_of_the_sum(dtype):
     assert torch.equal(row[0], nf4.dequantize_nf4_reference(weight)[:, 300])
 
 
+@pytest.mark.parametrize("num_rows", [3] if INTERPRETED else [1, 8, 13, 32, 50, 70, 128])
+@pytest.mark.parametrize(("rank", "columns"), [(8, 256)] if INTERPRETED else [(8, 256), (40, 2560)])
+def test_rows_in_order_with_an_adapter_whose_parts_are_whole_tiles(num_rows, rank, columns):
+    """On sm_90 by kernels/nf4_hopper.py: a part without adapter, a bias, several segments."""
+    dtype = torch.bfloat16
+    x = random(num_rows, columns, dtype=dtype, seed=1)
+    weight = nf4.quantize_nf4(random(384, columns, dtype=dtype, scale=0.1))
+    bias, b = random(384, dtype=dtype, seed=2), random(256, rank, dtype=dtype, seed=3, scale=0.3)
+    a = random(2 * rank, columns, dtype=dtype, seed=4, scale=0.1)
+    parts = torch.tensor([[0, 128, 0, 0], [256, 384, 128, rank]], dtype=torch.int32, device=DEVICE)
+    capability = capability_of(DEVICE)
+
+    def adapter(beside):
+        xa, scratch = lora.lora_shrink_triton(x, a), None
+        if beside:
+            xa, scratch = lora.lora_shrink_beside(x, a, capability)
+        return adapters.LowRank(xa=xa, b=b, parts=parts, scale=0.75, granule=128, scratch=scratch)
+
+    segments = nf4_matmul.nf4_segments_of(capability, 384, columns)
+    want = nf4_matmul.launch(x, weight, bias, adapter(False), segments=segments)
+    ordered = column_order.in_kernel_order(x)
+    plain = nf4_matmul.launch(x, weight, bias, segments=segments)
+    for beside in (False,) if INTERPRETED else (False, True, True):
+        low_rank = adapter(beside)
+        got = nf4_matmul.nf4_matmul(ordered, weight, bias, low_rank, in_order=True)
+        if INTERPRETED:
+            assert error(got, want) < LIMIT[dtype]
+        else:
+            assert torch.equal(got, want)
+            assert torch.equal(got[:, 128:256], plain[:, 128:256]), "no adapter there"
+
+
 def test_tiles_within_one_part():
     x = random(5, 64, dtype=torch.bfloat16)
     weight = nf4.quantize_nf4(random(192, 64, dtype=torch.bfloat16, scale=0.1))
