@@ -16,13 +16,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from sparring.deadline import within
 from sparring.errors import DataError
 
 Row = dict[str, Any]
-BadRowPolicy = Literal["error", "skip"]
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv")
 SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")

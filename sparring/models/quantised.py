@@ -96,11 +96,6 @@ class Quantised(nn.Module):
         return sum(self.part_rows), self.num_inputs
 
     @property
-    def is_fused(self) -> bool:
-        """Whether all matrices are there, in NF4, stacked into one."""
-        return self._whole is not None
-
-    @property
     def num_bytes(self) -> int:
         """Bytes that the weight holds."""
         if self._whole is not None:

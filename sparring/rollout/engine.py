@@ -57,11 +57,6 @@ class EngineStats:
     peak_blocks: int = 0
 
     @property
-    def prefill_tokens_per_second(self) -> float:
-        """Tokens computed in prefill steps for each second of them."""
-        return self.num_prefill_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
-
-    @property
     def decode_tokens_per_second(self) -> float:
         """Tokens sampled in decode steps for each second of them."""
         return self.num_decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
