@@ -40,7 +40,6 @@ from sparring.kernels.few_rows_strips import Strips
 from sparring.kernels.matmul import Tile
 from sparring.kernels.sampling import draw_tokens
 from sparring.layout import DecodeLayout
-from sparring.models import few_rows as chain_of_steps
 from sparring.models.few_rows import step_logits
 from sparring.models.transformer import Decoder, new_kv_pool
 from sparring.rollout.sampler import Sampling, draw_rules
@@ -191,14 +190,9 @@ def a_layer(graph: torch.cuda.CUDAGraph, num_layers: int) -> list[tuple[str, flo
 
 @contextmanager
 def knobs(model: Decoder, chosen: dict[str, Any]) -> Iterator[None]:
-    """What the chain asks for, its attention, and products that are left to the library, changed
-    for a while.
-    """
-    kept = chain_of_steps.ASKED_BYTES, chain_of_steps.CACHE_BYTES
+    """The chain's attention, and products that are left to the library, changed for a while."""
     kept_forms = few_rows.FORMS, few_rows.RINGS
     keys, pairs = paged_attention.ASKED_BYTES, few_rows_attention.MAX_PAIRS
-    chain_of_steps.ASKS_FOR_WEIGHTS = "asked" in chosen
-    chain_of_steps.ASKED_BYTES = chosen.get("asked", kept[0])
     paged_attention.ASKED_BYTES = chosen.get("keys", keys)
     few_rows_attention.MAX_PAIRS = chosen.get("pairs", pairs)
     left = {shapes_of(model)[which] for which in chosen.get("library", ())}
@@ -208,9 +202,7 @@ def knobs(model: Decoder, chosen: dict[str, Any]) -> Iterator[None]:
     try:
         yield
     finally:
-        chain_of_steps.ASKED_BYTES, chain_of_steps.CACHE_BYTES = kept
         few_rows.FORMS, few_rows.RINGS = kept_forms
-        chain_of_steps.ASKS_FOR_WEIGHTS = False
         paged_attention.ASKED_BYTES, few_rows_attention.MAX_PAIRS = keys, pairs
 
 
@@ -221,7 +213,6 @@ def variants_of(num_rows: int) -> dict[str, dict[str, Any]]:
         "keys after their turn": {"pairs": 0},
         "and not asked for": {"pairs": 0, "keys": 0},
         "library's products": {"library": products},
-        "library's products, their weights asked for": {"library": products, "asked": 16 << 20},
     }
     if num_rows > 32:
         return found

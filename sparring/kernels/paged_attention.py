@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from sparring.kernels import Capability, jit, rounded, tile_decode, tl, triton
-from sparring.kernels.chain import Ahead, ask
 from sparring.kernels.paged_plan import DecodeWorkspace, span_of, split_of, takes_tiles
 from sparring.kernels.rotate_write import (
     LEAST_VALUES,
@@ -89,37 +88,27 @@ def read_slots(kv_pool: KVPool, layer: int, blocks: Tensor, places: Tensor) -> T
 
 @jit
 def _before_turn(
-    k_ptr, table_ptr, length_ptr, next_ptr, next_lines, next_step, after_ptr, after_lines,
-    after_step, asked_keys, K: tl.constexpr, E: tl.constexpr, B: tl.constexpr, KEYS: tl.constexpr,
-    ASKS: tl.constexpr,
+    k_ptr, table_ptr, length_ptr, asked_keys, K: tl.constexpr, E: tl.constexpr, B: tl.constexpr,
+    KEYS: tl.constexpr, ASKS: tl.constexpr,
 ):  # fmt: skip
-    """Asks for the program's first keys and values and for weights to come, then waits for its
-    turn.
-    """
-    part = tl.program_id(2)
+    """Asks for the program's first keys and values, then waits for its turn."""
     if ASKS:
-        low = part * KEYS
+        low = tl.program_id(2) * KEYS
         end = tl.minimum(tl.load(length_ptr), low + tl.minimum(asked_keys, KEYS))
         ask_for_keys(k_ptr, k_ptr + K * B * E, table_ptr, low, end, 2 * K * B * E, B, E)
-    program = (part * K + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-    programs = tl.num_programs(0) * K * tl.num_programs(2)
-    ask(next_ptr, next_lines, next_step, 0, program, programs)
-    ask(after_ptr, after_lines, after_step, 0, program, programs)
     tl.extra.cuda.gdc_launch_dependents()  # it waits for the end of this one
     tl.extra.cuda.gdc_wait()
 
 
 @jit(
     do_not_specialize=[
-        "layer", "num_blocks", "num_slots", "table_stride", "window", "next_lines", "next_step",
-        "after_lines", "after_step", "asked_keys",
+        "layer", "num_blocks", "num_slots", "table_stride", "window", "asked_keys",
     ]
 )  # fmt: skip
 def _decode_kernel(
     q_ptr, address_ptr, tables_ptr, lengths_ptr, shared_ptr, out_ptr, partial_ptr, states_ptr,
     tickets_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, slots_ptr, stride_t, table_stride, layer,
-    num_blocks, num_slots, scale, window, eps, next_ptr, next_lines, next_step, after_ptr,
-    after_lines, after_step, asked_keys,
+    num_blocks, num_slots, scale, window, eps, asked_keys,
     K: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr, B: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, HAS_WINDOW: tl.constexpr,
     KV_DTYPE: tl.constexpr, LIMIT: tl.constexpr, SHARED: tl.constexpr, ROTATES: tl.constexpr,
@@ -133,8 +122,8 @@ def _decode_kernel(
     k_ptr = pool_ptr + (layer.to(tl.int64) * num_blocks * (2 * K) + kv_head) * (B * E)
     if OVERLAPS:  # in a chain of launches, see chain.py; lengths are as the step began
         _before_turn(
-            k_ptr, tables_ptr + row * table_stride, lengths_ptr + row, next_ptr, next_lines,
-            next_step, after_ptr, after_lines, after_step, asked_keys, K, E, B, SPLIT * SPAN, ASKS,
+            k_ptr, tables_ptr + row * table_stride, lengths_ptr + row, asked_keys, K, E, B,
+            SPLIT * SPAN, ASKS,
         )  # fmt: skip
     scales_ptr = scales_of(address_ptr, layer, num_blocks, kv_head, K, B, LIMIT)
     shared = 0
@@ -268,9 +257,9 @@ def paged_decode_triton(
             q_RHE.contiguous(), kv_pool.address, tables_RN, lengths_R,
             lengths_R if shared_R is None else shared_R, out, workspace.partial, workspace.states,
             workspace.tickets, *[workspace.states] * 4, tables_RN, 0, tables_RN.stride(0), layer,
-            kv_pool.num_blocks, max_splits, LOG2_E / math.sqrt(size), window, 0.0, q_RHE, 0, 1,
-            q_RHE, 0, 1, 0, HAS_WINDOW=window > 0, ROTATES=False, HAS_NORM=False, OVERLAPS=False,
-            ASKS=False, **form, **constants,
+            kv_pool.num_blocks, max_splits, LOG2_E / math.sqrt(size), window, 0.0, 0,
+            HAS_WINDOW=window > 0, ROTATES=False, HAS_NORM=False, OVERLAPS=False, ASKS=False,
+            **form, **constants,
         )  # fmt: skip
     return out
 
@@ -295,14 +284,12 @@ def rotate_decode_triton(
     workspace: DecodeWorkspace | None = None,
     shared_R: Tensor | None = None,
     overlaps: bool = False,
-    ahead: tuple[Ahead, Ahead] | None = None,
 ) -> Tensor:
     """`rotate_write` and `paged_decode_triton` of its queries in one launch, the same bits.
 
     The program of a row's last split writes the row's new key and value before it reads them; a row
     of length 0 writes nothing. overlaps: it may be launched while the launch before it runs, and
-    waits for that one (few_rows.py); ahead: weights of the next two products to be asked for before
-    that (chain.py).
+    waits for that one (few_rows.py).
     """
     rows, size = len(qkv_RC), kv_pool.data.shape[5]
     num_kv_heads = kv_pool.data.shape[3]
@@ -313,11 +300,8 @@ def rotate_decode_triton(
     has_norm = q_norm is not None and k_norm is not None
     constants = constants_of(kv_pool.data, num_heads) | split_of(capability, size) | OPTIONS
     constants["BLOCK_M"] = rotated_columns(constants["GROUP"], constants["BLOCK_E"], has_norm)
-    asked: list[object] = [qkv_RC, 0, 1, qkv_RC, 0, 1]
     if overlaps:
         constants["launch_pdl"] = True
-    if ahead is not None:
-        asked = [item for one in ahead for item in (one.weight, one.lines, one.stride)]
     if rows and _takes_tiles(capability, rows, constants, shared_R, max_splits):
         norms = [q_norm, k_norm] if has_norm else [cos, cos]
         _by_tiles(
@@ -334,7 +318,7 @@ def rotate_decode_triton(
             workspace.tickets, cos.contiguous(), sin.contiguous(),
             q_norm if has_norm else cos, k_norm if has_norm else cos, slots_R, qkv_RC.stride(0),
             tables_RN.stride(0), layer, kv_pool.num_blocks, max_splits, LOG2_E / math.sqrt(size),
-            window, eps, *asked, _keys_asked_for(grid, kv_pool), HAS_WINDOW=window > 0,
+            window, eps, _keys_asked_for(grid, kv_pool), HAS_WINDOW=window > 0,
             ROTATES=True, HAS_NORM=has_norm, OVERLAPS=overlaps,
             ASKS=overlaps and _asks(form, constants, window), **form, **constants,
         )  # fmt: skip

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from sparring.kernels import Capability, few_rows_attention
-from sparring.kernels.chain import Ahead
 from sparring.kernels.paged_attention import paged_decode_triton, rotate_decode_triton
 from sparring.kernels.paged_plan import DecodeWorkspace, PrefillTiles, sharing_pays, split_of
 from sparring.kernels.paged_prefill import paged_prefill_triton
@@ -118,12 +117,11 @@ class PagedKernelPlan:
         *,
         chained: bool = False,
         overlaps: bool = False,
-        ahead: tuple[Ahead, Ahead] | None = None,
     ) -> Tensor:
         """Norm and rotate the projection qkv [T, (H + 2K) E], write and attend: [T, H, E].
 
         A decode step is one launch. chained: it is one of models/few_rows.py, whose order of sums
-        is its own. overlaps, ahead: of a decode step only, see kernels/chain.py.
+        is its own. overlaps: of a decode step only, see kernels/chain.py.
         """
         block_size, size = self.pool.data.shape[4:]
         max_keys = self.max_splits * split_of(self.capability, size)["SPLIT"]
@@ -168,7 +166,6 @@ class PagedKernelPlan:
                 workspace=self._decode_workspace(num_heads),
                 shared_R=self._shared_splits(num_heads, window),
                 overlaps=overlaps,
-                ahead=ahead,
             )
         q_THE = rotate_write_triton(
             qkv_TC, cos, sin, q_norm, k_norm, eps, self.slots_T, self.pool, layer

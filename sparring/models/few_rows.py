@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparring.kernels import Capability
-from sparring.kernels.chain import Ahead, add_norm_ahead, ahead_of, swiglu_ahead
+from sparring.kernels.chain import add_norm_early, swiglu_early
 from sparring.kernels.few_rows import (
     Norm,
     Squares,
@@ -30,7 +30,6 @@ from sparring.kernels.few_rows_hopper import Ring
 from sparring.kernels.few_rows_strips import Strips
 from sparring.kernels.matmul import BLOCK
 from sparring.kernels.norm import add_rms_norm, rms_norm
-from sparring.kernels.paged_plan import split_of
 from sparring.kernels.step_start import start_step
 from sparring.kernels.swiglu import swiglu
 from sparring.layout import DecodeLayout, KVPool
@@ -39,15 +38,6 @@ from sparring.models.attention_paged_kernel import PagedKernelPlan
 from sparring.models.linear import Dense, Linear
 from sparring.models.quantised import Quantised
 from sparring.models.transformer import Decoder, DecoderLayer
-
-ASKS_FOR_WEIGHTS = False
-"""Whether norms and SwiGLU are launched early, and they and attention ask for weights of products
-to come (kernels/chain.py): the same bits, not yet timed against doing without.
-"""
-ASKED_BYTES = 16 << 20
-"""Of the weights of a product to come, asked for by one launch."""
-CACHE_BYTES = 24 << 20
-"""Of keys, values and weights that attention asks for: half of an H100's L2 cache."""
 
 
 def step_logits(
@@ -159,19 +149,17 @@ class _Stream:
         if folds and self.added is None:
             folded = Norm(weight=norm, eps=self.eps, squares=self.squares)
             return product(self.x_TD, weight, bias, norm=folded)[0]
-        # attention has asked for other lines of gate and up
-        normed = self.normed(norm, weight, turn=int(gated))
+        normed = self.normed(norm, weight)
         if form is not None:
             return product(normed, weight, bias)[0]
         return F.linear(normed, weight, bias)
 
-    def normed(self, norm: Tensor, weight: Tensor, *, turn: int = 0) -> Tensor:
+    def normed(self, norm: Tensor, weight: Tensor) -> Tensor:
         """The stream's norm, with what was to be added; a product with the weight reads it."""
         if self.launches_early(weight):
-            ahead = ahead_of(weight, ASKED_BYTES if ASKS_FOR_WEIGHTS else 0, turn=turn)
             residual = None if self.added is None else self.x_TD
             x_TD = self.x_TD if self.added is None else self.added
-            normed, self.x_TD = add_norm_ahead(x_TD, residual, norm, self.eps, ahead)
+            normed, self.x_TD = add_norm_early(x_TD, residual, norm, self.eps)
         elif self.added is None:
             normed = rms_norm(self.x_TD, norm, self.eps)
         else:
@@ -189,17 +177,15 @@ class _Stream:
         read = _weight_of(down)
         assert read is not None, "`serves` says so"
         if self.launches_early(read):
-            return swiglu_ahead(y, ahead_of(read, ASKED_BYTES if ASKS_FOR_WEIGHTS else 0))
+            return swiglu_early(y)
         return swiglu(y)
 
     def launches_early(self, weight: Tensor) -> bool:
-        """Whether what comes before a product with the weight may begin early: for the weights'
-        sake, that it asks for or that the product's own launch does, which comes after it.
+        """Whether what comes before a product with the weight begins early: so that the product's
+        own launch, which comes after it, can bring its weights.
         """
-        if not overlaps(self.capability):
-            return False
         form = form_of(self.capability, len(self.x_TD), weight)
-        return ASKS_FOR_WEIGHTS or isinstance(form, Ring | Strips)
+        return overlaps(self.capability) and isinstance(form, Ring | Strips)
 
     def onto(self, y: Tensor, linear: Linear, ahead: Linear | None = None) -> None:
         """Adds a product to the stream; weights of `ahead` may be asked for beside it."""
@@ -220,22 +206,6 @@ class _Stream:
             form=form,
             ahead=None if ahead is None else _weight_of(ahead),
         )
-
-
-def _beside_attention(layer: DecoderLayer, plan: PagedKernelPlan) -> tuple[Ahead, Ahead] | None:
-    """Weights that attention asks for: what the cache has room for beside its keys and values."""
-    data = plan.pool.data
-    split = split_of(layer.qkv.capability, data.shape[5])["SPLIT"]
-    tokens = len(plan.lengths_R) * plan.max_splits * split
-    room = CACHE_BYTES - tokens * 2 * data.shape[3] * data.shape[5] * data.element_size()
-    output, gate_up = _weight_of(layer.output), _weight_of(layer.gate_up)
-    assert output is not None, "`serves` says so"
-    assert gate_up is not None, "`serves` says so"
-    if not ASKS_FOR_WEIGHTS or room <= 0 or not overlaps(layer.qkv.capability):
-        return None
-    near = ahead_of(output, room)
-    room -= output.nbytes // near.stride
-    return near, ahead_of(gate_up, min(room, ASKED_BYTES))
 
 
 def run_layers(
@@ -262,7 +232,6 @@ def run_layers(
             layer.window,
             chained=True,
             overlaps=overlaps(capability),
-            ahead=_beside_attention(layer, plan),
         )
         stream.onto(attended.view(len(x_TD), -1), layer.output, layer.gate_up)
         stream.onto(stream.gate(layer.gate_up, layer.mlp_norm, layer.down), layer.down)

@@ -333,14 +333,13 @@ def test_forms_that_are_in_use(which):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_small_launches_of_a_chain(arch):
-    """Only from sm_90 on do they overlap; then nothing but hints comes before the wait."""
+    """Only from sm_90 on do they overlap; then nothing is read before the wait."""
     overlaps = few_rows.overlaps(Capability(arch=arch, tensor_dots=True))
-    pointers = {**POINTERS, "ahead_ptr": "*bf16"}
     sizes = {"D": 3584, "HAS_RESIDUAL": True, "OVERLAPS": overlaps, **norm.tile_of(3584)}
-    found = [check(chain._norm_ahead_kernel, pointers, sizes, arch)[1]]
+    found = [check(chain._norm_early_kernel, POINTERS, sizes, arch)[1]]
     sizes = {"F": 18944, "BLOCK_F": swiglu.BLOCK_F, "num_warps": swiglu.NUM_WARPS}
     sizes["OVERLAPS"] = overlaps
-    found.append(check(chain._swiglu_ahead_kernel, pointers, sizes, arch)[1])
+    found.append(check(chain._swiglu_early_kernel, POINTERS, sizes, arch)[1])
     for ptx in found:
         assert ("griddepcontrol.wait" in ptx) == overlaps
         before = ptx.partition("griddepcontrol.wait")[0] if overlaps else ""

@@ -95,17 +95,16 @@ def test_norm_and_swiglu_of_a_chain_have_the_bits_of_the_plain_ones(rows):
     dtype, width = torch.bfloat16, 96
     x, before = (random(rows, width, dtype=dtype, seed=i) for i in (1, 2))
     gain = random(width, dtype=dtype, seed=3) + 1
-    ahead = chain.ahead_of(random(64, width, dtype=dtype, seed=4), 1 << 20)
-    given = {"ahead": ahead, "overlaps": few_rows.overlaps(CAPABILITY)}
+    given = {"overlaps": few_rows.overlaps(CAPABILITY)}
     for residual in (None, before):
-        got = chain.add_norm_ahead(x, residual, gain, 1e-6, **given)
+        got = chain.add_norm_early(x, residual, gain, 1e-6, **given)
         if residual is None:
             want = (rms_norm_triton(x, gain, 1e-6), x)
         else:
             want = add_rms_norm_triton(x, residual, gain, 1e-6)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     gate_up = random(rows, 2 * 1100, dtype=dtype, seed=5)
-    assert torch.equal(chain.swiglu_ahead(gate_up, **given), swiglu_triton(gate_up))
+    assert torch.equal(chain.swiglu_early(gate_up, **given), swiglu_triton(gate_up))
 
 
 def test_forms_serve_the_rows_they_were_measured_for():
@@ -117,19 +116,6 @@ def test_forms_serve_the_rows_they_were_measured_for():
     found = [few_rows.form_of(hopper, n, gate_up) is not None for n in (16, 17, 32, 33)]
     assert found == [False, True, True, False]
     assert few_rows.form_of(Capability(arch=80, tensor_dots=True), 8, weight) is None
-
-
-def test_which_lines_are_asked_for():
-    weight = torch.empty(48, 640, dtype=torch.bfloat16)  # 480 lines of 64 numbers
-    whole = chain.ahead_of(weight, 1 << 20)
-    assert (whole.lines, whole.stride, whole.first) == (480, 1, 0)
-    assert chain.ahead_of(weight, 1 << 20, turn=1).lines == 0, "nothing is left to ask for"
-    parts = [chain.ahead_of(weight, 20_000, turn=turn) for turn in (0, 1)]
-    lines = [set(range(one.first, one.first + one.lines * one.stride, one.stride)) for one in parts]
-    assert not lines[0] & lines[1]
-    assert max(lines[0] | lines[1]) < 480
-    assert all(len(each) * 128 <= 20_000 for each in lines)
-    assert chain.ahead_of(weight, 0).lines == 0
 
 
 def test_the_start_of_a_step():
@@ -145,9 +131,9 @@ def test_the_start_of_a_step():
         assert (table_got - table_want).abs().max() < 3e-7
 
 
-@pytest.mark.parametrize(("folds", "asks"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(("folds", "early"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_a_decoder_step_as_a_chain(qk_norm, folds, asks, monkeypatch):
+def test_a_decoder_step_as_a_chain(qk_norm, folds, early, monkeypatch):
     """The layers' own forward and the chain, with the library's products and with folded ones, over
     the same keys and values.
     """
@@ -165,7 +151,8 @@ def test_a_decoder_step_as_a_chain(qk_norm, folds, asks, monkeypatch):
         form = general_form(CAPABILITY, rows, *shape)
         forms[shape] = replace(form, tile=replace(form.tile, block_t=16))
     monkeypatch.setitem(few_rows.FORMS, CAPABILITY.arch, forms)
-    monkeypatch.setattr(steps, "ASKS_FOR_WEIGHTS", asks)
+    early = early and few_rows.overlaps(CAPABILITY)
+    monkeypatch.setattr(steps._Stream, "launches_early", lambda *_: early)
     found = []
     for fuses in (False, True):
         pool = new_kv_pool(config, 4, 16, torch.bfloat16, DEVICE)
