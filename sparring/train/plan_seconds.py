@@ -32,14 +32,18 @@ each time it is passed. A layer costs so many of each, and below their sum the c
 three recipes in two runs beside an H200 whose host took train/host.py's REFERENCE_MICROSECONDS)."""
 STEP_SECONDS = 0.02
 """A step's packing, clipping and reading of metrics."""
-DECODE_LAYER_SECONDS, DECODE_ROW_SECONDS = 29e-6, 2e-6
+DECODE_LAYER_SECONDS, DECODE_ROW_SECONDS = 29e-6, 1.2e-6
 """Starts of kernels in a captured decode step, and what a row costs in sampling and the host."""
+CHAIN_ROWS, CHAIN_START_SECONDS, CHAIN_LAYER_SECONDS = 8, 12e-6, 36e-6
+"""On Hopper cards launches overlap where so few rows go through 16-bit weights without adapter: a
+layer's starts cost less, and a layer takes at least so long."""
 DECODE_SHARE = 0.94
 """Of a copy's bandwidth, that products of a few rows reach."""
 NF4_BYTES = 0.5159
-NF4_OPERATIONS, NF4_ROW_OPERATIONS = 3.2, 0.14
-"""Cycles of an integer lane that a fused product takes to decode a weight, and more by row."""
-DECODE_ADAPTED_SECONDS = 7e-6
+NF4_CYCLES = {90: (5.0, 0.058), 0: (6.5, 0.11)}
+"""By architecture (0: all others): cycles of an integer lane that a fused product takes to decode
+a weight, and more by row; both measured on an H200, which has the kernels of all others too."""
+DECODE_ADAPTED_SECONDS = 5.5e-6
 """What an adapter adds to a decode step, a linear layer."""
 PREFILL_SHARE = 0.75
 """Of the tensor peak, that prefill's products reach."""
@@ -250,18 +254,21 @@ def _decode_step(model: Trained, work: Work, rows: int, settings: Settings, card
     if not model.is_quantised or settings.caches_weights:
         products = max(linear * model.item / bandwidth, flops)
     else:
-        cycles = NF4_OPERATIONS + NF4_ROW_OPERATIONS * rows
-        by_instructions = linear * cycles / card.lanes
+        a_weight, a_row = NF4_CYCLES.get(card.arch, NF4_CYCLES[0])
+        by_instructions = linear * (a_weight + a_row * rows) / card.lanes
         fused = max(linear * NF4_BYTES / bandwidth, flops, by_instructions)
         decoded = linear * (NF4_BYTES + 2 + model.item) / bandwidth + flops
         products = min(fused, decoded)
+    adapted = sum(bool(size.adapted) for size in model.linears().values())
+    a_layer = DECODE_LAYER_SECONDS + adapted * DECODE_ADAPTED_SECONDS
+    if card.arch == 90 and rows <= CHAIN_ROWS and not adapted and not model.is_quantised:
+        a_product = products / config.num_layers / DECODE_SHARE
+        a_layer = max(CHAIN_START_SECONDS, CHAIN_LAYER_SECONDS - a_product)
     head = config.vocab_size * config.width
     products += max(head * model.item / bandwidth, 2.0 * head * rows / (card.flops * MATMUL_SHARE))
     context = work.prompt_tokens + work.completion_tokens / 2
     attention = rows * context * model.kv_bytes_per_token / bandwidth
     logits = 2.0 * rows * config.vocab_size * 4 / bandwidth
-    adapted = sum(bool(size.adapted) for size in model.linears().values())
-    a_layer = DECODE_LAYER_SECONDS + adapted * DECODE_ADAPTED_SECONDS
     starts = config.num_layers * a_layer + rows * DECODE_ROW_SECONDS
     return (products + attention + logits) / DECODE_SHARE + starts
 
