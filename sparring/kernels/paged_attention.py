@@ -19,8 +19,8 @@ import math
 import torch
 from torch import Tensor
 
-from sparring.kernels import Capability, jit, rounded, tile_decode, tl, triton
-from sparring.kernels.paged_plan import DecodeWorkspace, span_of, split_of, takes_tiles
+from sparring.kernels import Capability, jit, rounded, tl, triton
+from sparring.kernels.paged_plan import DecodeWorkspace, span_of, split_of
 from sparring.kernels.rotate_write import (
     LEAST_VALUES,
     kv_dtype_of,
@@ -302,14 +302,7 @@ def rotate_decode_triton(
     constants["BLOCK_M"] = rotated_columns(constants["GROUP"], constants["BLOCK_E"], has_norm)
     if overlaps:
         constants["launch_pdl"] = True
-    if rows and _takes_tiles(capability, rows, constants, shared_R, max_splits):
-        norms = [q_norm, k_norm] if has_norm else [cos, cos]
-        _by_tiles(
-            qkv_RC, [cos.contiguous(), sin.contiguous(), *norms, slots_R], qkv_RC.stride(0),
-            kv_pool, layer, tables_RN, lengths_R, out, workspace, max_splits, window, eps,
-            constants | {"HAS_NORM": has_norm, "OVERLAPS": overlaps},
-        )  # fmt: skip
-    elif rows:
+    if rows:
         form = _form(capability, rows, constants, shared_R, window)
         grid = (rows, num_kv_heads, _parts(max_splits, form))
         _decode_kernel[grid](
@@ -323,45 +316,6 @@ def rotate_decode_triton(
             ASKS=overlaps and _asks(form, constants, window), **form, **constants,
         )  # fmt: skip
     return out
-
-
-def _takes_tiles(
-    capability: Capability,
-    rows: int,
-    constants: dict[str, object],
-    shared_R: Tensor | None,
-    max_splits: int,
-) -> bool:
-    """Whether programs take a tile each: 16-bit keys, no prompts computed once for neighbours."""
-    pairs, is_plain = rows * constants["K"], shared_R is None and constants["LIMIT"] == 0
-    return is_plain and takes_tiles(capability, pairs, max_splits, constants["E"], constants["B"])
-
-
-def _by_tiles(
-    q: Tensor,
-    rotation: list[Tensor | None],
-    stride: int,
-    kv_pool: KVPool,
-    layer: int,
-    tables_RN: Tensor,
-    lengths_R: Tensor,
-    out: Tensor,
-    workspace: DecodeWorkspace,
-    max_splits: int,
-    window: int,
-    eps: float,
-    constants: dict[str, object],
-) -> None:
-    """One launch of tile_decode.py into `out`. rotation: cosines, sines, norms and slots."""
-    constants = {name: value for name, value in constants.items() if name != "LIMIT"}
-    tiles = max_splits * (constants["SPLIT"] // constants["BLOCK_N"])
-    tile_decode.tile_kernel[(len(out), constants["K"], tiles)](
-        q, kv_pool.address, tables_RN, lengths_R, out, workspace.tile_partial,
-        workspace.tile_states, workspace.tickets, *rotation, stride, tables_RN.stride(0), layer,
-        kv_pool.num_blocks, tiles, LOG2_E / math.sqrt(constants["E"]), window, eps,
-        BLOCK_G=triton.next_power_of_2(constants["GROUP"]), HAS_WINDOW=window > 0,
-        AT_ONCE=tile_decode.AT_ONCE, **constants,
-    )  # fmt: skip
 
 
 def _prepared(

@@ -71,49 +71,22 @@ def sharing_pays(capability: Capability, num_pairs: int, group: int) -> bool:
     return num_pairs >= pairs and group <= most
 
 
-TILE_PROGRAMS = {0: 64}
-"""By architecture: up to how many programs there are, in all, a program takes one tile of keys
-(tile_decode.py): with few rows a launch takes as long as its longest chain of waits. On a card
-for heads of TILED_HEAD values alone: halves of them are the rows of a matrix instruction.
-"""
-TILED_HEAD = 128
-MOST_TILE_PROGRAMS = 1024
-
-
-def takes_tiles(
-    capability: Capability, num_pairs: int, max_splits: int, head_size: int, block_size: int
-) -> bool:
-    """Whether decoding's programs take a tile each, for rows times key heads of up to so many
-    splits; it changes no bit.
-    """
-    sizes = split_of(capability, head_size)
-    programs = num_pairs * max_splits * (sizes["SPLIT"] // sizes["BLOCK_N"])
-    fits = head_size == TILED_HEAD or capability.arch == 0
-    fits = fits and block_size % sizes["BLOCK_N"] == 0
-    return fits and programs <= TILE_PROGRAMS.get(capability.arch, 0)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DecodeWorkspace:
     """Where the splits of rows meet; one serves every layer, and every step of a captured graph.
 
     partial [R, K, S, G, E] and states [R, K, S, 2, G] float32: acc, then peak and total of a split;
-    tile_partial [P, G, E] and tile_states [P, 1 + N, G] float32, P = MOST_TILE_PROGRAMS, N =
-    TILE_KEYS: acc, then probabilities and peak of a tile. tickets [R, K] int32, 0 between launches:
-    how many programs of a row are done.
+    tickets [R, K] int32, 0 between launches: how many programs of a row are done.
     """
 
     partial: Tensor
     states: Tensor
-    tile_partial: Tensor
-    tile_states: Tensor
     tickets: Tensor
 
     @staticmethod
     def num_bytes(rows: int, num_heads: int, num_kv_heads: int, size: int, max_splits: int) -> int:
         """Bytes of a workspace."""
-        tiles = num_heads // num_kv_heads * MOST_TILE_PROGRAMS * (size + 1 + TILE_KEYS)
-        return 4 * (rows * (num_heads * max_splits * (size + 2) + num_kv_heads) + tiles)
+        return 4 * rows * (num_heads * max_splits * (size + 2) + num_kv_heads)
 
     @classmethod
     def new(
@@ -132,8 +105,6 @@ class DecodeWorkspace:
         return cls(
             partial=new((*shape, group, size)),
             states=new((*shape, 2, group)),
-            tile_partial=new((MOST_TILE_PROGRAMS, group, size)),
-            tile_states=new((MOST_TILE_PROGRAMS, 1 + TILE_KEYS, group)),
             tickets=torch.zeros(shape[:2], dtype=torch.int32, device=device),
         )
 

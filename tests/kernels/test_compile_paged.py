@@ -14,10 +14,9 @@ from sparring.kernels import (
     rotate_write,
     shared_decode,
     split_attention,
-    tile_decode,
 )
 from sparring.kernels.attention_plan import tile_of
-from sparring.kernels.paged_plan import SHARING, TILED_HEAD, sharing_pays, span_of, split_of
+from sparring.kernels.paged_plan import SHARING, sharing_pays, span_of, split_of
 from sparring.kernels.shared_decode import chunk_of
 from sparring.kernels.splits import OPTIONS as SPLIT_OPTIONS
 from tests.kernels.test_compile import ARCHS, OPTIONS, POINTERS, check, triton
@@ -68,24 +67,6 @@ def test_decode_that_shares_prompts(span):
     chunk = chunk_of(group)
     found, _ = check_decode(constants, 90, SPAN=span, SHARED=chunk, BLOCK_W=chunk * group)
     assert found == {"wgmma.mma"}
-
-
-@pytest.mark.parametrize("overlaps", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_decode_by_tiles(overlaps):
-    """The heads and the architecture that do: see `TILE_PROGRAMS`."""
-    size, arch = TILED_HEAD, 90
-    constants = paged_constants(size, 64) | {"BLOCK_M": 16, "BLOCK_G": 8}
-    constants |= SPLIT_OPTIONS | split_of(Capability(arch=arch, tensor_dots=True), size)
-    constants |= {"HAS_NORM": not overlaps, "OVERLAPS": overlaps}
-    constants["AT_ONCE"] = tile_decode.AT_ONCE
-    del constants["LIMIT"]
-    found, ptx = check(tile_decode.tile_kernel, POINTERS, constants, arch, products=True)
-    assert found == {"wgmma.mma"}
-    assert ptx.count(", 4, 14;") == 2, "two operands in shared memory, each in a place of its own"
-    if overlaps:
-        before, _, after = ptx.partition("griddepcontrol.wait")
-        assert before.count("ld.global.v4") == 2 * 64 * size // 8 // 128, "keys before the turn"
-        assert after
 
 
 def test_shared_splits():
@@ -212,9 +193,7 @@ def test_heads_are_normed_by_as_many_threads_as_in_the_norm(size):
     constants = paged_constants(size, 64) | SPLIT_OPTIONS | {"GROUP": 2, "BLOCK_M": columns}
     constants |= {"ROTATES": True, "HAS_NORM": True, "SHARED": 1, "BLOCK_W": columns, "SPAN": 1}
     constants |= split_of(Capability(arch=90, tensor_dots=True), size)
-    tiles = {"BLOCK_G": 2, "AT_ONCE": tile_decode.AT_ONCE}
-    for kernel, more in ((paged_attention._decode_kernel, {}), (tile_decode.tile_kernel, tiles)):
-        of_kernel = {k: v for k, v in constants.items() if k in {*kernel.arg_names, *OPTIONS}}
-        flags = {n: False for n in kernel.arg_names if n.isupper() and n not in of_kernel | more}
-        fused = dict(lanes_of_sums(kernel, flags | of_kernel | more, POINTERS))
-        assert fused[f"{columns}x{size}"] == alone
+    kernel = paged_attention._decode_kernel
+    flags = {n: False for n in kernel.arg_names if n.isupper() and n not in constants}
+    fused = dict(lanes_of_sums(kernel, flags | constants, POINTERS))
+    assert fused[f"{columns}x{size}"] == alone

@@ -13,7 +13,7 @@ from sparring.kernels.paged_attention import (
     read_slots,
     rotate_decode_triton,
 )
-from sparring.kernels.paged_plan import TILED_HEAD, DecodeWorkspace, PrefillTiles, split_of
+from sparring.kernels.paged_plan import DecodeWorkspace, PrefillTiles, split_of
 from sparring.kernels.paged_prefill import paged_prefill_reference, paged_prefill_triton
 from sparring.kernels.rope import rope_reference, rope_triton
 from sparring.kernels.rotate_write import rotate_write_reference, rotate_write_triton
@@ -212,7 +212,6 @@ def test_a_captured_graph_follows_a_pool_that_moved():
     [(0, 64, 4), (SPLIT + 9, 64, 2), pytest.param(0, 128, 2, marks=SLOW)],
 )
 def test_how_programs_share_the_splits_changes_no_bit(window, size, span, monkeypatch):
-    """Programs of one split, of several and of a tile."""
     heads, kv_heads, dtype = 6, 2, torch.bfloat16
     lengths = (1, 0, SPLIT, SPLIT + 1, 2 * SPLIT - 7, 3 * SPLIT, 5 * SPLIT + 5)
     rows, most = len(lengths), 6
@@ -222,13 +221,12 @@ def test_how_programs_share_the_splits_changes_no_bit(window, size, span, monkey
     last = (lengths_R.long() - 1).clamp_min(0)
     workspace = DecodeWorkspace.new(rows, heads, kv_heads, size, most, DEVICE)
     found = []
-    for splits in (1, span, 0) if INTERPRETED or size == TILED_HEAD else (1, span):
-        monkeypatch.setattr(paged_attention, "takes_tiles", lambda *_, n=splits: n == 0)
-        monkeypatch.setattr(paged_attention, "span_of", lambda *_, n=splits: n or 1)
+    for splits in (1, span):
+        monkeypatch.setattr(paged_attention, "span_of", lambda *_, n=splits: n)
         pool, tables = paged(lengths, kv_heads, size, 64, dtype)
         slots = tables.gather(1, last[:, None] // 64).long()[:, 0] * 64 + last % 64
         pool.data[:, slots // 64, :, :, slots % 64] = float("nan")
-        for name in ("partial", "states", "tile_partial", "tile_states"):
+        for name in ("partial", "states"):
             getattr(workspace, name).fill_(float("nan"))
         how = {"max_splits": most, "capability": CAPABILITY, "window": window}
         out = rotate_decode_triton(
