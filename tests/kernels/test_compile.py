@@ -62,6 +62,9 @@ def build(kernel, pointers: dict[str, str], constants: dict[str, object], arch: 
 
     options = {name: value for name, value in constants.items() if name in OPTIONS}
     constants = {name: value for name, value in constants.items() if name not in OPTIONS}
+    for parameter in kernel.params:  # what a launch leaves out is a constant too
+        if parameter.is_constexpr and parameter.has_default:
+            constants.setdefault(parameter.name, parameter.default)
     signature = {}
     for name in kernel.arg_names:
         plain = "fp32" if name in ("eps", "scale", "factor", "inverse_temperature") else "i32"
@@ -117,7 +120,8 @@ POINTERS = {
 )
 def test_norm(width, arch):
     constants = {"D": width, "HAS_RESIDUAL": True, **norm.tile_of(width)}
-    check(norm._forward_kernel, POINTERS, constants, arch)
+    for early in (False, True)[: 1 + (arch >= few_rows.PDL_ARCH)]:
+        check(norm._forward_kernel, POINTERS, constants | {"EARLY": early}, arch)
     check(norm._backward_kernel, POINTERS, constants | norm.backward_tile_of(width), arch)
     limit = 16 if width < 8192 else 512
     check(norm._backward_weight_kernel, POINTERS, constants, arch, stack_limit=limit)
@@ -134,7 +138,10 @@ def test_rope(arch):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_swiglu(arch):
     constants = {"F": 18944, "BLOCK_F": swiglu.BLOCK_F, "num_warps": swiglu.NUM_WARPS}
-    check(swiglu._forward_kernel, POINTERS, constants | {"IN_ORDER": True}, arch)
+    for early in (False, True)[: 1 + (arch >= few_rows.PDL_ARCH)]:
+        check(
+            swiglu._forward_kernel, POINTERS, constants | {"IN_ORDER": True, "EARLY": early}, arch
+        )
     for keeps_h in (True, False):
         check(swiglu._backward_kernel, POINTERS, {**constants, "KEEPS_H": keeps_h}, arch)
 
