@@ -59,16 +59,14 @@ MAX_NORM_BYTES = 48 << 10
 
 @dataclass(frozen=True, slots=True)
 class Ring:
-    """How a product is computed: programs, columns of a step, depth of the ring in steps, boxes of
-    64 weight rows in a step (2 of a gated product), and steps past the ring that a program asks for
-    to come to the L2 cache before its turn.
+    """How a product is computed: programs, columns of a step, depth of the ring in steps, and boxes
+    of 64 weight rows in a step (2 of a gated product).
     """
 
     programs: int
     block_k: int = 128
     stages: int = 5
     boxes: int = 1
-    ahead: int = 0
 
 
 @jit
@@ -238,38 +236,15 @@ def _ask(
         tma.async_copy_global_to_shared(w_desc, at, bar, w.index(slot * BOXES + box), pred=wanted)
 
 
-@jit
-def _prefetch(
-    w_ptr, unit, last, steps, second, num_inputs, most_row,
-    BOXES: gl.constexpr, BLOCK_K: gl.constexpr, ROWS: gl.constexpr,
-):  # fmt: skip
-    """A step's weights are asked for, into the L2 cache: lines of 64 columns, one a thread."""
-    tile = unit // steps
-    k = (unit - tile * steps) * BLOCK_K
-    lane = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
-    for i in gl.static_range(BOXES * BLOCK_K // 128):
-        line = lane + i * 128
-        part = line // (64 * BOXES)
-        row = tile * ROWS + line % 64 + line // 64 % BOXES * second
-        at = w_ptr + gl.minimum(row, most_row).to(gl.int64) * num_inputs + (k + part * 64)
-        gl.inline_asm_elementwise(
-            "{.reg .pred p; setp.lt.s32 p, $2, $3; @p cp.async.bulk.prefetch.L2.global [$1], 128;"
-            " mov.u32 $0, 0;}",
-            "=r,l,r,r", [at.to(gl.int64), unit, last], dtype=gl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-@jit(do_not_specialize=["num_rows", "num_outputs", "tiles", "steps", "second", "most_row"])
+@jit(do_not_specialize=["num_rows", "num_outputs", "tiles", "steps", "second"])
 def _ring_kernel(
-    w_desc, x_desc, w_ptr, x_ptr, gain_ptr, bias_ptr, residual_ptr, out_ptr, work_ptr, count_ptr,
-    eps, num_rows, num_outputs, num_inputs, tiles, steps, second, most_row,
+    w_desc, x_desc, x_ptr, gain_ptr, bias_ptr, residual_ptr, out_ptr, work_ptr, count_ptr, eps,
+    num_rows, num_outputs, tiles, steps, second,
     T: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, BOXES: gl.constexpr,
     CHUNKS: gl.constexpr, PIECES: gl.constexpr, HAS_NORM: gl.constexpr, HAS_BIAS: gl.constexpr,
-    HAS_RESIDUAL: gl.constexpr, GATED: gl.constexpr, OVERLAPS: gl.constexpr, AHEAD: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr, GATED: gl.constexpr, OVERLAPS: gl.constexpr,
 ):  # fmt: skip
-    """num_outputs: columns of out; most_row: the weight's last. CHUNKS: steps of x that are in
-    shared memory at a time. AHEAD: see `Ring`.
-    """
+    """num_outputs: columns of out. CHUNKS: steps of x that are in shared memory at a time."""
     DTYPE: gl.constexpr = w_desc.dtype
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, T, 16])
     TILE: gl.constexpr = 64 if GATED else 64 * BOXES  # columns of out
@@ -298,11 +273,6 @@ def _ring_kernel(
         tma.async_copy_global_to_shared(x_desc, [num_rows, 0], bars.index(STAGES), x.index(0))
     if OVERLAPS:
         gdc_launch_dependents()
-    for i in gl.static_range(AHEAD):
-        _prefetch(
-            w_ptr, first + STAGES + i, last, steps, second, num_inputs, most_row, BOXES, BLOCK_K,
-            TILE,
-        )  # fmt: skip
     if HAS_NORM:
         FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
         VEC: gl.constexpr = min(8, T * BLOCK_K // 128)
@@ -436,12 +406,12 @@ def launch(
         for matrix, rows in ((weight, BOX), (x, block_t))
     ]
     _ring_kernel[(ring.programs,)](
-        *described, weight, x, x if norm is None else norm[0], x if bias is None else bias,
+        *described, x, x if norm is None else norm[0], x if bias is None else bias,
         x if residual is None else residual, out, work, count, 0.0 if norm is None else norm[1],
-        num_rows, width, columns, tiles, steps, width if gated else BOX, num_outputs - 1,
+        num_rows, width, tiles, steps, width if gated else BOX,
         T=block_t, BLOCK_K=ring.block_k, STAGES=ring.stages, BOXES=ring.boxes,
         CHUNKS=ring.stages if norm is None else steps, PIECES=pieces, HAS_NORM=norm is not None,
         HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, GATED=gated,
-        OVERLAPS=overlaps, AHEAD=ring.ahead if overlaps else 0, num_warps=4, launch_pdl=overlaps,
+        OVERLAPS=overlaps, num_warps=4, launch_pdl=overlaps,
     )  # fmt: skip
     return out

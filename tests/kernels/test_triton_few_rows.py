@@ -28,6 +28,7 @@ from sparring.models.attention_paged_kernel import PagedKernelPlan
 from sparring.models.few_rows import run_layers
 from sparring.models.rope import RopeConfig, inverse_frequencies
 from sparring.models.transformer import Decoder, TransformerConfig, new_kv_pool
+from tests.kernels.chained import layers_and_rows, replays_that_differ
 from tests.kernels.test_triton import DEVICE, INTERPRETED, _poisoned, pytestmark, random
 from tests.kernels.test_triton_matmul import error
 
@@ -200,28 +201,13 @@ def test_what_the_kernel_does_not_take():
 @pytest.mark.parametrize("rows", [1, 8, 32])
 def test_overlapping_launches_change_no_bit(rows):
     """A chain of the 1.5B's products in a graph, 1,000 replays, each with other inputs."""
-    dtype, width, inner = torch.bfloat16, 1536, 8960
     if not few_rows.overlaps(CAPABILITY):
         pytest.skip("needs compute capability 9.0")
 
-    def filled(*shape, scale):
-        return (torch.randn(shape, device=DEVICE) * scale).to(dtype)
+    layers, first = layers_and_rows(rows)
 
-    torch.manual_seed(0)
-    layers = [
-        (
-            filled(2048, width, scale=0.03),
-            filled(width, 2048, scale=0.03),
-            filled(2 * inner, width, scale=0.03),
-            filled(width, inner, scale=0.02),
-            filled(width, scale=0.1) + 1,
-        )
-        for _ in range(4)
-    ]
-    first = filled(rows, width, scale=1.0)
-
-    def chain(x, *, overlap):
-        given = {"capability": CAPABILITY, "overlap": overlap}
+    def chain(x, *, overlaps):
+        given = {"capability": CAPABILITY, "overlap": overlaps}
         squares = squares_of(x)
         for up, back, gate_up, down, gain in layers:
             norm = Norm(weight=gain, eps=1e-6, squares=squares)
@@ -232,19 +218,4 @@ def test_overlapping_launches_change_no_bit(rows):
             x, squares = few_rows_triton(y, down, residual=x, **given)
         return x
 
-    for overlap in (False, True):
-        chain(first, overlap=overlap)
-    torch.cuda.synchronize()
-    graphs, outs = [], []
-    for overlap in (False, True):
-        graphs.append(torch.cuda.CUDAGraph())
-        with torch.cuda.graph(graphs[-1]):
-            outs.append(chain(first, overlap=overlap))
-    wrong = torch.zeros((), dtype=torch.int64, device=DEVICE)
-    for _ in range(1000):
-        first.normal_()
-        for graph, out in zip(graphs, outs, strict=True):
-            out.fill_(float("nan"))
-            graph.replay()
-        wrong += (outs[0] != outs[1]).any()
-    assert int(wrong) == 0
+    assert replays_that_differ(chain, first) == 0

@@ -18,34 +18,35 @@ from sparring.types import Batch, Group, Prompt, Rollout
 
 pytestmark = pytest.mark.gpu
 
+COMMON = {
+    "head_dim": 128, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "hidden_act": "silu",
+    "vocab_size": 5000, "num_hidden_layers": 3, "max_position_embeddings": 4096,
+    "use_sliding_window": False,
+}  # fmt: skip
+QWEN2 = {
+    **COMMON, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2",
+    "tie_word_embeddings": False,
+}  # fmt: skip
+QWEN3 = {
+    **COMMON, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3",
+    "tie_word_embeddings": True,
+}  # fmt: skip
 SHAPES = {
     "qwen2": {
-        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 896,
-        "intermediate_size": 2368, "num_attention_heads": 7, "num_key_value_heads": 1,
-        "head_dim": 128, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "hidden_act": "silu",
-        "tie_word_embeddings": False, "vocab_size": 5000, "num_hidden_layers": 3,
-        "max_position_embeddings": 4096, "use_sliding_window": False,
+        **QWEN2, "hidden_size": 896, "intermediate_size": 2368, "num_attention_heads": 7,
+        "num_key_value_heads": 1,
     },
     "qwen3": {
-        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 1024,
-        "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 8,
-        "head_dim": 128, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "hidden_act": "silu",
-        "tie_word_embeddings": True, "vocab_size": 4999, "num_hidden_layers": 3,
-        "max_position_embeddings": 4096, "use_sliding_window": False,
+        **QWEN3, "hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16,
+        "num_key_value_heads": 8, "vocab_size": 4999,
     },
     "7b": {
-        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 3584,
-        "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4,
-        "head_dim": 128, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "hidden_act": "silu",
-        "tie_word_embeddings": False, "vocab_size": 5000, "num_hidden_layers": 2,
-        "max_position_embeddings": 4096, "use_sliding_window": False,
+        **QWEN2, "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "num_hidden_layers": 2,
     },
     "policy": {
-        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 192,
-        "intermediate_size": 640, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "head_dim": 32, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "hidden_act": "silu",
-        "tie_word_embeddings": True, "vocab_size": 5000, "num_hidden_layers": 3,
-        "max_position_embeddings": 4096, "use_sliding_window": False,
+        **QWEN3, "hidden_size": 192, "intermediate_size": 640, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 32,
     },
 }  # fmt: skip
 """A head group and layer widths of the 7B's kind (a quarter as wide), Qwen3-0.6B's layers, two of
