@@ -177,6 +177,22 @@ def seconds_a_step(row: Row, model: Decoder, bandwidth: float, rate: float) -> f
     )
 
 
+def prefill_seconds(row: Row, model: Decoder, bandwidth: float, rate: float) -> float:
+    """The limit of the row's prefill: products and causal attention of every prompt token, the head
+    of each prompt's last one, or reading the weights once, whichever takes longer.
+    """
+    config = model.config
+    prompts, _, tokens, _ = row.work
+    parameters = sum(
+        linear.base.shape[0] * linear.base.shape[1] for linear in model.linears().values()
+    )
+    head = config.vocab_size * config.width
+    pairs = tokens * (tokens + 1) / 2  # of query and key, a prompt
+    attention = 4 * config.num_layers * config.num_heads * config.head_size * pairs
+    flop = prompts * (2 * parameters * tokens + attention + 2 * head)
+    return max(flop / rate, parameters * (0.516 if model.is_quantised else 2.0) / bandwidth)
+
+
 def integer_seconds(rows: int) -> float:
     """Seconds of an H200's integer lanes for one weight of an NF4 product of so many rows."""
     tiles = json.loads(INSTRUCTIONS.read_text())["tiles"]

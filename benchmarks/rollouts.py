@@ -18,8 +18,9 @@ row has a quarter of the blocks that the same work takes at most where memory is
 
 The limit is the formula of docs/benchmarks/README.md: weights read once a step, or arithmetic, or
 the integer instructions of decoding four bits, whichever is more, and keys and values of the mean
-context, at the bandwidth and matrix rate measured in the same process. A step is rollout, judging
-by random advantages, training phase and wake-up.
+context, at the bandwidth and matrix rate measured in the same process; of a ragged row, that of the
+fixed lengths it is compared with; of a prefill, its arithmetic. A step is rollout, judging by
+random advantages, training phase and wake-up.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from benchmarks.rollout_rows import (
     ROWS,
     Row,
     limits_of,
+    prefill_seconds,
     prompts_of,
     same_rows,
     seconds_a_step,
@@ -115,10 +117,9 @@ def engine_for(
 
 
 def mismatch(model: Decoder, groups: list[Group]) -> dict[str, float]:
-    """The trainer's log-probabilities against the sampler's, over one prompt's completions."""
-    batches = pack_groups(
-        groups[:1], [torch.ones(len(groups[0].rollouts))], max_tokens=8192, temperature=1.0
-    )
+    """The trainer's log-probabilities against the sampler's, over the groups' completions."""
+    ones = [torch.ones(len(group.rollouts)) for group in groups]
+    batches = pack_groups(groups, ones, max_tokens=8192, temperature=1.0)
     gaps = []
     with torch.no_grad():
         for batch in batches:
@@ -304,18 +305,17 @@ class Measurement:
         out["best seconds"] = min(times.get("step", times["rollout"]) for times in runs)
         out["ms a step"] = 1e3 * best["decode"] / max(1, best["decode steps"])
         if row.kind == "prefill":
-            out["prompt tokens/s"] = row.work[0] * row.work[2] / best["rollout"]
+            out |= self.prefill(best["rollout"])
         elif row.kind == "ragged":
             out |= self.against_fixed(best, out)
         else:
-            out |= self.share_of_limit(out["tokens/s"])
+            out |= self.share_of_limit(out["tokens/s"], row)
         out["graphs"] = asdict(self.engine.graph_stats)
         if self.values:
             out["values"] = self.values
         if row.kind == "rollout" and out["graphs"]["num_graphs"]:
             out["launches"] = self.launches(row, out["ms a step"])
-        if row.kind != "prefill":
-            out["mismatch"] = mismatch(self.model, groups)
+        out["mismatch"] = mismatch(self.model, groups if row.kind == "prefill" else groups[:1])
         return out
 
     def launches(self, row: Row, ms_a_step: float) -> dict[str, float | str]:
@@ -353,7 +353,7 @@ class Measurement:
         self.once(fixed, 8, short=True)
         times, _ = self.once(fixed, 9)
         rate = times["tokens"] / (times["rollout"] - times["capture"])
-        found = {
+        found = self.share_of_limit(out["tokens/s"], fixed) | {
             "fixed": times | {"work": fixed.work, "tokens/s": rate},
             "against fixed": out["tokens/s"] / rate,
             "recomputed share": best["recomputed tokens"] / best["tokens"],
@@ -364,11 +364,24 @@ class Measurement:
             found["against no limit"] = out["tokens/s"] / free
         return found
 
-    def share_of_limit(self, rate: float) -> dict[str, float]:
+    def share_of_limit(self, rate: float, row: Row) -> dict[str, float]:
+        """row: the lengths and rows in flight that the limit is of."""
         bandwidth, matmul = self.ceilings["bandwidth"], self.ceilings["matmul"]
-        prompts, samples, _, _ = self.row.work
-        most = prompts * samples / seconds_a_step(self.row, self.model, bandwidth, matmul)
+        prompts, samples, _, _ = row.work
+        most = prompts * samples / seconds_a_step(row, self.model, bandwidth, matmul)
         return {"limit tokens/s": most, "share of limit": rate / most}
+
+    def prefill(self, seconds: float) -> dict[str, float]:
+        prompts, _, tokens, _ = self.row.work
+        limit = prefill_seconds(
+            self.row, self.model, self.ceilings["bandwidth"], self.ceilings["matmul"]
+        )
+        most = prompts * tokens / limit
+        return {
+            "prompt tokens/s": prompts * tokens / seconds,
+            "limit prompt tokens/s": most,
+            "share of limit": limit / seconds,
+        }
 
 
 def environment() -> dict[str, str]:
