@@ -230,3 +230,35 @@ def test_version_is_the_newest_of_the_changelog():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert found[0] == sparring.__version__
     assert project["dynamic"] == ["version"]
+
+
+USED_WITHOUT_EXTRAS = """
+import importlib, pkgutil, sys
+
+sys.modules.update(dict.fromkeys({absent!r}))
+import sparring
+
+for module in pkgutil.walk_packages(sparring.__path__, "sparring."):
+    if module.name != "sparring.__main__":
+        importlib.import_module(module.name)
+model, tokenizer = sparring.load("quickstart")
+(rollout,), = sparring.generate(
+    model, tokenizer, [[dict(role="user", content="Compute 2 + 3.")]], max_completion_tokens=4
+)
+sparring.score(model, [[1, 2, 3, 4]])
+print(len(rollout.token_ids), "tokens written")
+"""
+
+
+def test_all_of_it_works_without_the_packages_that_are_optional():
+    """As `make quickstart` installs it: no Triton beside the CPU build of torch, no oracles."""
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    asked = [re.match(r"[\w-]+", line)[0] for group in options.values() for line in group]
+    absent = sorted({"pytest-xdist": "xdist"}.get(name, name) for name in asked)
+    assert "triton" in absent
+    code = USED_WITHOUT_EXTRAS.format(absent=absent)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "4 tokens written" in done.stdout

@@ -19,8 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-from sparring.kernels import jit, triton
-from sparring.kernels.few_rows_hopper import barrier
+from sparring.kernels import few_rows_hopper, jit, triton
 from sparring.kernels.matmul import Tile, workspace
 from sparring.kernels.splits import LOG2_E
 from sparring.layout import KVPool
@@ -36,6 +35,7 @@ if triton is not None:
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
     jit = gluon.jit
+    barrier = few_rows_hopper.barrier
 
 ARCH = 90
 HEAD_SIZE = 128
