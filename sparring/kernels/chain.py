@@ -5,7 +5,11 @@ bits, in launches that may begin while the product before them runs (programmati
 sm_90 and later), and that let the next one begin at once: it brings its weights to shared memory
 (few_rows_hopper.py) while these wait for their turn.
 
-Shapes: x and residual [T, D], gate_up [T, 2F]. Bytes: those of norm.py and swiglu.py.
+A norm may add up a product's pieces (kernels/few_rows_wide.py) before: in order, in float32, then
+rounded as the product would have been.
+
+Shapes: x and residual [T, D], pieces [S, T, D] float32, gate_up [T, 2F]. Bytes: those of norm.py
+and swiglu.py; 4 S T D of pieces.
 """
 
 from __future__ import annotations
@@ -13,13 +17,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparring.kernels import jit, tl, triton
+from sparring.kernels import jit, rounded, tl, triton
 from sparring.kernels.norm import _forward_kernel as norm_rows
 from sparring.kernels.norm import tile_of
 from sparring.kernels.swiglu import BLOCK_F, NUM_WARPS
 from sparring.kernels.swiglu import _forward_kernel as swiglu_rows
 
-__all__ = ["add_norm_early", "swiglu_early"]
+__all__ = ["add_norm_early", "pieces_norm_early", "swiglu_early"]
 
 
 @jit
@@ -28,6 +32,32 @@ def take_turn(OVERLAPS: tl.constexpr):
     if OVERLAPS:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+
+
+@jit(do_not_specialize=["num_rows"])
+def _pieces_norm_kernel(
+    pieces_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, num_rows, eps,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK_D)
+    inside = (rows < num_rows)[:, None] & (columns < D)[None, :]
+    dtype = y_ptr.dtype.element_ty
+    weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
+    take_turn(OVERLAPS)
+    flat = rows[:, None] * D + columns[None, :]
+    before = tl.load(residual_ptr + flat, mask=inside, other=0.0)
+    x = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for piece in tl.static_range(PIECES):
+        x += tl.load(pieces_ptr + piece * num_rows.to(tl.int64) * D + flat, mask=inside, other=0.0)
+    x = rounded(x, dtype).to(tl.float32) + before.to(tl.float32)
+    kept = rounded(x, dtype)
+    tl.store(sum_ptr + flat, kept, mask=inside)
+    x = kept.to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / D + eps)
+    normed = rounded(x * scale[:, None], dtype).to(tl.float32)
+    tl.store(y_ptr + flat, rounded(normed * weight[None, :], dtype), mask=inside)
 
 
 @jit(do_not_specialize=["num_rows"])
@@ -65,6 +95,21 @@ def add_norm_early(
         x, x if residual is None else residual, weight, y, summed, rows, eps, D=width,
         HAS_RESIDUAL=residual is not None, enable_fp_fusion=True, OVERLAPS=overlaps, **tile,
         **_early(overlaps),
+    )  # fmt: skip
+    return y, summed
+
+
+def pieces_norm_early(
+    pieces: Tensor, residual: Tensor, weight: Tensor, eps: float, *, overlaps: bool = True
+) -> tuple[Tensor, Tensor]:
+    """(RMSNorm of s, s) for s = a product [T, D] that is there in pieces [S, T, D], added up in
+    order and rounded, and a residual; overlaps: as above.
+    """
+    num_pieces, rows, width = pieces.shape
+    y, summed, tile = torch.empty_like(residual), torch.empty_like(residual), tile_of(width)
+    _pieces_norm_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
+        pieces, residual, weight, y, summed, rows, eps, D=width, PIECES=num_pieces,
+        enable_fp_fusion=True, OVERLAPS=overlaps, **tile, **_early(overlaps),
     )  # fmt: skip
     return y, summed
 

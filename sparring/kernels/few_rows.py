@@ -36,6 +36,7 @@ from sparring.kernels import (
     dot,
     few_rows_hopper,
     few_rows_strips,
+    few_rows_wide,
     jit,
     rounded,
     tl,
@@ -44,6 +45,7 @@ from sparring.kernels import (
 )
 from sparring.kernels.few_rows_hopper import Ring, block_t_of
 from sparring.kernels.few_rows_strips import Strips
+from sparring.kernels.few_rows_wide import Wide
 from sparring.kernels.matmul import (
     BLOCK,
     INTERPRETED_TILE,
@@ -84,7 +86,7 @@ FORMS: dict[int, dict[tuple[int, int], Form]] = {
 library's product (benchmarks/decode_step.py --search); for as many rows as need that tile.
 """
 
-RINGS: dict[tuple[int, int], dict[int, Ring | Strips]] = {
+RINGS: dict[tuple[int, int], dict[int, Ring | Strips | Wide]] = {
     # Qwen2.5-1.5B: qkv, o, gate and up, down, the head
     (2048, 1536): {8: Strips(128, 6)},
     (1536, 1536): {8: Strips(96, 6)},
@@ -276,7 +278,9 @@ def _few_rows_kernel(
         )  # fmt: skip
 
 
-def form_of(capability: Capability, num_rows: int, weight: Tensor) -> Form | Ring | Strips | None:
+def form_of(
+    capability: Capability, num_rows: int, weight: Tensor
+) -> Form | Ring | Strips | Wide | None:
     """The form of a product with a weight [N, K] for a number of rows; None: the library's."""
     num_outputs, columns = weight.shape
     if fills_early(capability) and num_rows <= few_rows_hopper.MAX_ROWS:
@@ -305,9 +309,11 @@ def fills_early(capability: Capability) -> bool:
 
 
 def folds_norm(
-    form: Form | Ring | Strips, num_rows: int, weight: Tensor, squares: Squares | None
+    form: Form | Ring | Strips | Wide, num_rows: int, weight: Tensor, squares: Squares | None
 ) -> bool:
     """Whether a product [N, K] in that form computes the norm of its rows."""
+    if isinstance(form, Wide):
+        return False
     if isinstance(form, Strips):
         return few_rows_strips.folds_norm(weight.shape[1])
     if isinstance(form, Ring):
@@ -441,7 +447,7 @@ def few_rows(
     out_dtype: torch.dtype | None = None,
     capability: Capability,
     ahead: Tensor | None = None,
-    form: Form | Ring | Strips | None = None,
+    form: Form | Ring | Strips | Wide | None = None,
 ) -> tuple[Tensor, Squares | None]:
     """(out, the squares of out where a residual is given and the form leaves them), no gradient.
 
@@ -451,6 +457,12 @@ def few_rows(
     form: of `form_of`. Raises ValueError on shapes, dtypes and strides that it does not take.
     """
     given = {"norm": norm, "residual": residual, "gated": gated, "out_dtype": out_dtype}
+    if isinstance(form, Wide):
+        _check(x, weight, residual, gated)
+        assert norm is None, "is computed before"
+        assert residual is None, "is added behind, by the norm"
+        more = {"out_dtype": out_dtype, "overlaps": overlaps(capability), "wide": form}
+        return few_rows_wide.launch(x, weight, bias, gated=gated, **more), None
     if isinstance(form, Ring | Strips):
         _check(x, weight, residual, gated)
         given["norm"] = None if norm is None else (norm.weight, norm.eps)

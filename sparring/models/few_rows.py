@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparring.kernels import Capability
-from sparring.kernels.chain import add_norm_early, swiglu_early
+from sparring.kernels.chain import add_norm_early, pieces_norm_early, swiglu_early
 from sparring.kernels.few_rows import (
     Norm,
     Squares,
@@ -28,6 +28,7 @@ from sparring.kernels.few_rows import (
 )
 from sparring.kernels.few_rows_hopper import Ring
 from sparring.kernels.few_rows_strips import Strips
+from sparring.kernels.few_rows_wide import Wide
 from sparring.kernels.matmul import BLOCK
 from sparring.kernels.norm import add_rms_norm, rms_norm
 from sparring.kernels.step_start import start_step
@@ -115,7 +116,7 @@ class _Stream:
     """The residual stream [T, D] on its way through the layers.
 
     squares: of x, where the launch that wrote it left them. added: what is still to be added to x,
-    by the norm that comes next.
+    by the norm that comes next: a product [T, D], or its pieces [S, T, D] in float32.
     """
 
     def __init__(self, x_TD: Tensor, squares: Squares, capability: Capability, eps: float) -> None:
@@ -156,7 +157,11 @@ class _Stream:
 
     def normed(self, norm: Tensor, weight: Tensor) -> Tensor:
         """The stream's norm, with what was to be added; a product with the weight reads it."""
-        if self.launches_early(weight):
+        if self.added is not None and self.added.dim() == 3:
+            normed, self.x_TD = pieces_norm_early(
+                self.added, self.x_TD, norm, self.eps, overlaps=overlaps(self.capability)
+            )
+        elif self.launches_early(weight):
             residual = None if self.added is None else self.x_TD
             x_TD = self.x_TD if self.added is None else self.added
             normed, self.x_TD = add_norm_early(x_TD, residual, norm, self.eps)
@@ -185,7 +190,7 @@ class _Stream:
         own launch, which comes after it, can bring its weights.
         """
         form = form_of(self.capability, len(self.x_TD), weight)
-        return overlaps(self.capability) and isinstance(form, Ring | Strips)
+        return overlaps(self.capability) and isinstance(form, Ring | Strips | Wide)
 
     def onto(self, y: Tensor, linear: Linear, ahead: Linear | None = None) -> None:
         """Adds a product to the stream; weights of `ahead` may be asked for beside it."""
@@ -195,6 +200,9 @@ class _Stream:
         self.squares = None
         if form is None:
             self.added = F.linear(y, weight, linear.bias)
+            return
+        if isinstance(form, Wide):
+            self.added = few_rows(y, weight, linear.bias, capability=self.capability, form=form)[0]
             return
         assert self.added is None, "a norm came between"
         self.x_TD, self.squares = few_rows(

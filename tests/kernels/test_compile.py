@@ -25,6 +25,7 @@ from sparring.kernels import (
     few_rows_attention,
     few_rows_hopper,
     few_rows_strips,
+    few_rows_wide,
     head,
     int8,
     lora,
@@ -347,6 +348,9 @@ def test_small_launches_of_a_chain(arch):
     sizes = {"F": 18944, "BLOCK_F": swiglu.BLOCK_F, "num_warps": swiglu.NUM_WARPS}
     sizes["OVERLAPS"] = overlaps
     found.append(check(chain._swiglu_early_kernel, POINTERS, sizes, arch)[1])
+    sizes = {"D": 3584, "PIECES": 9, "OVERLAPS": overlaps, **norm.tile_of(3584)}
+    pointers = {**POINTERS, "pieces_ptr": "*fp32"}
+    check(chain._pieces_norm_kernel, pointers, sizes, arch)
     for ptx in found:
         assert ("griddepcontrol.wait" in ptx) == overlaps
         before = ptx.partition("griddepcontrol.wait")[0] if overlaps else ""
@@ -432,6 +436,30 @@ def test_products_through_a_ring(rows, which, ring):
     asked = before.count("cp.async.bulk.tensor")
     others = 0 if norm else 1
     assert asked == ring.stages * ring.boxes + others, "a ring of weights, and x's description"
+    assert "griddepcontrol.launch_dependents" in before
+    assert "wgmma.mma" in after, "and what reads the rows"
+
+
+@pytest.mark.parametrize(
+    ("boxes", "stages", "pieces", "which"),
+    [(2, 4, 0, "gated"), (1, 6, 4, "plain"), (2, 4, 9, "plain"), (1, 6, 0, "bias")],
+)
+def test_products_in_tall_tiles(boxes, stages, pieces, which):
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
+    constants = {
+        "T": 128, "K": 64, "STAGES": stages, "BOXES": boxes, "PIECES": pieces,
+        "HAS_BIAS": which == "bias", "GATED": which == "gated", "OVERLAPS": True, "num_warps": 8,
+    }  # fmt: skip
+    described = f"tensordesc<bf16[128,64],{NVMMASharedLayout(128, 16, 2)!r}>"
+    pointers = {**POINTERS, "w_desc": described, "x_desc": described, "ready_ptr": "*i32"}
+    pointers["out_ptr"] = "*fp32" if pieces else "*bf16"
+    kernel = few_rows_wide._wide_kernel
+    found, ptx = check(kernel, pointers, constants, 90, products=True, stack_limit=0)
+    assert found == {"wgmma.mma"}
+    before, after = ptx.split("griddepcontrol.wait", 1)
+    asked = before.count("cp.async.bulk.tensor")
+    assert asked == stages * boxes + 1, "a ring of weights, and x's description"
     assert "griddepcontrol.launch_dependents" in before
     assert "wgmma.mma" in after, "and what reads the rows"
 

@@ -108,6 +108,18 @@ def test_norm_and_swiglu_of_a_chain_have_the_bits_of_the_plain_ones(rows):
     assert torch.equal(chain.swiglu_early(gate_up, **given), swiglu_triton(gate_up))
 
 
+def test_a_norm_adds_pieces_in_order():
+    width = 192
+    pieces = random(3, 5, width, dtype=torch.float32, seed=1)
+    residual = random(5, width, dtype=torch.bfloat16, seed=2)
+    gain = random(width, dtype=torch.bfloat16, seed=3)
+    y, summed = chain.pieces_norm_early(pieces, residual, gain, 1e-6, overlaps=False)
+    product = ((pieces[0] + pieces[1]) + pieces[2]).bfloat16()
+    want_y, want = add_rms_norm_triton(product, residual, gain, 1e-6)
+    assert torch.equal(summed, want)
+    assert error(y, want_y) < 4e-3
+
+
 def test_forms_serve_the_rows_they_were_measured_for():
     hopper = Capability(arch=90, tensor_dots=True)
     weight = torch.empty(2048, 1536, device="meta")

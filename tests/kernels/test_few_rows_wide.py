@@ -1,0 +1,99 @@
+"""Products of 65 to 128 rows in tall tiles on an sm_90 card; the norm that adds their pieces."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparring.kernels import few_rows_wide
+from sparring.kernels.chain import add_norm_early, pieces_norm_early
+from sparring.kernels.few_rows import few_rows_reference
+from sparring.kernels.few_rows_wide import Wide, launch
+from tests.kernels.chained import layers_and_rows, replays_that_differ
+from tests.kernels.test_few_rows_hopper import on_card
+from tests.kernels.test_triton import _poisoned, error, random
+
+__all__ = ["_poisoned"]
+
+CASES = [
+    # rows, outputs, columns, form
+    (128, 37888, 3584, Wide(2, 4, programs=132)),
+    (128, 3584, 18944, Wide(2, 4, pieces=9)),
+    (128, 3584, 3584, Wide(1, 6, pieces=4)),
+    (128, 1536, 8960, Wide(1, 6, pieces=11)),
+    (128, 17920, 1536, Wide(2, 4, programs=132)),
+    (65, 200, 256, Wide(1, 3, programs=3)),
+    (100, 520, 640, Wide(2, 2, programs=7)),
+    (128, 4608, 3584, Wide(1, 6, programs=132)),
+    (77, 1000, 1024, Wide(2, 3, pieces=3)),
+    (128, 320, 1024, Wide(2, 4, programs=20)),
+    (1, 128, 64, Wide(1, 4, programs=1)),
+]
+
+
+@on_card
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_every_form(case):
+    rows, outputs, columns, wide = CASES[case]
+    dtype = torch.float16 if case == 6 else torch.bfloat16
+    x = random(rows, columns, dtype=dtype, seed=1)
+    weight = random(outputs, columns, dtype=dtype, seed=2, scale=0.1)
+    bias = random(outputs, dtype=dtype, seed=3)
+    limit = 4e-3 if dtype == torch.bfloat16 else 6e-4
+    cases = [{}, {"bias": bias}]
+    if wide.pieces:
+        residual, gain = random(rows, outputs, dtype=dtype, seed=4), random(outputs, dtype=dtype)
+        for given in cases:
+            want, _ = few_rows_reference(x, weight, **given)
+            pieces = launch(x, weight, **given, wide=wide)
+            assert pieces.shape == (wide.pieces, rows, outputs)
+            assert pieces.dtype == torch.float32
+            assert error(pieces.double().sum(0), want) < limit
+            assert torch.equal(launch(x, weight, **given, wide=wide, overlaps=False), pieces)
+            together = pieces[0].clone()
+            for piece in pieces[1:]:
+                together += piece
+            want_y, want = add_norm_early(together.to(dtype), residual, gain, 1e-6)
+            got_y, got = pieces_norm_early(pieces, residual, gain, 1e-6)
+            assert torch.equal(got, want), "as the product rounded, then added"
+            assert error(got_y, want_y) < limit
+        return
+    cases += [{"out_dtype": torch.float32}]
+    if wide.boxes == 2:
+        cases += [{"gated": True}, {"bias": bias, "gated": True}]
+    for given in cases:
+        want, _ = few_rows_reference(x, weight, **given)
+        got = launch(x, weight, **given, wide=wide)
+        assert got.shape == want.shape
+        assert error(got, want) < limit
+        assert torch.equal(launch(x, weight, **given, wide=wide), got), "again"
+        assert torch.equal(launch(x, weight, **given, wide=wide, overlaps=False), got), "in turn"
+
+
+@on_card
+@pytest.mark.parametrize("rows", [80, 128])
+def test_overlapping_launches_change_no_bit(rows):
+    """A chain of the 1.5B's products in a graph, 1,000 replays, each with other inputs."""
+    layers, first = layers_and_rows(rows)
+
+    def chain(x, *, overlaps):
+        given = {"overlaps": overlaps}
+        y, x = add_norm_early(x, None, layers[0][-1], 1e-6, **given)
+        for up, back, gate_up, down, gain in layers:
+            y = launch(y, up, wide=Wide(1, 6, programs=132), **given)
+            pieces = launch(y, back, wide=Wide(1, 6, pieces=7), **given)
+            y, x = pieces_norm_early(pieces, x, gain, 1e-6, **given)
+            y = launch(y, gate_up, gated=True, wide=Wide(2, 4, programs=132), **given)
+            pieces = launch(y, down, wide=Wide(1, 6, pieces=11), **given)
+            y, x = pieces_norm_early(pieces, x, gain, 1e-6, **given)
+        return y
+
+    assert replays_that_differ(chain, first) == 0
+
+
+def test_a_step_has_work_for_all():
+    """Programs of the forms above."""
+    for _, outputs, columns, wide in CASES:
+        if wide.programs:
+            tiles = -(-outputs // (few_rows_wide.BOX * wide.boxes))
+            assert wide.programs <= tiles * (columns // few_rows_wide.BLOCK_K)
