@@ -66,10 +66,9 @@ def _norm_early_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    take_turn(OVERLAPS)
     norm_rows(
         x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, num_rows, 1, D, 0, eps, D, BLOCK_D, ROWS,
-        HAS_RESIDUAL,
+        HAS_RESIDUAL, EARLY=OVERLAPS,
     )  # fmt: skip
 
 

@@ -102,11 +102,13 @@ def _forward_kernel(
     """IN_ORDER: y is written in the order of kernels/column_order.py; BOTH: as it is too, behind
     those rows. EARLY: begins while the launch before it runs, and lets the next begin at once.
     """
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK_D)
+    # first of all: while decoding no cache holds it, and no launch of a step writes it
+    weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0)
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, BLOCK_D)
     inside = (rows < num_rows)[:, None] & (columns < D)[None, :]
     starts = (rows // inner) * stride_outer + (rows % inner) * stride_inner
     x = tl.load(x_ptr + starts[:, None] + columns[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -119,8 +121,7 @@ def _forward_kernel(
         x = kept.to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / D + eps)
     normed = rounded(x * scale[:, None], dtype).to(tl.float32)
-    weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
-    y = rounded(normed * weight[None, :], dtype)
+    y = rounded(normed * weight.to(tl.float32)[None, :], dtype)
     if BOTH:
         tl.store(y_ptr + num_rows * D + flat, y, mask=inside)
     if IN_ORDER:
