@@ -91,9 +91,15 @@ def test_overlapping_launches_change_no_bit(rows):
     assert replays_that_differ(chain, first) == 0
 
 
-def test_a_step_has_work_for_all():
-    """Programs of the forms above."""
-    for _, outputs, columns, wide in CASES:
-        if wide.programs:
-            tiles = -(-outputs // (few_rows_wide.BOX * wide.boxes))
-            assert wide.programs <= tiles * (columns // few_rows_wide.BLOCK_K)
+def test_forms_of_the_table_have_work_for_all():
+    hopper = capability_for(90)
+    for (outputs, columns), forms in few_rows.RINGS.items():
+        for form in forms.values():
+            if not isinstance(form, Wide):
+                continue
+            weight = torch.empty(outputs, columns, device="meta")
+            assert few_rows.form_of(hopper, 128, weight) is form
+            tiles = -(-outputs // (few_rows_wide.BOX * form.boxes))
+            steps = columns // few_rows_wide.BLOCK_K
+            assert form.programs <= tiles * steps
+            assert form.pieces <= steps
