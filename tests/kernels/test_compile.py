@@ -350,7 +350,10 @@ def test_small_launches_of_a_chain(arch):
     sizes = {"F": 18944, "BLOCK_F": swiglu.BLOCK_F, "num_warps": swiglu.NUM_WARPS}
     sizes["OVERLAPS"] = overlaps
     found.append(check(chain._swiglu_early_kernel, POINTERS, sizes, arch)[1])
-    for ptx, reads in zip(found, (2, 0), strict=True):
+    sizes = {"D": 3584, "PIECES": 9, "OVERLAPS": overlaps, **norm.tile_of(3584)}
+    pointers = {**POINTERS, "pieces_ptr": "*fp32"}
+    found.append(check(chain._pieces_norm_kernel, pointers, sizes, arch)[1])
+    for ptx, reads in zip(found, (2, 0, 2), strict=True):
         assert ("griddepcontrol.wait" in ptx) == overlaps
         before = ptx.partition("griddepcontrol.wait")[0] if overlaps else ""
         assert before.count("ld.global") == reads * overlaps
@@ -449,7 +452,8 @@ def test_products_in_tall_tiles(boxes, stages, pieces, which):
 
     constants = {
         "T": 128, "K": 64, "STAGES": stages, "BOXES": boxes, "PIECES": pieces,
-        "HAS_BIAS": which == "bias", "GATED": which == "gated", "OVERLAPS": True, "num_warps": 8,
+        "HALVES": 1 + (stages == 6), "HAS_BIAS": which == "bias", "GATED": which == "gated",
+        "OVERLAPS": True, "num_warps": 8,
     }  # fmt: skip
     described = f"tensordesc<bf16[128,64],{NVMMASharedLayout(128, 16, 2)!r}>"
     pointers = {**POINTERS, "w_desc": described, "x_desc": described, "ready_ptr": "*i32"}

@@ -1,11 +1,11 @@
-"""Products of 65 to 128 rows in tall tiles on an sm_90 card; the norm that adds their pieces."""
+"""Products of 65 to 256 rows in tall tiles on an sm_90 card; the norm that adds their pieces."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from sparring.kernels import few_rows_wide
+from sparring.kernels import capability_for, few_rows, few_rows_wide
 from sparring.kernels.chain import add_norm_early, pieces_norm_early
 from sparring.kernels.few_rows import few_rows_reference
 from sparring.kernels.few_rows_wide import Wide, launch
@@ -28,6 +28,8 @@ CASES = [
     (77, 1000, 1024, Wide(2, 3, pieces=3)),
     (128, 320, 1024, Wide(2, 4, programs=20)),
     (1, 128, 64, Wide(1, 4, programs=1)),
+    (256, 896, 4864, Wide(1, 6, pieces=9)),
+    (200, 1000, 1536, Wide(2, 4, programs=29)),
 ]
 
 
