@@ -105,7 +105,10 @@ def pieces_norm_early(
     order and rounded, and a residual; overlaps: as above.
     """
     num_pieces, rows, width = pieces.shape
-    y, summed, tile = torch.empty_like(residual), torch.empty_like(residual), tile_of(width)
+    y, summed = torch.empty_like(residual), torch.empty_like(residual)
+    tile = tile_of(width)
+    # more loads on their way, and few registers: it waits beside the product that it reads
+    tile["num_warps"] = max(tile["num_warps"], min(16, tile["BLOCK_D"] // 256))
     _pieces_norm_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
         pieces, residual, weight, y, summed, rows, eps, D=width, PIECES=num_pieces,
         enable_fp_fusion=True, OVERLAPS=overlaps, **tile, **_early(overlaps),

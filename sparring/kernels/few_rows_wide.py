@@ -54,6 +54,8 @@ BLOCK_T = 128
 """Rows of x in a tile."""
 MAX_ROWS = 256
 NUM_WARPS = 8
+MAX_REGISTERS = 168
+"""A thread: so that a norm behind has room beside and begins early (chain.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,6 +331,7 @@ def launch(
         *described, x if bias is None else bias, out, work, ready, num_rows, width // 8, tiles,
         steps, width if gated else BOX, T=BLOCK_T, K=BLOCK_K, STAGES=wide.stages,
         BOXES=wide.boxes, PIECES=wide.pieces, HALVES=halves, HAS_BIAS=bias is not None,
-        GATED=gated, OVERLAPS=overlaps, num_warps=NUM_WARPS, launch_pdl=overlaps,
+        GATED=gated, OVERLAPS=overlaps, num_warps=NUM_WARPS, maxnreg=MAX_REGISTERS,
+        launch_pdl=overlaps,
     )  # fmt: skip
     return out

@@ -453,13 +453,13 @@ def test_products_in_tall_tiles(boxes, stages, pieces, which):
     constants = {
         "T": 128, "K": 64, "STAGES": stages, "BOXES": boxes, "PIECES": pieces,
         "HALVES": 1 + (stages == 6), "HAS_BIAS": which == "bias", "GATED": which == "gated",
-        "OVERLAPS": True, "num_warps": 8,
+        "OVERLAPS": True, "num_warps": 8, "maxnreg": few_rows_wide.MAX_REGISTERS,
     }  # fmt: skip
     described = f"tensordesc<bf16[128,64],{NVMMASharedLayout(128, 16, 2)!r}>"
     pointers = {**POINTERS, "w_desc": described, "x_desc": described, "ready_ptr": "*i32"}
     pointers["out_ptr"] = "*fp32" if pieces else "*bf16"
     kernel = few_rows_wide._wide_kernel
-    found, ptx = check(kernel, pointers, constants, 90, products=True, stack_limit=0)
+    found, ptx = check(kernel, pointers, constants, 90, products=True)
     assert found == {"wgmma.mma"}
     before, after = ptx.split("griddepcontrol.wait", 1)
     asked = before.count("cp.async.bulk.tensor")
