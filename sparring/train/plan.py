@@ -11,10 +11,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from sparring.data.packing import best_fit
 from sparring.errors import MemoryBudgetError
+from sparring.rollout.engine import KERNEL_BLOCK_SIZE
 from sparring.train.allocator import MIB, CachingAllocator, LimitReached
 from sparring.train.cards import Card
 from sparring.train.plan_job import (
@@ -30,6 +30,7 @@ from sparring.train.plan_job import (
     WORKSPACES,
     Job,
     Settings,
+    Trained,
     Work,
     take_adapter,
     take_masters,
@@ -37,7 +38,6 @@ from sparring.train.plan_job import (
     take_weights,
 )
 from sparring.train.plan_rollout import (
-    BLOCK_TOKENS,
     kv_tokens,
     rows_at_once,
     take_graphs,
@@ -198,7 +198,7 @@ def training_phase(
                         replace(batch, has_gradients=number > 0), with_head=with_head
                     )
                 passes.forget_gradients()
-    return _played(tape, start, budget, "training", settings)
+    return _played(tape, start, budget, "training")
 
 
 def rollout_phase(job: Job, settings: Settings, *, budget: int | None, arch: int) -> Phase:
@@ -206,7 +206,7 @@ def rollout_phase(job: Job, settings: Settings, *, budget: int | None, arch: int
     tape = _resident(job, settings, arch)
     start = len(tape.events)
     take_rollout(tape, job.policy, job.work, settings)
-    return _played(tape, start, budget, "rollout", settings)
+    return _played(tape, start, budget, "rollout")
 
 
 def kv_room(job: Job, settings: Settings, budget: int | None, *, arch: int) -> int:
@@ -222,7 +222,7 @@ def kv_room(job: Job, settings: Settings, budget: int | None, *, arch: int) -> i
     least = kv_tokens(job.work, 1) * each
     bare = rollout_phase(job, replace(settings, kv_bytes=1), budget=None, arch=arch)
     room = int((budget - bare.total) * KV_SHARE)
-    block = BLOCK_TOKENS * each
+    block = KERNEL_BLOCK_SIZE * each
     room = min(useful, room) // block * block
     if room >= least:  # more rows at once have larger graphs
         filled = rollout_phase(job, replace(settings, kv_bytes=room), budget=None, arch=arch)
@@ -390,21 +390,20 @@ def _resident(job: Job, settings: Settings, arch: int) -> Tape:
     return tape
 
 
-def _trained(job: Job) -> list[tuple[Any, bool]]:
+def _trained(job: Job) -> list[tuple[Trained, bool]]:
+    """The models that are trained, and whether they have the policy's head."""
     found = [(job.policy, True)]
     if job.critic is not None:
         found.append((job.critic, False))
     return found
 
 
-def _played(tape: Tape, start: int, budget: int | None, phase: str, settings: Settings) -> Phase:
+def _played(tape: Tape, start: int, budget: int | None, phase: str) -> Phase:
     limit = None if budget is None else budget - CONTEXT_BYTES
     try:
-        peak: Peak = play(
-            tape.events, CachingAllocator(limit, expandable=settings.expandable), start
-        )
+        peak: Peak = play(tape.events, CachingAllocator(limit, expandable=True), start)
     except LimitReached as refusal:
-        free = play(tape.events, CachingAllocator(), start)
+        free = play(tape.events, CachingAllocator(expandable=True), start)
         raise MemoryBudgetError(
             f"the {phase} phase needs {gib(free.allocated + CONTEXT_BYTES)} at once, of"
             f" {gib(budget or 0)}"

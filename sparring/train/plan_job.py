@@ -177,8 +177,7 @@ class Settings:
 
     offload: what checkpoints keep waits in host memory. mlp_tile_tokens: see the recipe. kv_bytes,
     max_running: of the rollout engine. caches_weights: NF4 weights are kept decoded during
-    rollouts; None: where they fit, if a proposal is asked for. expandable: the allocator's segments
-    are.
+    rollouts; None: where they fit, if a proposal is asked for.
     """
 
     micro_batch_tokens: int = 8192
@@ -188,7 +187,6 @@ class Settings:
     kv_bytes: int = 0
     max_running: int = 512
     caches_weights: bool | None = None
-    expandable: bool = True
     head_chunk_rows: int = HEAD_CHUNK_ROWS
 
 

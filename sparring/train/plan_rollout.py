@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from sparring.models.quantised import FUSED_ROWS
 from sparring.rollout.cuda_graph import context_bucket, row_bucket
+from sparring.rollout.engine import KERNEL_BLOCK_SIZE
 from sparring.rollout.graph_memory import SMALL_BYTES, SMALL_PIECES, step_bytes
 from sparring.train.allocator import MIDDLE_SEGMENT
 from sparring.train.plan_job import (
@@ -24,8 +25,6 @@ from sparring.train.tape import Tape
 
 PREFILL_TOKENS = 8192
 """Most tokens of one prefill step, as the engine's own default."""
-BLOCK_TOKENS = 64
-"""Tokens of a block of the KV pool, as the engine's own default on a GPU."""
 
 
 def rows_at_once(work: Work, kv_bytes: int, kv_bytes_per_token: int, most: int) -> int:
@@ -113,7 +112,7 @@ def _prefill(
 def kv_tokens(work: Work, running: int) -> int:
     """Tokens of keys and values of `running` completions of full length, in whole blocks."""
     prompts = -(-running // work.group_size)
-    block = BLOCK_TOKENS
+    block = KERNEL_BLOCK_SIZE
     each = -(-(work.prompt_tokens % block + work.completion_tokens) // block) * block
     shared = work.prompt_tokens // block * block
     return prompts * shared + running * each + block
