@@ -1,4 +1,4 @@
-"""What `sparring plan` predicts against what a card takes: bytes and seconds of six recipes.
+"""What `sparring plan` predicts against what a card takes: bytes and seconds of seven recipes.
 
     python benchmarks/plan_accuracy.py OUTPUT.json [ROW ...]
 
@@ -6,9 +6,11 @@ Random weights of real shapes, distinct prompts, advantages drawn non-zero, fixe
 a rollout by the engine, whose KV pool is what the plan says, and a training phase: groups on the
 host to weights updated. Peak is the allocator's largest reserved memory in a phase since the
 weights are in place; between phases free pages are given back, as a run does. A cap of N GiB limits
-the allocator to N - 1.0 GiB. Two steps after one to warm up; all are reported. Allocated and device
-memory stand beside it, each part of the prediction, and what every pool of the allocator held at a
-phase's end. Rows share a process; what one leaves (library workspaces) is freed before the next.
+the allocator to N - 1.0 GiB. Two steps after one to warm up, each with three training phases; all
+are reported, and seconds are compared by the median of those after the warm-up. Allocated and
+device memory stand beside it, each part of the prediction, and what every pool of the allocator
+held at a phase's end. Rows share a process; what one leaves (library workspaces) is freed before
+the next.
 Small models wait for the host, so how fast it is stands beside each row (train/host.py), and the
 plan is told it as `sparring plan` on this machine would be.
 """
@@ -21,6 +23,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import shapes
@@ -44,6 +47,9 @@ from sparring.train.step import train_step
 from sparring.types import Group, Prompt, Rollout
 
 GIB = 2**30
+TRAININGS = 3
+"""Training phases a step: one takes up to half as long again as the next where the host is waited
+for."""
 ROWS: dict[str, dict[str, Any]] = {
     "0.5b-full": {
         "shape": "qwen2.5-0.5b", "quantization": "none", "targets": None, "cap_gib": None,
@@ -75,9 +81,8 @@ ROWS: dict[str, dict[str, Any]] = {
         "caches_weights": True,
     },
 }  # fmt: skip
-"""Six recipes, and a seventh whose keys and values take all that its cap leaves beside decoded
-weights: too little for all rows at once. work: prompts, samples of each, prompt tokens, completion
-tokens."""
+"""The last is one whose keys and values take all that its cap leaves beside decoded weights: too
+little for all rows at once. work: prompts, samples of each, prompt tokens, completion tokens."""
 
 
 def groups(prompts: int, size: int, prompt_tokens: int, completion_tokens: int) -> list[Group]:
@@ -229,7 +234,8 @@ def measured(row: dict[str, Any]) -> dict[str, Any]:
         seconds["handing over"].append(time.perf_counter() - start)
         stages.append(counters(stage=f"after rollout {step}"))
         torch.cuda.reset_peak_memory_stats()
-        for _ in range(2 if step == 1 else 1):
+        for _ in range(TRAININGS if step else 1):
+            torch.cuda.empty_cache()
             seconds["training"].append(training(model, optimizer, row, made))
         _keep_peaks(found, "training")
         held["training"] = pools()
@@ -266,10 +272,12 @@ def table_line(name: str, row: dict[str, Any]) -> str:
     cells = []
     for phase in ("rollout", "training"):
         took, said = row["peaks"][phase]["peak reserved"], row["predicted"][phase]["reserved"]
-        best, plan = min(row["seconds"][phase][1:]), row["predicted"]["seconds"][phase]
+        runs, plan = sorted(row["seconds"][phase][1:]), row["predicted"]["seconds"][phase]
+        usual = median(runs)
         cells.append(
             f"{phase}: {took / GIB:.2f} GiB, plan {said / GIB:.2f} ({said / took - 1:+.1%});"
-            f" {best:.2f} s, plan {plan:.2f} ({plan / best - 1:+.0%})"
+            f" {usual:.2f} s ({runs[0]:.2f} to {runs[-1]:.2f}), plan {plan:.2f}"
+            f" ({plan / usual - 1:+.0%})"
         )
     return f"{name:10} " + " | ".join(cells) + f" | host {row['host microseconds']:.1f} us a node"
 
