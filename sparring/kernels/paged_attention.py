@@ -19,7 +19,8 @@ import math
 import torch
 from torch import Tensor
 
-from sparring.kernels import Capability, jit, rounded, tl, triton
+from sparring.kernels import Capability, jit, tl, triton
+from sparring.kernels.column_order import AS_THEY_ARE, BLOCK_K, Written
 from sparring.kernels.paged_plan import DecodeWorkspace, span_of, split_of
 from sparring.kernels.rotate_write import (
     LEAST_VALUES,
@@ -28,7 +29,7 @@ from sparring.kernels.rotate_write import (
     rotated_heads,
     to_eight_bits,
 )
-from sparring.kernels.shared_decode import chunk_of, finish, shared_program
+from sparring.kernels.shared_decode import chunk_of, finish, shared_program, write_heads
 from sparring.kernels.splits import (
     LOG2_E,
     OPTIONS,
@@ -113,7 +114,7 @@ def _decode_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, HAS_WINDOW: tl.constexpr,
     KV_DTYPE: tl.constexpr, LIMIT: tl.constexpr, SHARED: tl.constexpr, ROTATES: tl.constexpr,
     HAS_NORM: tl.constexpr, OVERLAPS: tl.constexpr, SPAN: tl.constexpr, BLOCK_W: tl.constexpr,
-    ASKS: tl.constexpr,
+    ASKS: tl.constexpr, IN_ORDER: tl.constexpr = False, BOTH: tl.constexpr = False,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
@@ -135,7 +136,7 @@ def _decode_kernel(
                 states_ptr, tickets_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, row, kv_head,
                 part, stride_t, table_stride, num_slots, tl.num_programs(0), scale, eps, K, GROUP,
                 E, B, BLOCK_E, BLOCK_M, BLOCK_N, SPLIT, LIMIT, SHARED, BLOCK_W, ROTATES, HAS_NORM,
-                SPAN,
+                SPAN, IN_ORDER, BOTH,
             )  # fmt: skip
             return
         part -= slices
@@ -147,10 +148,11 @@ def _decode_kernel(
     inside = (columns < E)[:, None] & (members < GROUP)[None, :]
     flat = (row * K + kv_head) * (GROUP * E)
     to = members[None, :] * E + columns[:, None]
+    pair, num_rows = row * K + kv_head, tl.num_programs(0)
     if length <= 0:
         if split == 0:
-            zeros = tl.zeros([BLOCK_E, BLOCK_M], out_ptr.dtype.element_ty)
-            tl.store(out_ptr + flat + to, zeros, mask=inside)
+            zeros = tl.zeros([BLOCK_E, BLOCK_M], tl.float32)
+            write_heads(out_ptr, pair, num_rows, to, zeros, inside, K, GROUP, E, IN_ORDER, BOTH)
         return
     first_key = tl.maximum(0, length - window) if HAS_WINDOW else 0
     first_split = first_key // SPLIT
@@ -192,7 +194,6 @@ def _decode_kernel(
     else:
         q = tl.load(q_ptr + flat + to, mask=inside, other=0.0)
     positions = tl.zeros([BLOCK_M], tl.int32) + (length - 1)
-    pair = row * K + kv_head
     partial_at = partial_ptr + pair * num_slots * (GROUP * E)
     states_at = states_ptr + pair * num_slots * (2 * GROUP)
     is_whole = (split == first_split) & (end_split == num_splits)
@@ -209,7 +210,7 @@ def _decode_kernel(
         )  # fmt: skip
     if is_whole:
         out = acc * inverse(total)[None, :]
-        tl.store(out_ptr + flat + to, rounded(out, out_ptr.dtype.element_ty), mask=inside)
+        write_heads(out_ptr, pair, num_rows, to, out, inside, K, GROUP, E, IN_ORDER, BOTH)
         return
     if SPAN == 1:
         tl.store(partial_at + split * (GROUP * E) + to, acc, mask=inside)
@@ -218,8 +219,8 @@ def _decode_kernel(
         tl.store(state_at + GROUP, total, mask=members < GROUP)
     tl.debug_barrier()  # every thread has stored before one of them tells
     finish(
-        out_ptr, partial_ptr, states_ptr, tickets_ptr, pair, num_slots, first_split, num_splits,
-        shared, GROUP, E, BLOCK_E, BLOCK_M, SPAN,
+        out_ptr, partial_ptr, states_ptr, tickets_ptr, pair, num_rows, num_slots, first_split,
+        num_splits, shared, K, GROUP, E, BLOCK_E, BLOCK_M, SPAN, IN_ORDER, BOTH,
     )  # fmt: skip
 
 
@@ -284,16 +285,22 @@ def rotate_decode_triton(
     workspace: DecodeWorkspace | None = None,
     shared_R: Tensor | None = None,
     overlaps: bool = False,
+    written: Written = AS_THEY_ARE,
 ) -> Tensor:
     """`rotate_write` and `paged_decode_triton` of its queries in one launch, the same bits.
 
     The program of a row's last split writes the row's new key and value before it reads them; a row
     of length 0 writes nothing. overlaps: it may be launched while the launch before it runs, and
-    waits for that one (few_rows.py).
+    waits for that one (few_rows.py). written: how rows of H E values are written; [2, R, H, E] with
+    both; whether the launch is early is said by overlaps.
     """
     rows, size = len(qkv_RC), kv_pool.data.shape[5]
     num_kv_heads = kv_pool.data.shape[3]
     num_heads = num_heads_of(qkv_RC, kv_pool)
+    if out is None:
+        shape = (2,) * written.both + (rows, num_heads, size)
+        out = torch.empty(shape, dtype=qkv_RC.dtype, device=qkv_RC.device)
+    assert not written.in_order or num_heads * size % BLOCK_K == 0, "an order is of whole blocks"
     out, workspace = _prepared(
         qkv_RC, num_heads, kv_pool, tables_RN, lengths_R, max_splits, out, workspace
     )
@@ -313,7 +320,8 @@ def rotate_decode_triton(
             tables_RN.stride(0), layer, kv_pool.num_blocks, max_splits, LOG2_E / math.sqrt(size),
             window, eps, _keys_asked_for(grid, kv_pool), HAS_WINDOW=window > 0,
             ROTATES=True, HAS_NORM=has_norm, OVERLAPS=overlaps,
-            ASKS=overlaps and _asks(form, constants, window), **form, **constants,
+            ASKS=overlaps and _asks(form, constants, window), IN_ORDER=written.in_order,
+            BOTH=written.both, **form, **constants,
         )  # fmt: skip
     return out
 

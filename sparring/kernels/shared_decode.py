@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sparring.kernels import jit, rounded, tl, triton
+from sparring.kernels.column_order import place_of
 from sparring.kernels.rotate_write import rotated_heads
 from sparring.kernels.splits import inverse, merge_factors, paged_split
 
@@ -73,9 +74,28 @@ def shared_splits(
 
 
 @jit
+def write_heads(
+    out_ptr, pair, num_rows, to, out, inside, K: tl.constexpr, GROUP: tl.constexpr,
+    E: tl.constexpr, IN_ORDER: tl.constexpr, BOTH: tl.constexpr,
+):  # fmt: skip
+    """Writes what a pair (a row and key head) attended to, whose values have places `to` among its
+    GROUP E; IN_ORDER, BOTH: see `Written`, the second form num_rows rows behind the first.
+    """
+    WIDTH: tl.constexpr = K * GROUP * E
+    row = (pair // K).to(tl.int64)
+    columns = pair % K * (GROUP * E) + to
+    out = rounded(out, out_ptr.dtype.element_ty)
+    places = place_of(columns) if IN_ORDER else columns
+    tl.store(out_ptr + row * WIDTH + places, out, mask=inside)
+    if BOTH:
+        tl.store(out_ptr + (num_rows + row) * WIDTH + columns, out, mask=inside)
+
+
+@jit
 def _merge_row(
-    out_ptr, partial_ptr, states_ptr, low, high, GROUP: tl.constexpr, E: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
+    out_ptr, partial_ptr, states_ptr, pair, num_rows, low, high, K: tl.constexpr,
+    GROUP: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
+    IN_ORDER: tl.constexpr, BOTH: tl.constexpr,
 ):  # fmt: skip
     """Splits low..high of a row and key head, four loads under way at once, merged in order."""
     members = tl.arange(0, BLOCK_M)
@@ -99,14 +119,15 @@ def _merge_row(
             total = tl.fma(total_new, add, total * keep)
             acc = tl.fma(acc_new, add[:, None], acc * keep[:, None])
     out = acc * inverse(total)[:, None]
-    tl.store(out_ptr + to, rounded(out, out_ptr.dtype.element_ty), mask=inside)
+    write_heads(out_ptr, pair, num_rows, to, out, inside, K, GROUP, E, IN_ORDER, BOTH)
 
 
 @jit
 def finish(
-    out_ptr, partial_ptr, states_ptr, tickets_ptr, pair, num_slots, first_split, num_splits, shared,
-    GROUP: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
-    SPAN: tl.constexpr,
+    out_ptr, partial_ptr, states_ptr, tickets_ptr, pair, num_rows, num_slots, first_split,
+    num_splits, shared, K: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, SPAN: tl.constexpr, IN_ORDER: tl.constexpr,
+    BOTH: tl.constexpr,
 ):  # fmt: skip
     """Tells that one of the programs of `pair` (a row and key head) is done; the last one merges.
 
@@ -118,8 +139,8 @@ def finish(
     if done == shared + (num_splits - 1) // SPAN - first_own // SPAN:
         place = pair * num_slots
         _merge_row(
-            out_ptr + pair * (GROUP * E), partial_ptr + place * (GROUP * E),
-            states_ptr + place * (2 * GROUP), first_split, num_splits, GROUP, E, BLOCK_E, BLOCK_M,
+            out_ptr, partial_ptr + place * (GROUP * E), states_ptr + place * (2 * GROUP), pair,
+            num_rows, first_split, num_splits, K, GROUP, E, BLOCK_E, BLOCK_M, IN_ORDER, BOTH,
         )  # fmt: skip
         tl.store(tickets_ptr + pair, 0)
 
@@ -132,7 +153,7 @@ def shared_program(
     K: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr, B: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, LIMIT: tl.constexpr,
     SHARED: tl.constexpr, BLOCK_W: tl.constexpr, ROTATES: tl.constexpr, HAS_NORM: tl.constexpr,
-    SPAN: tl.constexpr,
+    SPAN: tl.constexpr, IN_ORDER: tl.constexpr, BOTH: tl.constexpr,
 ):  # fmt: skip
     """One split for those rows of a chunk of SHARED that share it, if any do.
 
@@ -182,6 +203,7 @@ def shared_program(
             if shared > split:
                 num_splits = (tl.load(lengths_ptr + mate) + SPLIT - 1) // SPLIT
                 finish(
-                    out_ptr, partial_ptr, states_ptr, tickets_ptr, mate * K + kv_head, num_slots, 0,
-                    num_splits, shared, GROUP, E, BLOCK_E, BLOCK_M, SPAN,
+                    out_ptr, partial_ptr, states_ptr, tickets_ptr, mate * K + kv_head, num_rows,
+                    num_slots, 0, num_splits, shared, K, GROUP, E, BLOCK_E, BLOCK_M, SPAN,
+                    IN_ORDER, BOTH,
                 )  # fmt: skip

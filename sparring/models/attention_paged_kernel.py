@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparring.kernels import Capability, few_rows_attention
+from sparring.kernels.column_order import AS_THEY_ARE, Written
 from sparring.kernels.paged_attention import paged_decode_triton, rotate_decode_triton
 from sparring.kernels.paged_plan import DecodeWorkspace, PrefillTiles, sharing_pays, split_of
 from sparring.kernels.paged_prefill import paged_prefill_triton
@@ -117,11 +118,13 @@ class PagedKernelPlan:
         *,
         chained: bool = False,
         overlaps: bool = False,
+        written: Written = AS_THEY_ARE,
     ) -> Tensor:
         """Norm and rotate the projection qkv [T, (H + 2K) E], write and attend: [T, H, E].
 
         A decode step is one launch. chained: it is one of models/few_rows.py, whose order of sums
-        is its own. overlaps: of a decode step only, see kernels/chain.py.
+        is its own. overlaps: of a decode step only, see kernels/chain.py. written: how rows of
+        H E values are written, [2, T, H, E] with both.
         """
         block_size, size = self.pool.data.shape[4:]
         max_keys = self.max_splits * split_of(self.capability, size)["SPLIT"]
@@ -134,6 +137,7 @@ class PagedKernelPlan:
             has_norm=q_norm is not None,
             window=window,
         ):
+            assert written == AS_THEY_ARE, "a chain's products read rows as they are"
             return few_rows_attention.attend(
                 qkv_TC,
                 cos,
@@ -166,11 +170,13 @@ class PagedKernelPlan:
                 workspace=self._decode_workspace(num_heads),
                 shared_R=self._shared_splits(num_heads, window),
                 overlaps=overlaps,
+                written=written,
             )
         q_THE = rotate_write_triton(
             qkv_TC, cos, sin, q_norm, k_norm, eps, self.slots_T, self.pool, layer
         )
-        return self._attend_written(q_THE, layer, window)
+        out_THE = self._attend_written(q_THE, layer, window)
+        return written.of(out_THE.flatten(1)).unflatten(-1, out_THE.shape[1:])
 
     def _attend_written(self, q_THE: Tensor, layer: int, window: int) -> Tensor:
         if self.tiles is not None:

@@ -69,6 +69,13 @@ def test_decode_that_shares_prompts(span):
     assert found == {"wgmma.mma"}
 
 
+@pytest.mark.parametrize("span", [1, 4])
+@pytest.mark.parametrize("both", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_decode_in_the_order_of_a_product(both, span):
+    constants = paged_constants(128, 64) | {"BLOCK_M": 16, "ROTATES": True, "IN_ORDER": True}
+    check_decode(constants | {"BOTH": both}, 90, SPAN=span, SHARED=1, BLOCK_W=16)
+
+
 def test_shared_splits():
     constants = {"ROWS": 8, "B": 64, "SPLIT": 256, "BLOCK_S": 16, "num_warps": 1}
     check(shared_decode._shared_splits_kernel, POINTERS, constants, 90)

@@ -17,6 +17,7 @@ from sparring.kernels.attention import (
     shared_attention_triton,
 )
 from sparring.kernels.attention_plan import SharedPlan
+from sparring.kernels.column_order import BLOCK_K, Written, in_kernel_order
 from sparring.kernels.paged_attention import paged_decode_triton, rotate_decode_triton
 from sparring.kernels.paged_plan import DecodeWorkspace, PrefillTiles, split_of
 from sparring.kernels.paged_prefill import paged_prefill_triton
@@ -216,6 +217,12 @@ def run_shared(monkeypatch, heads, kv_heads, size, lengths, shared, block_size=1
         )
         outputs.append((plain, rotated))
         assert not workspace.tickets.any(), "every ticket is given back"
+        if rotated[0].numel() % BLOCK_K == 0:
+            ordered = rotate_decode_triton(
+                qkv, *rotation, pool, 1, tables, lengths_R, shared_R=shared_R,
+                written=Written(in_order=True), **how,
+            )  # fmt: skip
+            assert torch.equal(ordered.flatten(1), in_kernel_order(rotated.flatten(1)))
     assert not outputs[0][0].isnan().any()
     assert not outputs[0][1].isnan().any()
     for plain, rotated in outputs[1:]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sparring.kernels import capability_for, capability_of, paged_attention
+from sparring.kernels.column_order import AS_THEY_ARE, Written, in_kernel_order
 from sparring.kernels.norm import rms_norm_triton
 from sparring.kernels.paged_attention import (
     paged_decode_reference,
@@ -285,6 +286,32 @@ def test_one_launch_for_rotation_writing_and_decoding(heads, kv_heads, size, has
     assert not got.isnan().any()
     written, expected = (pool.data[1:, 1:].nan_to_num(7.0) for pool, _ in pools)
     assert torch.equal(written, expected)
+
+
+@pytest.mark.parametrize("span", [1, 2])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size"), [(4, 2, 64), pytest.param(28, 4, 128, marks=SLOW)]
+)
+def test_rows_are_written_in_the_order_of_a_product(heads, kv_heads, size, span, monkeypatch):
+    monkeypatch.setattr(paged_attention, "span_of", lambda *_: span)
+    lengths, dtype = (1, 0, SPLIT + 3, 2 * SPLIT + 5), torch.bfloat16
+    rows = len(lengths)
+    qkv = random(rows, (heads + 2 * kv_heads) * size, dtype=dtype)
+    angles = random(rows, size // 2, dtype=torch.float32, seed=1)
+    lengths_R = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    pool, tables = paged(lengths, kv_heads, size, 16, dtype)
+    last = (lengths_R.long() - 1).clamp_min(0)
+    slots = tables.gather(1, last[:, None] // 16).long()[:, 0] * 16 + last % 16
+    plain, ordered, both = (
+        rotate_decode_triton(
+            qkv, angles.cos(), angles.sin(), None, None, 1e-6, slots, pool, 1, tables, lengths_R,
+            max_splits=3, capability=CAPABILITY, written=written,
+        ).flatten(-2)
+        for written in (AS_THEY_ARE, Written(in_order=True), Written(in_order=True, both=True))
+    )  # fmt: skip
+    assert not plain.isnan().any()
+    assert torch.equal(ordered, in_kernel_order(plain))
+    assert torch.equal(both, torch.stack([ordered, plain]))
 
 
 @pytest.mark.parametrize("bitwise", [False, True])
