@@ -17,8 +17,7 @@ A launch may begin while the one before it still runs (programmatic dependent la
 later): it asks for its first weights to come to the L2 cache, which no launch of a step changes,
 and waits for the other one before it reads or writes anything else. Every program of a launch that
 takes part waits, so whatever comes after it in the stream comes after all that is before it; only
-then it lets the next one begin. `ahead` are weights of a later launch to be asked for as well,
-where the launch before is slow for other reasons than bytes.
+then it lets the next one begin. `ahead` are weights of a later launch to be asked for as well.
 
 Bytes: W once; FLOP 2 T N K. Not here: adapters, gradients, which layer takes this form (models/).
 """
@@ -36,6 +35,7 @@ from sparring.kernels import (
     dot,
     few_rows_hopper,
     few_rows_strips,
+    few_rows_tiles,
     few_rows_wide,
     jit,
     rounded,
@@ -43,8 +43,9 @@ from sparring.kernels import (
     triton,
     uses_triton,
 )
-from sparring.kernels.few_rows_hopper import Ring, block_t_of
+from sparring.kernels.few_rows_hopper import Ring
 from sparring.kernels.few_rows_strips import Strips
+from sparring.kernels.few_rows_tiles import Tiles
 from sparring.kernels.few_rows_wide import Wide
 from sparring.kernels.matmul import (
     BLOCK,
@@ -61,8 +62,11 @@ from sparring.kernels.swiglu import swiglu_reference
 
 __all__ = ["Squares", "few_rows", "few_rows_reference", "few_rows_triton"]
 
-MAX_ROWS = 128
-"""Most rows that one launch takes."""
+MAX_ROWS, MAX_TILE_ROWS = few_rows_tiles.MAX_ROWS, 128
+"""Most rows of a chain, and of a launch of this file's own kernel: one tile of them."""
+
+
+Own = Ring | Strips | Tiles | Wide
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,30 +90,31 @@ FORMS: dict[int, dict[tuple[int, int], Form]] = {
 library's product (benchmarks/decode_step.py --search); for as many rows as need that tile.
 """
 
-RINGS: dict[tuple[int, int], dict[int, Ring | Strips | Wide]] = {
+RINGS: dict[tuple[int, int], dict[int, Own]] = {
+    # Qwen2.5-0.5B: qkv, o
+    (1152, 896): {256: Tiles(32, 4)},
+    (896, 896): {256: Tiles(32, 7)},
     # Qwen2.5-1.5B: qkv, o, gate and up, down, the head
-    (2048, 1536): {8: Strips(128, 6)},
-    (1536, 1536): {8: Strips(96, 6)},
+    (2048, 1536): {8: Strips(128, 6), 128: Tiles(32, 9), 256: Tiles(64, 6)},
+    (1536, 1536): {8: Strips(96, 6), 128: Tiles(32, 9), 256: Tiles(64, 6)},
     (17920, 1536): {8: Strips(264, 8, 1)},
     (1536, 8960): {8: Ring(264, 128, 4)},
     (151936, 1536): {8: Ring(264, 128, 4)},
     # Qwen2.5-7B: o, gate and up, down, the head; qkv is the library's
     (3584, 3584): {32: Ring(112, 128, 4)},
-    (37888, 3584): {32: Ring(296, 64, 3, 2)},
+    (37888, 3584): {32: Ring(296, 64, 3, 2), 64: Ring(296, 64, 3, 2)},
     (3584, 18944): {32: Ring(264, 128, 4)},
     (152064, 3584): {32: Ring(264, 128, 4)},
 }
-"""The same of the forms that are for sm_90 alone (few_rows_hopper.py, few_rows_strips.py), by shape
-[N, K] and rows that the instruction takes (8, 16, 32, 64).
+"""The same of the forms that are for sm_90 alone (few_rows_hopper.py, few_rows_strips.py,
+few_rows_tiles.py), by shape [N, K] and rows rounded up to a power of two, 8 at least.
 """
 
 PREFETCHED_BYTES = 16 << 20
-"""Of a matrix, asked for before its launch may begin: what the L2 cache keeps until then."""
+"""Of a matrix, asked for before its launch may begin."""
 
 FASTER_ROWS: dict[int, int] = {90: 32}
-"""By architecture: rows up to which a step's launches are chained (models/few_rows.py), as measured
-(docs/benchmarks); on cards that are not here layers run as in prefill.
-"""
+"""By architecture: rows up to which steps are chained (models/few_rows.py), whatever products."""
 
 PDL_ARCH = 90
 """From this compute capability on a launch may begin while the one before it runs."""
@@ -124,9 +129,7 @@ class Squares:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Norm:
-    """The RMSNorm that x goes through: weight [K], eps and the squares of x, which a form that
-    finds them itself (kernels/few_rows_hopper.py) does not need.
-    """
+    """The RMSNorm that x goes through; forms for sm_90 alone find the squares themselves."""
 
     weight: Tensor
     eps: float
@@ -278,15 +281,14 @@ def _few_rows_kernel(
         )  # fmt: skip
 
 
-def form_of(
-    capability: Capability, num_rows: int, weight: Tensor
-) -> Form | Ring | Strips | Wide | None:
+def form_of(capability: Capability, num_rows: int, weight: Tensor) -> Form | Own | None:
     """The form of a product with a weight [N, K] for a number of rows; None: the library's."""
     num_outputs, columns = weight.shape
-    if fills_early(capability) and num_rows <= few_rows_hopper.MAX_ROWS:
-        ring = RINGS.get((num_outputs, columns), {}).get(block_t_of(num_rows))
-        if ring is not None:
-            return ring
+    if fills_early(capability) and num_rows <= MAX_ROWS:
+        most = max(8, triton.next_power_of_2(num_rows))
+        own = RINGS.get((num_outputs, columns), {}).get(most)
+        if own is not None:
+            return own
     form = FORMS.get(capability.arch, {}).get((num_outputs, columns))
     if form is None:
         return None
@@ -308,11 +310,9 @@ def fills_early(capability: Capability) -> bool:
     return capability.arch == few_rows_hopper.ARCH and capability.tensor_dots
 
 
-def folds_norm(
-    form: Form | Ring | Strips | Wide, num_rows: int, weight: Tensor, squares: Squares | None
-) -> bool:
+def folds_norm(form: Form | Own, num_rows: int, weight: Tensor, squares: Squares | None) -> bool:
     """Whether a product [N, K] in that form computes the norm of its rows."""
-    if isinstance(form, Wide):
+    if isinstance(form, Tiles | Wide):
         return False
     if isinstance(form, Strips):
         return few_rows_strips.folds_norm(weight.shape[1])
@@ -322,8 +322,8 @@ def folds_norm(
 
 
 def max_folded_rows(capability: Capability) -> int:
-    """Rows up to which a decode step is computed in this form."""
-    return min(FASTER_ROWS.get(capability.arch, 0), MAX_ROWS) if capability.tensor_dots else 0
+    """Rows up to which a decode step is computed in this form whatever its products."""
+    return FASTER_ROWS.get(capability.arch, 0) if capability.tensor_dots else 0
 
 
 def overlaps(capability: Capability) -> bool:
@@ -378,7 +378,7 @@ def few_rows_triton(
     as prefetched_bytes.
     """
     (num_rows, columns), num_outputs = x.shape, weight.shape[0]
-    _check(x, weight, residual, gated)
+    _check(x, weight, residual, gated, MAX_TILE_ROWS)
     width = num_outputs // 2 if gated else num_outputs
     out = torch.empty(num_rows, width, dtype=out_dtype or x.dtype, device=x.device)
     form = form or general_form(capability, num_rows, num_outputs, columns)
@@ -424,12 +424,14 @@ def _prefetched_columns(weight: Tensor, num_bytes: int) -> int:
     return min(each * 64, weight.shape[1])
 
 
-def _check(x: Tensor, weight: Tensor, residual: Tensor | None, gated: bool) -> None:
+def _check(
+    x: Tensor, weight: Tensor, residual: Tensor | None, gated: bool, max_rows: int = MAX_ROWS
+) -> None:
     rows, columns = x.shape
-    if rows > MAX_ROWS or columns % BLOCK or weight.shape[1] != columns:
+    if rows > max_rows or columns % BLOCK or weight.shape[1] != columns:
         raise ValueError(
             f"x is {tuple(x.shape)} and the weight {tuple(weight.shape)}: columns must be equal and"
-            f" a multiple of {BLOCK}, rows at most {MAX_ROWS}"
+            f" a multiple of {BLOCK}, rows at most {max_rows}"
         )
     if not (x.is_contiguous() and weight.is_contiguous()) or x.dtype != weight.dtype:
         raise ValueError(f"x ({x.dtype}) and the weight ({weight.dtype}) lie row by row, one dtype")
@@ -447,7 +449,7 @@ def few_rows(
     out_dtype: torch.dtype | None = None,
     capability: Capability,
     ahead: Tensor | None = None,
-    form: Form | Ring | Strips | Wide | None = None,
+    form: Form | Own | None = None,
 ) -> tuple[Tensor, Squares | None]:
     """(out, the squares of out where a residual is given and the form leaves them), no gradient.
 
@@ -457,16 +459,17 @@ def few_rows(
     form: of `form_of`. Raises ValueError on shapes, dtypes and strides that it does not take.
     """
     given = {"norm": norm, "residual": residual, "gated": gated, "out_dtype": out_dtype}
-    if isinstance(form, Wide):
+    if isinstance(form, Own):
         _check(x, weight, residual, gated)
-        assert norm is None, "is computed before"
-        assert residual is None, "is added behind, by the norm"
-        more = {"out_dtype": out_dtype, "overlaps": overlaps(capability), "wide": form}
-        return few_rows_wide.launch(x, weight, bias, gated=gated, **more), None
-    if isinstance(form, Ring | Strips):
-        _check(x, weight, residual, gated)
-        given["norm"] = None if norm is None else (norm.weight, norm.eps)
         given["overlaps"] = overlaps(capability)
+    if isinstance(form, Tiles | Wide):
+        assert given.pop("norm") is None, "is computed before"
+        if isinstance(form, Tiles):
+            return few_rows_tiles.launch(x, weight, bias, **given, tiles=form), None
+        assert given.pop("residual") is None, "is added behind, by the norm"
+        return few_rows_wide.launch(x, weight, bias, **given, wide=form), None
+    if isinstance(form, Ring | Strips):
+        given["norm"] = None if norm is None else (norm.weight, norm.eps)
         if isinstance(form, Ring):
             return few_rows_hopper.launch(x, weight, bias, **given, ring=form), None
         return few_rows_strips.launch(x, weight, bias, **given, strips=form), None

@@ -2,8 +2,9 @@
 
 The same numbers as the layers' own forward, to the rounding of sums: kernels/few_rows.py has the
 norm in the products that read it, SwiGLU and the residual's addition in those that write, and lets
-a launch begin while the one before it runs. Not here: what a layer is (transformer.py), adapters,
-NF4 without a decoded copy, bitwise mode.
+a launch begin while the one before it runs. Where a shape has no such form for so many rows, its
+product is the library's, with norm and SwiGLU in launches of their own (kernels/chain.py). Not
+here: what a layer is (transformer.py), adapters, NF4 without a decoded copy, bitwise mode.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from sparring.kernels import Capability
 from sparring.kernels.chain import add_norm_early, pieces_norm_early, swiglu_early
 from sparring.kernels.few_rows import (
+    MAX_ROWS,
     Norm,
     Squares,
     few_rows,
@@ -26,13 +28,10 @@ from sparring.kernels.few_rows import (
     overlaps,
     squares_of,
 )
-from sparring.kernels.few_rows_hopper import Ring
-from sparring.kernels.few_rows_strips import Strips
+from sparring.kernels.few_rows_tiles import Tiles
 from sparring.kernels.few_rows_wide import Wide
 from sparring.kernels.matmul import BLOCK
-from sparring.kernels.norm import add_rms_norm, rms_norm
 from sparring.kernels.step_start import start_step
-from sparring.kernels.swiglu import swiglu
 from sparring.layout import DecodeLayout, KVPool
 from sparring.models.attention import AttentionPlan
 from sparring.models.attention_paged_kernel import PagedKernelPlan
@@ -59,10 +58,8 @@ def step_logits(
     assert isinstance(plan, PagedKernelPlan), "`serves` says so"
     stream = run_layers(layers, *_start(model, tokens_R, positions_R), plan)
     table = model.head.table
-    if not isinstance(table, Tensor):
-        return model.logits(stream.normed(model.norm, model.norm))
-    if form_of(model.capability, len(tokens_R), table) is None:
-        return model.logits(stream.normed(model.norm, table))
+    if not isinstance(table, Tensor) or not form_of(model.capability, len(tokens_R), table):
+        return model.logits(stream.normed(model.norm))
     return stream.product(model.norm, table, None, out_dtype=torch.float32)
 
 
@@ -77,16 +74,27 @@ def _start(
 
 
 def serves(model: Decoder, num_rows: int, plan: AttentionPlan, adapter: str | None) -> bool:
-    """Whether a step of so many rows, attended to by `plan`, can be computed here."""
+    """Whether a step of so many rows, attended to by `plan`, is computed here: a chain of the
+    library's products alone is no faster, so past max_folded_rows one of them has another form.
+    """
     layers = [layer for layer in model.layers if isinstance(layer, DecoderLayer)]
     return (
         model.device.type == "cuda"
         and model.dtype.itemsize == 2
-        and 0 < num_rows <= model.max_folded_rows
+        and 0 < num_rows <= MAX_ROWS
         and isinstance(plan, PagedKernelPlan)
         and plan.tiles is None
         and all(_is_plain(linear, adapter) for layer in layers for linear in _linears(layer))
+        and model.max_folded_rows > 0
+        and (num_rows <= model.max_folded_rows or _has_form(layers[0], num_rows))
     )
+
+
+def _has_form(layer: DecoderLayer, num_rows: int) -> bool:
+    """Whether a product of a layer is not the library's."""
+    weights = [_weight_of(linear) for linear in _linears(layer)]
+    capability = layer.qkv.capability
+    return any(w is not None and form_of(capability, num_rows, w) for w in weights)
 
 
 def _linears(layer: DecoderLayer) -> tuple[Linear, Linear, Linear, Linear]:
@@ -150,47 +158,30 @@ class _Stream:
         if folds and self.added is None:
             folded = Norm(weight=norm, eps=self.eps, squares=self.squares)
             return product(self.x_TD, weight, bias, norm=folded)[0]
-        normed = self.normed(norm, weight)
+        normed = self.normed(norm)
         if form is not None:
             return product(normed, weight, bias)[0]
         return F.linear(normed, weight, bias)
 
-    def normed(self, norm: Tensor, weight: Tensor) -> Tensor:
-        """The stream's norm, with what was to be added; a product with the weight reads it."""
-        if self.added is not None and self.added.dim() == 3:
-            normed, self.x_TD = pieces_norm_early(
-                self.added, self.x_TD, norm, self.eps, overlaps=overlaps(self.capability)
-            )
-        elif self.launches_early(weight):
-            residual = None if self.added is None else self.x_TD
-            x_TD = self.x_TD if self.added is None else self.added
-            normed, self.x_TD = add_norm_early(x_TD, residual, norm, self.eps)
-        elif self.added is None:
-            normed = rms_norm(self.x_TD, norm, self.eps)
-        else:
-            normed, self.x_TD = add_rms_norm(self.added, self.x_TD, norm, self.eps)
+    def normed(self, norm: Tensor) -> Tensor:
+        """The stream's norm, with what was to be added."""
+        given = {"overlaps": overlaps(self.capability)}
+        if self.added is None:
+            normed, _ = add_norm_early(self.x_TD, None, norm, self.eps, **given)
+            return normed
+        add = pieces_norm_early if self.added.dim() == 3 else add_norm_early
+        normed, self.x_TD = add(self.added, self.x_TD, norm, self.eps, **given)
         self.added = None
         return normed
 
-    def gate(self, gate_up: Linear, norm: Tensor, down: Linear) -> Tensor:
-        """silu(gate) up of the normed stream, which `down` reads."""
+    def gate(self, gate_up: Linear, norm: Tensor) -> Tensor:
+        """silu(gate) up of the normed stream."""
         weight = _weight_of(gate_up)
         assert weight is not None, "`serves` says so"
         y = self.into(norm, gate_up, gated=True)
         if form_of(self.capability, len(y), weight) is not None:
             return y
-        read = _weight_of(down)
-        assert read is not None, "`serves` says so"
-        if self.launches_early(read):
-            return swiglu_early(y)
-        return swiglu(y)
-
-    def launches_early(self, weight: Tensor) -> bool:
-        """Whether what comes before a product with the weight begins early: so that the product's
-        own launch, which comes after it, can bring its weights.
-        """
-        form = form_of(self.capability, len(self.x_TD), weight)
-        return overlaps(self.capability) and isinstance(form, Ring | Strips | Wide)
+        return swiglu_early(y, overlaps=overlaps(self.capability))
 
     def onto(self, y: Tensor, linear: Linear, ahead: Linear | None = None) -> None:
         """Adds a product to the stream; weights of `ahead` may be asked for beside it."""
@@ -201,7 +192,7 @@ class _Stream:
         if form is None:
             self.added = F.linear(y, weight, linear.bias)
             return
-        if isinstance(form, Wide):
+        if isinstance(form, Wide) or (isinstance(form, Tiles) and form.pieces > 1):
             self.added = few_rows(y, weight, linear.bias, capability=self.capability, form=form)[0]
             return
         assert self.added is None, "a norm came between"
@@ -242,5 +233,5 @@ def run_layers(
             overlaps=overlaps(capability),
         )
         stream.onto(attended.view(len(x_TD), -1), layer.output, layer.gate_up)
-        stream.onto(stream.gate(layer.gate_up, layer.mlp_norm, layer.down), layer.down)
+        stream.onto(stream.gate(layer.gate_up, layer.mlp_norm), layer.down)
     return stream

@@ -218,7 +218,7 @@ class Decoder(nn.Module):
     `init_weights`. is_quantised: the layers' matrices are in NF4; they are frozen. capability: what
     kernels may use, asked of the device where it is left out; everything below reads this value.
     storage: of embedding and head; an embedding on the host is one for a GPU alone. An attribute,
-    max_folded_rows: rows up to which a decode step takes the form of models/few_rows.py.
+    max_folded_rows: see `serves` of models/few_rows.py; 0: no decode step takes that form.
     """
 
     def __init__(

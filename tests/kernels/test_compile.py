@@ -25,6 +25,7 @@ from sparring.kernels import (
     few_rows_attention,
     few_rows_hopper,
     few_rows_strips,
+    few_rows_tiles,
     few_rows_wide,
     head,
     int8,
@@ -464,6 +465,38 @@ def test_products_in_tall_tiles(boxes, stages, pieces, which):
     before, after = ptx.split("griddepcontrol.wait", 1)
     asked = before.count("cp.async.bulk.tensor")
     assert asked == stages * boxes + 1, "a ring of weights, and x's description"
+    assert "griddepcontrol.launch_dependents" in before
+    assert "wgmma.mma" in after, "and what reads the rows"
+
+
+@pytest.mark.parametrize(
+    ("which", "tiles"),
+    [
+        ("bias", few_rows_tiles.Tiles(32, 9)),
+        ("residual", few_rows_tiles.Tiles(64, 7)),
+        ("pieces", few_rows_tiles.Tiles(128, 4, 5)),
+        pytest.param("residual", few_rows_tiles.Tiles(32, 4), marks=pytest.mark.slow),
+    ],
+)
+def test_products_in_tiles(which, tiles):
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
+    constants = {
+        "T": tiles.block_t, "STAGES": tiles.stages, "HAS_BIAS": which == "bias",
+        "HAS_RESIDUAL": which == "residual", "OVERLAPS": True, "num_warps": 4,
+    }  # fmt: skip
+    layout = NVMMASharedLayout(128, 16, 2)
+    described = {
+        f"{name}_desc": f"tensordesc<bf16[{height},128],{layout!r}>"
+        for name, height in (("w", 64), ("x", tiles.block_t))
+    }
+    pointers = {**POINTERS, **described}
+    pointers["out_ptr"] = "*fp32" if which == "pieces" else "*bf16"
+    found, ptx = check(few_rows_tiles._tiles_kernel, pointers, constants, 90, products=True)
+    assert found == {"wgmma.mma"}
+    before, after = ptx.split("griddepcontrol.wait", 1)
+    asked = before.count("cp.async.bulk.tensor")
+    assert asked == tiles.stages + 1, "a ring of weights, and x's description"
     assert "griddepcontrol.launch_dependents" in before
     assert "wgmma.mma" in after, "and what reads the rows"
 

@@ -23,7 +23,6 @@ from sparring.kernels.norm import add_rms_norm_triton, rms_norm_triton
 from sparring.kernels.step_start import start_step, start_step_reference, start_step_triton
 from sparring.kernels.swiglu import swiglu_triton
 from sparring.layout import DecodeLayout
-from sparring.models import few_rows as steps
 from sparring.models.attention_paged_kernel import PagedKernelPlan
 from sparring.models.few_rows import run_layers
 from sparring.models.rope import RopeConfig, inverse_frequencies
@@ -126,8 +125,11 @@ def test_forms_serve_the_rows_they_were_measured_for():
     assert few_rows.form_of(hopper, 8, weight) is not None
     assert few_rows.form_of(hopper, 17, weight) is None
     gate_up = torch.empty(37888, 3584, device="meta")
-    found = [few_rows.form_of(hopper, n, gate_up) is not None for n in (16, 17, 32, 33)]
-    assert found == [False, True, True, False]
+    found = [few_rows.form_of(hopper, n, gate_up) is not None for n in (16, 17, 32, 64, 65)]
+    assert found == [False, True, True, True, False]
+    assert [few_rows.form_of(hopper, n, weight) for n in (64, 65, 257)] == [
+        None, few_rows.RINGS[(2048, 1536)][128], None
+    ]  # fmt: skip
     assert few_rows.form_of(Capability(arch=80, tensor_dots=True), 8, weight) is None
 
 
@@ -164,8 +166,8 @@ def test_a_decoder_step_as_a_chain(qk_norm, folds, early, monkeypatch):
         form = general_form(CAPABILITY, rows, *shape)
         forms[shape] = replace(form, tile=replace(form.tile, block_t=16))
     monkeypatch.setitem(few_rows.FORMS, CAPABILITY.arch, forms)
-    early = early and few_rows.overlaps(CAPABILITY)
-    monkeypatch.setattr(steps._Stream, "launches_early", lambda *_: early)
+    if not early:
+        monkeypatch.setattr(few_rows, "PDL_ARCH", 1000)
     found = []
     for fuses in (False, True):
         pool = new_kv_pool(config, 4, 16, torch.bfloat16, DEVICE)
@@ -188,7 +190,7 @@ def test_a_decoder_step_as_a_chain(qk_norm, folds, early, monkeypatch):
                 if folds:
                     kept = stream.x_TD.float().square().sum(1)
                     assert error(stream.squares.parts.sum(0), kept) < 1e-6
-                out = stream.normed(model.norm, model.embed.weight)
+                out = stream.normed(model.norm)
             else:
                 out = model.infer(model.embed.rows(tokens), cos, sin, plan, None)
         found.append((out, pool.data))

@@ -8,6 +8,7 @@ import torch
 from sparring.kernels import few_rows, few_rows_attention
 from sparring.kernels.few_rows_hopper import Ring
 from sparring.kernels.few_rows_strips import Strips
+from sparring.kernels.few_rows_tiles import Tiles
 from sparring.models.checkpoint import build_model
 from sparring.rollout.sampler import Sampling
 from tests.models.tiny import CONFIGS
@@ -61,3 +62,30 @@ def test_captured_steps_of_few_rows(rows: int, monkeypatch: pytest.MonkeyPatch) 
                 parameter.mul_(1.03)
     assert captured.graph_stats.num_graphs > 0
     assert calls, "keys came before their turn"
+
+
+@pytest.mark.parametrize("rows", [70, 128, 200])
+def test_captured_steps_of_many_rows(rows: int) -> None:
+    """The same of products in tiles: graphs and steps without capture, weights changed in
+    place between two runs.
+    """
+    model = build_model({**CONFIGS["qwen2"], **SHAPES}, device="cuda", dtype=torch.bfloat16)
+    model.init_weights(0)
+    model.requires_grad_(False)
+    layer = model.layers[0]
+    found = [
+        few_rows.form_of(model.capability, rows, linear.base.weight)
+        for linear in (layer.qkv, layer.output)
+    ]
+    assert all(isinstance(form, Tiles) for form in found)
+    given = {"kv_bytes": 1 << 28, "stop_ids": (), "max_tokens": 400, "max_running": 256}
+    captured, plain = engine(model, **given), engine(model, cuda_graphs=False, **given)
+    sampling = Sampling(max_completion_tokens=40, seed=3)
+    for _ in range(2):
+        got = captured.generate(prompts(250), sampling, num_samples=rows)
+        assert len({tuple(r.token_ids.tolist()) for r in flat(got)}) == rows
+        assert_same(plain.generate(prompts(250), sampling, num_samples=rows), got)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.03)
+    assert captured.graph_stats.num_graphs > 0
