@@ -445,26 +445,36 @@ def test_products_through_a_ring(rows, which, ring):
 
 
 @pytest.mark.parametrize(
-    ("boxes", "stages", "pieces", "which"),
-    [(2, 4, 0, "gated"), (1, 6, 4, "plain"), (2, 4, 9, "plain"), (1, 6, 0, "bias")],
+    ("wide", "which"),
+    [
+        (few_rows_wide.Wide(128, 16, 4), "gated"),
+        (few_rows_wide.Wide(128, 16, 6, 5), "plain"),
+        (few_rows_wide.Wide(64, 8, 6), "bias"),
+    ],
 )
-def test_products_in_tall_tiles(boxes, stages, pieces, which):
+def test_products_in_tall_tiles(wide, which):
     from triton.experimental.gluon.language import NVMMASharedLayout
 
     constants = {
-        "T": 128, "K": 64, "STAGES": stages, "BOXES": boxes, "PIECES": pieces,
-        "HALVES": 1 + (stages == 6), "HAS_BIAS": which == "bias", "GATED": which == "gated",
-        "OVERLAPS": True, "num_warps": 8, "maxnreg": few_rows_wide.MAX_REGISTERS,
+        "T": 128, "K": 64, "STAGES": wide.stages, "BASE": wide.base, "EXTRA": wide.extra,
+        "PIECES": wide.pieces, "HAS_BIAS": which == "bias", "GATED": which == "gated",
+        "OVERLAPS": True, "num_warps": 8,
     }  # fmt: skip
-    described = f"tensordesc<bf16[128,64],{NVMMASharedLayout(128, 16, 2)!r}>"
-    pointers = {**POINTERS, "w_desc": described, "x_desc": described, "ready_ptr": "*i32"}
-    pointers["out_ptr"] = "*fp32" if pieces else "*bf16"
+    layout = NVMMASharedLayout(128, 16, 2)
+    described = {
+        f"{name}_desc": f"tensordesc<bf16[{height},64],{layout!r}>"
+        for name, height in (("w", wide.base), ("e", wide.extra), ("x", 128))
+    }
+    pointers = {**POINTERS, **described}
+    pointers["out_ptr"] = "*fp32" if wide.pieces > 1 else "*bf16"
     kernel = few_rows_wide._wide_kernel
-    found, ptx = check(kernel, pointers, constants, 90, products=True)
+    found, ptx = check(kernel, pointers, constants, 90, products=True, stack_limit=0)
     assert found == {"wgmma.mma"}
     before, after = ptx.split("griddepcontrol.wait", 1)
     asked = before.count("cp.async.bulk.tensor")
-    assert asked == stages * boxes + 1, "a ring of weights, and x's description"
+    assert asked == wide.stages * (4 if which == "gated" else 2) + 1, (
+        "a ring of weights, and x's description"
+    )
     assert "griddepcontrol.launch_dependents" in before
     assert "wgmma.mma" in after, "and what reads the rows"
 
