@@ -30,7 +30,7 @@ WEIGHTS_A_PRODUCT = 64 * 16
 THREADS = 128
 """That a matrix instruction belongs to: a warp group has its own rows of the weight."""
 TURNS = 7
-"""Of a segment of a 7B's gate and up; it does not change the loop of up to MOST_TURNS."""
+"""Of a segment of a 7B's gate and up; it does not change the loop."""
 
 
 def assembly(tile: nf4_hopper.Tile) -> list[str]:

@@ -67,7 +67,7 @@ ORDERED_SWEEP = {
 }
 """Of kernels/nf4_hopper.py: weight rows, warps, stages, registers."""
 
-SEGMENTS = {"qkv": (4, 7), "o": (4, 7), "gate_up": (1, 2), "down": (7, 10)}
+SEGMENTS = {"qkv": (4, 7), "o": (4, 7), "gate_up": (2, 4), "down": (10, 13)}
 
 
 def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:

@@ -4,14 +4,13 @@ The same numbers to the bit: the same decode rule, order of k and segments. What
 things lie. Packed weights and x, which comes in the order of kernels/column_order.py, go by
 asynchronous copies to shared memory, a turn of 256 columns ahead: registers cannot hold the next
 turn's words while this one's are decoded, and a compiler that is left to load them does it just
-before they are used. Scales of a segment (of MOST_TURNS turns at most) are computed before its
-first turn. A thread takes its words from there, decodes half of them, multiplies, then the other
+before they are used. Scales of a segment (MOST_TURNS turns at most) are computed before its first
+turn. A thread takes its words from there, decodes half of them, multiplies, then the other
 half; four or five programs share a multiprocessor. Sums of segments are written and read 16 bytes a
 thread. An adapter's part is added in the last step, as kernels/low_rank.py does it.
 
 Launches overlap (programmatic dependent launch): what depends on weights alone is asked for before
-the launch before this one has ended, and the next launch may begin when all programs have begun;
-after a long segment only when it is summed, for programs that wait take room from those that work.
+the launch before this one has ended, and the next launch may begin when all programs have begun.
 
 Bytes and instructions: see kernels/nf4_matmul.py. Not here: rows in another order, other cards;
 more than 64 rows (nf4_hopper_wide.py).
@@ -64,7 +63,7 @@ MAX_RANK = 64
 """Of an adapter: what one piece of shared memory in the instruction's order holds."""
 
 MOST_TURNS = 8
-"""Of a segment, whose scales are kept in shared memory at a time."""
+"""Of a segment, all of whose scales are kept in shared memory."""
 
 
 def table_asm(half_type: str) -> str:
@@ -306,12 +305,11 @@ def _kernel(
     stride_xt, stride_ot, stride_xat,
     T: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, DOUBLE: gl.constexpr,
     SPLIT: gl.constexpr, HAS_BIAS: gl.constexpr, OVERLAPS: gl.constexpr, TURNS: gl.constexpr,
-    IS_LONG: gl.constexpr, WORDS: gl.constexpr, TURN: gl.constexpr, ROWS: gl.constexpr,
-    NUM_PARTS: gl.constexpr, RANK: gl.constexpr, BLOCK_R: gl.constexpr,
-    BESIDE_SHRINK: gl.constexpr,
+    WORDS: gl.constexpr, TURN: gl.constexpr, ROWS: gl.constexpr, NUM_PARTS: gl.constexpr,
+    RANK: gl.constexpr, BLOCK_R: gl.constexpr, BESIDE_SHRINK: gl.constexpr,
 ):  # fmt: skip
-    """steps: turns of 256 columns in a segment. TURNS: whose scales are kept at a time; IS_LONG: a
-    segment may have more. WORDS, TURN, ROWS: `words_layout`, `turn_layout`, `rows_layout`.
+    """steps: turns of 256 columns in a segment, at most TURNS. WORDS, TURN, ROWS: `words_layout`,
+    `turn_layout`, `rows_layout`.
     """
     N: gl.constexpr = 16 * WARPS
     DTYPE: gl.constexpr = x_ptr.dtype.element_ty
@@ -350,8 +348,7 @@ def _kernel(
         scales, block, last, b_offset, absmax_ptr, absmax2_ptr, offset_ptr, map_ptr, DOUBLE, TURNS
     )
     if OVERLAPS:
-        if not IS_LONG:  # else programs of the next launch would be in the way for too long
-            gdc_launch_dependents()
+        gdc_launch_dependents()
         if not BESIDE_SHRINK:  # until here nothing was read that the launch before writes
             gdc_wait()
     t = gl.minimum(gl.arange(0, T, layout=gl.SliceLayout(1, ROWS)), num_rows - 1)
@@ -374,14 +371,8 @@ def _kernel(
             async_copy.async_copy_global_to_shared(far.index(slot), x_at + (coming * 256 + 128))
         async_copy.commit_group()
         fence_async_shared()
-        if IS_LONG:  # noqa: SIM102 - known when it is compiled
-            if (turn % TURNS == 0) & (turn > 0):
-                _keep_scales(
-                    scales, block + turn * 4, last - turn, b_offset, absmax_ptr, absmax2_ptr,
-                    offset_ptr, map_ptr, DOUBLE, TURNS,
-                )  # fmt: skip
         slot = turn % STAGES
-        factor = scales.index(turn % TURNS).load(BLOCKS)
+        factor = scales.index(turn).load(BLOCKS)
         packed = words.index(slot).load(TURN)
         a, b, c, d, e, f, g, h = _tables(factor, DTYPE)
         low, high = gl.split(packed.reshape(N, 4, 2, 4).permute(0, 1, 3, 2))
@@ -392,8 +383,6 @@ def _kernel(
         w = _decoded(high, a, b, c, d, e, f, g, h, DTYPE, N, 4, OPERAND)
         acc = warpgroup_mma(w, far.index(slot).permute((1, 0)), acc)
     async_copy.wait_group(0)
-    if OVERLAPS and IS_LONG:
-        gdc_launch_dependents()
     _sum_and_store(
         acc, tile, segment, segments, bias_ptr, xa_ptr, b_ptr, parts_ptr, out_ptr, work_ptr,
         count_ptr, scale, num_rows, num_outputs, stride_ot, stride_xat, N, T, WARPS, MMA, SPLIT,
@@ -474,12 +463,12 @@ def start(
 def constants_of(tile: Tile, turns: int) -> dict[str, object]:
     """The kernel's arguments that follow from its tile and the turns of a segment."""
     assert tile.block_n == 16 * tile.num_warps, "a warp has 16 rows of the weight"
+    assert turns <= MOST_TURNS, "shared memory holds their scales"
     return {
         "T": tile.block_t,
         "WARPS": tile.num_warps,
         "STAGES": tile.num_stages,
-        "TURNS": -(-turns // -(-turns // MOST_TURNS)),
-        "IS_LONG": turns > MOST_TURNS,
+        "TURNS": turns,
         "WORDS": words_layout(tile.num_warps, 4),
         "TURN": turn_layout(tile.num_warps),
         "ROWS": rows_layout(tile.num_warps, tile.block_t, 128),

@@ -28,6 +28,7 @@ from torch import Tensor
 from sparring.kernels import (
     Capability,
     capability_of,
+    cdiv,
     dot,
     jit,
     nf4_hopper,
@@ -60,6 +61,7 @@ from sparring.kernels.nf4 import (
     dynamic_map_on,
     words_of,
 )
+from sparring.kernels.nf4_hopper import MOST_TURNS
 
 _SMALL = (Tile(64, 16, 4, 3), Tile(64, 32, 4, 3), Tile(64, 64, 4, 2))
 _HOPPER = (
@@ -77,8 +79,13 @@ MAX_ROWS = 256
 
 
 def nf4_segments_of(capability: Capability, num_outputs: int, num_inputs: int) -> int:
-    """Into how many pieces k is cut; fixed by shape and architecture."""
-    return segments_of(capability, num_outputs, num_inputs)
+    """Into how many pieces k is cut; fixed by shape and architecture. None is longer than
+    MOST_TURNS, whose scales a program of nf4_hopper.py keeps.
+    """
+    return max(
+        segments_of(capability, num_outputs, num_inputs),
+        cdiv(num_inputs, MOST_TURNS * BLOCK_K),
+    )
 
 
 @jit

@@ -162,16 +162,17 @@ class DecoderLayer(nn.Module):
         adapter: str | None, written: Written = AS_THEY_ARE,
     ) -> Tensor:  # fmt: skip
         """What attention adds to the residual stream, from its normed state (see `infer`)."""
-        heads = self.qkv(normed_TD, adapter, written=written)
+        heads, ordered = self.qkv(normed_TD, adapter, written=written), AS_THEY_ARE
         if isinstance(plan, PagedKernelPlan):
+            ordered = self.output.reads(len(heads), adapter)
             attended = plan.attend_rotated(
                 heads, cos, sin, self.q_norm, self.k_norm, self.config.norm_eps, self.index,
-                self.window, overlaps=written.early,
+                self.window, overlaps=written.early, written=ordered,
             )  # fmt: skip
         else:
             heads = heads.view(len(heads), -1, self.config.head_size)
             attended = plan.attend(*self._rotate(heads, cos, sin), self.index, self.window)
-        out: Tensor = self.output(attended.reshape(len(heads), -1), adapter)
+        out: Tensor = self.output(attended.flatten(-2), adapter, written=ordered)
         return out
 
     def mlp(
@@ -215,10 +216,9 @@ class Decoder(nn.Module):
     """A causal language model over flat tokens.
 
     Parameters are uninitialised after construction: models/checkpoint.py fills them, or
-    `init_weights`. is_quantised: the layers' matrices are in NF4; they are frozen. capability: what
-    kernels may use, asked of the device where it is left out; everything below reads this value.
-    storage: of embedding and head; an embedding on the host is one for a GPU alone. An attribute,
-    max_folded_rows: see `serves` of models/few_rows.py; 0: no decode step takes that form.
+    `init_weights`. is_quantised: the layers' matrices are in NF4, frozen. capability: what kernels
+    may use, else the device's; all below reads it. storage: of embedding and head; an embedding on
+    the host is for a GPU alone. max_folded_rows: see `serves` of models/few_rows.py; 0: no step.
     """
 
     def __init__(

@@ -381,7 +381,7 @@ def test_squares(arch):
     [
         (0, 7, 0),
         *(pytest.param(i, 2, 3, marks=[] if i == 2 else pytest.mark.slow) for i in range(4)),
-        *(pytest.param(i, 11, 0, marks=pytest.mark.slow) for i in range(4)),
+        *(pytest.param(i, 8, 0, marks=pytest.mark.slow) for i in range(4)),
     ],
 )
 @pytest.mark.parametrize("dtype", ["*bf16", pytest.param("*fp16", marks=pytest.mark.slow)])
@@ -400,9 +400,7 @@ def test_products_with_layouts_written_out(index, turns, parts, dtype):
     loop = ptx[: ptx.index("wgmma.mma")]
     assert "0xd9c8" in loop, "decoded in registers"
     before, after = loop.split("griddepcontrol.wait")
-    is_short = turns <= nf4_hopper.MOST_TURNS
-    assert ("griddepcontrol.launch_dependents" in before) == is_short, "else after the last turn"
-    assert "griddepcontrol.launch_dependents" in ptx
+    assert "griddepcontrol.launch_dependents" in before, "the next launch begins with this one"
     for part, what in ((before, "weights"), (after, "x")):
         assert "cp.async.cg.shared.global" in part, f"{what}, 16 bytes at a time"
         assert "cp.async.ca" not in part, f"{what}, some less than 16 bytes at a time"

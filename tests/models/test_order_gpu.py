@@ -28,7 +28,7 @@ def test_the_order_of_columns_changes_no_bit(lora: bool, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Quantised, "ordered_product", counted)
     ordered = engine(model).generate(asked, sampling, num_samples=8)
-    assert len(set(calls)) == 3, "q, k and v, adapted or not; gate and up; down"
+    assert len(set(calls)) == 4, "q, k and v; o, both adapted or not; gate and up; down"
     monkeypatch.setattr(Quantised, "reads_order", lambda _self, _rows: False)
     plain = engine(model).generate(asked, sampling, num_samples=8)
     for one, two in zip(sum(ordered, []), sum(plain, []), strict=True):  # noqa: RUF017
