@@ -6,13 +6,12 @@ Random weights of real shapes, distinct prompts, advantages drawn non-zero, fixe
 a rollout by the engine, whose KV pool is what the plan says, and a training phase: groups on the
 host to weights updated. Peak is the allocator's largest reserved memory in a phase since the
 weights are in place; between phases free pages are given back, as a run does. A cap of N GiB limits
-the allocator to N - 1.0 GiB. Two steps after one to warm up, each with three training phases; all
-are reported, and seconds are compared by the median of those after the warm-up. Allocated and
-device memory stand beside it, each part of the prediction, and what every pool of the allocator
-held at a phase's end. Rows share a process; what one leaves (library workspaces) is freed before
-the next.
-Small models wait for the host, so how fast it is stands beside each row (train/host.py), and the
-plan is told it as `sparring plan` on this machine would be.
+the allocator to N - 1.0 GiB. One step to warm up, then a rollout and five training phases; all are
+reported, and seconds are compared by the median of those after the warm-up. Allocated and device
+memory stand beside it, each part of the prediction, and what every pool of the allocator held at a
+phase's end. Rows share a process; what one leaves (library workspaces) is freed before the next.
+Small models wait for the host: the plan is told how fast it is as `sparring plan` on this machine
+would be (train/host.py), and the same measure after the row stands beside it.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from sparring.models.transformer import Decoder
 from sparring.rollout.engine import Engine
 from sparring.rollout.sampler import Sampling
 from sparring.train.cards import find_card
-from sparring.train.host import node_microseconds, own_card
+from sparring.train.host import REFERENCE_MICROSECONDS, node_microseconds, own_card
 from sparring.train.memory import take_workspaces
 from sparring.train.optimizer import Optimizer, build_optimizer
 from sparring.train.plan import Phase, predict
@@ -47,8 +46,8 @@ from sparring.train.step import train_step
 from sparring.types import Group, Prompt, Rollout
 
 GIB = 2**30
-TRAININGS = 3
-"""Training phases a step: one takes up to half as long again as the next where the host is waited
+TRAININGS = 5
+"""Phases after the warm-up: one takes up to half as long again as the next where the host is waited
 for."""
 ROWS: dict[str, dict[str, Any]] = {
     "0.5b-full": {
@@ -205,7 +204,8 @@ def measured(row: dict[str, Any]) -> dict[str, Any]:
     limit = total if budget is None else budget - CONTEXT_BYTES
     torch.cuda.set_per_process_memory_fraction(limit / total)
     job, settings = job_of(row)
-    plan = predict(job, settings, budget=budget, card=own_card() or find_card("H200"), exact=True)
+    card = own_card() or find_card("H200")
+    plan = predict(job, settings, budget=budget, card=card, exact=True)
     stages = [counters(stage="before")]
     model = built(row)
     optimizer = build_optimizer(
@@ -223,7 +223,7 @@ def measured(row: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, dict[str, int]] = {}
     held: dict[str, dict[str, list[int]]] = {}
     take_workspaces(model.device, model.dtype)
-    for step in range(3):
+    for step in range(2):
         torch.cuda.reset_peak_memory_stats()
         seconds["rollout"].append(rollout(engine, row, made, step))
         _keep_peaks(found, "rollout")
@@ -245,7 +245,8 @@ def measured(row: dict[str, Any]) -> dict[str, Any]:
     assert plan.seconds is not None, "a card is named"
     return {
         **row, "stages": stages, "peaks": found, "pools": held, "seconds": seconds,
-        "graphs": asdict(engine.graph_stats), "host microseconds": node_microseconds(),
+        "graphs": asdict(engine.graph_stats),
+        "host microseconds": [(card.host or 1.0) * REFERENCE_MICROSECONDS, node_microseconds()],
         "predicted": {
             "rollout": told(plan.rollout),
             "training": told(plan.training),
@@ -279,7 +280,8 @@ def table_line(name: str, row: dict[str, Any]) -> str:
             f" {usual:.2f} s ({runs[0]:.2f} to {runs[-1]:.2f}), plan {plan:.2f}"
             f" ({plan / usual - 1:+.0%})"
         )
-    return f"{name:10} " + " | ".join(cells) + f" | host {row['host microseconds']:.1f} us a node"
+    before, after = row["host microseconds"]
+    return f"{name:10} " + " | ".join(cells) + f" | host {before:.1f}, {after:.1f} us a node"
 
 
 def detail_lines(row: dict[str, Any]) -> list[str]:

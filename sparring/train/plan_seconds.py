@@ -1,8 +1,9 @@
 """Seconds of a step from a card's bandwidth and tensor peak: rollout by bytes, training by FLOP.
 
-The shares of the peaks that are reached were measured on one H200 (docs/benchmarks) and are taken
-for every card; on others the result is an estimate. Host time is what the machine that they were
-measured on needs to launch the work, times `Card.host`.
+The shares of the peaks that are reached were measured on H200s (docs/benchmarks) and are taken
+for every card; on others the result is an estimate. A micro-batch takes as long as the card
+computes or as long as the host launches, whichever is longer. Host time is what the machines beside
+the measured cards needed, times `Card.host` (decision 0020).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 
 from sparring.models.quantised import SLICE_BYTES
 from sparring.train.cards import Card
-from sparring.train.plan_job import Job, Settings, Trained, Work, trained_sizes
+from sparring.train.plan_job import Job, LinearSize, Settings, Trained, Work, trained_sizes
 from sparring.train.plan_training import MicroBatch
 
 MATMUL_SHARE, HEAD_SHARE = 0.86, 0.77
@@ -24,14 +25,18 @@ n / (n + SHORT_TOKENS) of its share: tiles on the diagonal are half empty."""
 SKINNY_SHARE = 0.6
 """Of the bandwidth, that products with an adapter's narrow matrices reach."""
 BANDWIDTH_SHARE = 0.88
-KERNEL_SECONDS, OPERATION_SECONDS = 150e-6, 20e-6
-DECODED_SECONDS, ADAPTED_SECONDS = 50e-6, 90e-6
-"""What the host takes to launch a Triton kernel with its autograd node, a library call with its
-views, a slice of a four-bit matrix to be decoded, and for a linear layer with an adapter besides,
-each time it is passed. A layer costs so many of each, and below their sum the card waits (fitted to
-three recipes in two runs beside an H200 whose host took train/host.py's REFERENCE_MICROSECONDS)."""
+KERNEL_SECONDS, OPERATION_SECONDS = 135e-6, 40e-6
+"""What the host takes to launch a Triton kernel with its autograd node, and a library call with its
+views and memory: fitted to the four recipes that wait for it in five runs (docs/benchmarks), whose
+hosts took train/host.py's REFERENCE_MICROSECONDS at their best and up to 1.7 times that for
+seconds; such halts are in these two numbers."""
+HEAD_LAUNCHES, SCORED_LAUNCHES = (9, 93), (9, 19)
+"""Kernels and library calls of a micro-batch outside its layers (embedding, angles, head, loss):
+forward and backward, and of a forward pass without gradient."""
+PLAIN_SHARE = 0.6
+"""Of that, what a launch takes without autograd (prefills of a 7B in NF4)."""
 STEP_SECONDS = 0.02
-"""A step's packing, clipping and reading of metrics."""
+"""What the host takes for a step's packing, clipping and reading of metrics."""
 DECODE_LAYER_SECONDS, DECODE_ROW_SECONDS = 29e-6, 1.2e-6
 """Starts of kernels in a captured decode step, and what a row costs in sampling and the host."""
 CHAIN_ROWS, CHAIN_START_SECONDS, CHAIN_LAYER_SECONDS = 8, 12e-6, 36e-6
@@ -40,7 +45,8 @@ layer's starts cost less, and a layer takes at least so long."""
 DECODE_SHARE = 0.94
 """Of a copy's bandwidth, that products of a few rows reach."""
 NF4_BYTES = 0.5159
-NF4_CYCLES = {90: (5.0, 0.058), 0: (6.5, 0.11)}
+"""Of a four-bit weight with its share of the scales."""
+NF4_CYCLES = {90: (4.2, 0.058), 0: (6.5, 0.11)}
 """By architecture (0: all others): cycles of an integer lane that a fused product takes to decode
 a weight, and more by row; both measured on an H200, which has the kernels of all others too."""
 DECODE_ADAPTED_SECONDS = 5.5e-6
@@ -134,38 +140,55 @@ def _update_seconds(
             a_row += config.num_heads * config.head_size
         kept = rows * config.num_layers * a_row * model.item
         device = max(1.02 * device, 2 * kept / BUS_BYTES_PER_SECOND)
-    return max(device, config.num_layers * _launch_seconds(model, recomputes) * (card.host or 1.0))
+    host = _host_seconds(config.num_layers, launches(model, recomputes), HEAD_LAUNCHES, card)
+    return max(device, host)
 
 
-def launches(model: Trained, recomputes: bool) -> tuple[float, float, int]:
-    """Of a layer, forward and backward: Triton kernels, library calls, slices that are decoded."""
+def launches(model: Trained, recomputes: bool) -> tuple[float, float]:
+    """Triton kernels and library calls of a layer, forward and backward, as a test traces them.
+
+    An adapted layer of several matrices has more of its own than one of a single matrix: the counts
+    are means. A slice of a four-bit matrix takes a kernel, and each but the first a product too.
+    """
     sizes = model.linears()
-    kernels, operations = (20.0, 37.0) if recomputes else (15.0, 32.0)
-    if not model.is_full:
-        adapted = sum(bool(size.adapted) for size in sizes.values())
-        kernels += (2.0 if recomputes else 1.5) * adapted - 1
-        operations = 19 + 3.5 * adapted if recomputes else 15 + 2.5 * adapted
+    adapted = sum(bool(size.adapted) for size in sizes.values())
+    if model.is_full:
+        kernels, operations = (21.0, 36.0) if recomputes else (16.0, 31.0)
+    elif recomputes:
+        kernels, operations = 19 + 2.25 * adapted, 16.5 + 5.6 * adapted
+    else:
+        kernels, operations = 14 + 1.75 * adapted, 12.5 + 4.6 * adapted
     if model.config.qk_norm:
-        kernels += 10 if recomputes else 7
-    slices = 0
+        kernels += (8 if recomputes else 5) + (2 if model.is_full else 0)
+        operations += 2
     for name, size in sizes.items():
-        if size.is_quantised:
-            parts = math.ceil(size.inputs * size.outputs * model.item / SLICE_BYTES)
-            slices += parts * (3 if recomputes and name != "down" else 2)
-    return kernels, operations, slices
+        passes = 3 if recomputes and name != "down" else 2
+        slices = _slices(size, model.item)
+        kernels += passes * slices
+        operations += passes * max(0, slices - 1)
+    return kernels, operations
 
 
-def _launch_seconds(model: Trained, recomputes: bool) -> float:
-    """What the host takes for a layer, forward and backward."""
-    kernels, operations, slices = launches(model, recomputes)
-    adapted = sum(bool(size.adapted) for size in model.linears().values())
-    passes = 3 if recomputes else 2
-    return (
-        kernels * KERNEL_SECONDS
-        + operations * OPERATION_SECONDS
-        + slices * DECODED_SECONDS
-        + passes * adapted * ADAPTED_SECONDS
-    )
+def _scored_launches(model: Trained) -> tuple[float, float]:
+    """The same of a layer's forward pass without gradient."""
+    sizes = model.linears().values()
+    adapted = sum(bool(size.adapted) for size in sizes)
+    slices = [_slices(size, model.item) for size in sizes]
+    kernels = 5 + 0.75 * adapted + sum(slices) + (3 if model.config.qk_norm else 0)
+    return kernels, 4.0 + adapted + sum(max(0, number - 1) for number in slices)
+
+
+def _slices(size: LinearSize, item: int) -> int:
+    """Slices in which a product decodes a four-bit matrix; 0 where there is nothing to decode."""
+    return math.ceil(size.decoded(item) / SLICE_BYTES)
+
+
+def _host_seconds(
+    num_layers: int, layer: tuple[float, float], rest: tuple[float, float], card: Card
+) -> float:
+    """What the host takes to launch a micro-batch; kernels and calls, a layer and besides."""
+    kernels, operations = (num_layers * a + b for a, b in zip(layer, rest, strict=True))
+    return (kernels * KERNEL_SECONDS + operations * OPERATION_SECONDS) * (card.host or 1.0)
 
 
 def _pass_seconds(
@@ -182,8 +205,8 @@ def _pass_seconds(
     if with_head:
         head = 2 * config.width * config.vocab_size * batch.loss_rows
         device += head / (card.flops * HEAD_SHARE)
-    launches = 5 * KERNEL_SECONDS + 12 * OPERATION_SECONDS
-    return max(device, config.num_layers * launches * (card.host or 1.0))
+    host = _host_seconds(config.num_layers, _scored_launches(model), SCORED_LAUNCHES, card)
+    return max(device, PLAIN_SHARE * host)
 
 
 def _optimizer_seconds(model: Trained, card: Card) -> float:

@@ -17,7 +17,7 @@ from sparring.models.transformer import Decoder
 from sparring.train.allocator import CachingAllocator
 from sparring.train.optimizer import build_optimizer
 from sparring.train.plan_job import Settings, Trained
-from sparring.train.plan_seconds import launches
+from sparring.train.plan_seconds import HEAD_LAUNCHES, launches
 from sparring.train.plan_training import MicroBatch, TrainingTape
 from sparring.train.tape import Event, Peak, Tape, play
 from sparring.types import Batch
@@ -189,20 +189,24 @@ def test_the_host_launches_as_often_as_is_counted(
     shape: str, is_quantised: bool, targets: tuple[str, ...] | None, mode: str
 ) -> None:
     counts, batch = [], batch_of(1)[0]
-    for num_layers in (2, 2, 3):  # the first makes what is made once
+    for num_layers in (2, 3):
         model = model_of(shape, num_layers, is_quantised, targets)
         model.set_checkpointing(mode)
         if targets is None:
             build_optimizer(model.trainable_parameters(), learning_rate=1e-5, num_steps=1)
-        found = memory_trace.Launches()
-        with memory_trace.pretending(GROUP * COMPLETION, found.kernel), found:
-            dapo(model.score(batch), batch).loss.backward()
+        for _ in range(2):  # the first makes what is made once, and has no gradients to add to
+            found = memory_trace.Launches()
+            with memory_trace.pretending(GROUP * COMPLETION, found.kernel), found:
+                dapo(model.score(batch), batch).loss.backward()
         counts.append(found)
     config = config_of(shape, 3)
     trained = Trained(
         config=family_of(config).config(config), is_quantised=is_quantised,
         rank=16 if targets else 0, targets=frozenset(targets or ()),
     )  # fmt: skip
-    kernels, operations, slices = launches(trained, mode != "none")
-    assert abs(counts[2].kernels - counts[1].kernels - kernels - slices) <= 1
-    assert abs(counts[2].operations - counts[1].operations - operations) <= 9
+    kernels, operations = launches(trained, mode != "none")
+    assert abs(counts[1].kernels - counts[0].kernels - kernels) <= 2
+    assert abs(counts[1].operations - counts[0].operations - operations) <= 2
+    if targets is not None:
+        rest = counts[0].kernels - 2 * kernels, counts[0].operations - 2 * operations
+        assert rest == pytest.approx(HEAD_LAUNCHES, abs=4)
