@@ -51,13 +51,15 @@ NUM_WARPS = 8
 class Wide:
     """How a product is computed: weight rows of a tile in two boxes, base and extra (of a gated
     product as many gates and as many others), depth of the ring in steps of 64 columns, and pieces
-    of k: more than one are left to the norm behind.
+    of k: more than one are left to the norm behind. behind: a slot is filled again that many steps
+    after it was read, 0 or 1; 1 keeps the MMAs busy, 0 the memory.
     """
 
     base: int
     extra: int
     stages: int
     pieces: int = 1
+    behind: int = 1
 
 
 @jit
@@ -114,8 +116,8 @@ def _store(
 def _wide_kernel(
     w_desc, e_desc, x_desc, bias_ptr, out_ptr, num_rows, eighths, steps,
     T: gl.constexpr, K: gl.constexpr, BASE: gl.constexpr, EXTRA: gl.constexpr,
-    STAGES: gl.constexpr, PIECES: gl.constexpr, HAS_BIAS: gl.constexpr, GATED: gl.constexpr,
-    OVERLAPS: gl.constexpr,
+    STAGES: gl.constexpr, PIECES: gl.constexpr, BEHIND: gl.constexpr, HAS_BIAS: gl.constexpr,
+    GATED: gl.constexpr, OVERLAPS: gl.constexpr,
 ):  # fmt: skip
     """eighths: columns of out, eight together."""
     DTYPE: gl.constexpr = w_desc.dtype
@@ -166,21 +168,20 @@ def _wide_kernel(
         box = slot * BOXES
         acc = warpgroup_mma(a, w.index(box).permute((1, 0)), acc, is_async=True)
         more = warpgroup_mma(a, e.index(box).permute((1, 0)), more, is_async=True)
-        # the step before is done: its slot is free
         if GATED:
             other = warpgroup_mma(a, w.index(box + 1).permute((1, 0)), other, is_async=True)
             other_more = warpgroup_mma(
                 a, e.index(box + 1).permute((1, 0)), other_more, is_async=True
             )
             acc, more, other, other_more = warpgroup_mma_wait(
-                num_outstanding=4, deps=[acc, more, other, other_more]
+                num_outstanding=4 * BEHIND, deps=[acc, more, other, other_more]
             )
         else:
-            acc, more = warpgroup_mma_wait(num_outstanding=2, deps=[acc, more])
-        barrier()
-        slot = (turn + STAGES - 1) % STAGES
+            acc, more = warpgroup_mma_wait(num_outstanding=2 * BEHIND, deps=[acc, more])
+        barrier()  # this step is done, or the one before: its slot is free
+        slot = (turn + STAGES - BEHIND) % STAGES
         bar = bars.index(slot)
-        unit = gl.where(turn == 0, last, first + turn + STAGES - 1)
+        unit = gl.where(turn < BEHIND, last, first + turn + STAGES - BEHIND)
         _ask(w_desc, e_desc, w, e, bar, unit, last, slot, row, num_outputs, BOXES, K, BYTES)
         tma.async_copy_global_to_shared(x_desc, [0, unit * K], bar, x.index(slot), pred=unit < last)
     acc, more, other, other_more = warpgroup_mma_wait(
@@ -233,7 +234,7 @@ def launch(
     _wide_kernel[(tiles * wide.pieces,)](
         *described, x if bias is None else bias, out, num_rows, width // 8, steps, T=MAX_ROWS,
         K=BLOCK_K, BASE=wide.base, EXTRA=wide.extra, STAGES=wide.stages, PIECES=wide.pieces,
-        HAS_BIAS=bias is not None, GATED=gated, OVERLAPS=overlaps, num_warps=NUM_WARPS,
-        launch_pdl=overlaps,
+        BEHIND=wide.behind, HAS_BIAS=bias is not None, GATED=gated, OVERLAPS=overlaps,
+        num_warps=NUM_WARPS, launch_pdl=overlaps,
     )  # fmt: skip
     return out

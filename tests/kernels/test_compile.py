@@ -445,7 +445,7 @@ def test_products_through_a_ring(rows, which, ring):
 @pytest.mark.parametrize(
     ("wide", "which"),
     [
-        (few_rows_wide.Wide(128, 16, 4), "gated"),
+        (few_rows_wide.Wide(128, 16, 4, behind=0), "gated"),
         (few_rows_wide.Wide(128, 16, 6, 5), "plain"),
         (few_rows_wide.Wide(64, 8, 6), "bias"),
     ],
@@ -455,8 +455,8 @@ def test_products_in_tall_tiles(wide, which):
 
     constants = {
         "T": 128, "K": 64, "STAGES": wide.stages, "BASE": wide.base, "EXTRA": wide.extra,
-        "PIECES": wide.pieces, "HAS_BIAS": which == "bias", "GATED": which == "gated",
-        "OVERLAPS": True, "num_warps": 8,
+        "PIECES": wide.pieces, "BEHIND": wide.behind, "HAS_BIAS": which == "bias",
+        "GATED": which == "gated", "OVERLAPS": True, "num_warps": 8,
     }  # fmt: skip
     layout = NVMMASharedLayout(128, 16, 2)
     described = {

@@ -18,8 +18,9 @@ __all__ = ["_poisoned"]
 CASES = [
     # rows, outputs, columns, form
     (128, 37888, 3584, Wide(128, 16, 4)),
+    (128, 37888, 3584, Wide(128, 16, 4, behind=0)),
     (128, 3584, 18944, Wide(128, 16, 6, 5)),
-    (128, 3584, 3584, Wide(128, 16, 6, 5)),
+    (128, 3584, 3584, Wide(128, 16, 6, 5, 0)),
     (128, 17920, 1536, Wide(64, 8, 6)),
     (65, 208, 256, Wide(64, 8, 3)),
     (100, 528, 640, Wide(128, 16, 2)),
@@ -77,7 +78,7 @@ def test_overlapping_launches_change_no_bit(rows):
             y = launch(y, up, wide=Wide(64, 8, 6), **given)
             pieces = launch(y, back, wide=Wide(64, 8, 6, 5), **given)
             y, x = pieces_norm_early(pieces, x, gain, 1e-6, **given)
-            y = launch(y, gate_up, gated=True, wide=Wide(64, 8, 6), **given)
+            y = launch(y, gate_up, gated=True, wide=Wide(64, 8, 6, behind=0), **given)
             pieces = launch(y, down, wide=Wide(128, 16, 6, 12), **given)
             y, x = pieces_norm_early(pieces, x, gain, 1e-6, **given)
         return y
