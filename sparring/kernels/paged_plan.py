@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparring.kernels import Capability
+from sparring.kernels.upload import upload
 
 SPLIT = 256
 """Keys of a split."""
@@ -134,5 +135,5 @@ class PrefillTiles:
                     tiles.append((row, token, count, kv_length - (stop - token)))
             tiles.sort(key=lambda tile: -tile[3])
             rows = torch.tensor(tiles, dtype=torch.int32).reshape(-1, 4)
-            self._tiles[block_m] = rows.to(self.device)
+            self._tiles[block_m] = upload(rows, self.device, torch.int32)
         return self._tiles[block_m]

@@ -157,3 +157,13 @@ class Fetched:
         """Waits until they are there."""
         if self.event is not None:
             self.event.synchronize()
+
+
+def fetch(tokens_NR: Tensor, logprobs_NR: Tensor) -> Fetched:
+    """Queues the copy of tokens and log-probabilities behind what computes them."""
+    event = None
+    tokens, logprobs = (t.to("cpu", non_blocking=True) for t in (tokens_NR, logprobs_NR))
+    if tokens_NR.is_cuda:
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(tokens_NR.device))
+    return Fetched(tokens_NR=tokens, logprobs_NR=logprobs, event=event)

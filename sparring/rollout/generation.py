@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from sparring.errors import RunError
+from sparring.kernels.upload import upload
 from sparring.layout import KVPool
 from sparring.models.transformer import Decoder
+from sparring.rollout.device_rows import Fetched, fetch
 from sparring.rollout.rows import prefill_layout
 from sparring.rollout.sampler import Sampling, end_id_tensor, sample_id, sample_tokens
 from sparring.rollout.scheduler import PrefillChunk, Scheduler, SequenceState
@@ -35,6 +37,11 @@ OnTokens = Callable[[int, int, Sequence[int]], None]
 
 Enough = Callable[[int, list[Rollout]], bool]
 """Called with a prompt's place and its rollouts once the last is complete; True: that is enough."""
+
+
+def queues_ahead(device: torch.device) -> bool:
+    """Whether a prefill step is queued before the last one's tokens are read."""
+    return device.type != "cpu"
 
 
 class Generation:
@@ -119,9 +126,7 @@ class Generation:
         self._on_tokens = on_tokens
         scheduler = self.scheduler
         while scheduler.has_work:
-            while chunks := scheduler.next_prefill():
-                self._prefill(chunks)
-                self._report(on_progress)
+            self._prefill_all(on_progress)
             if running := scheduler.next_decode(self.steps.num_steps):
                 self._decode(running, on_progress, enough)
             if enough is not None and self._is_enough(enough):
@@ -138,20 +143,51 @@ class Generation:
         if on_progress is not None:
             on_progress(self.num_finished, len(self.owners), self.num_completion_tokens)
 
-    def _prefill(self, chunks: Sequence[PrefillChunk]) -> None:
+    def _prefill_all(self, on_progress: Progress | None) -> None:
+        """Every prefill step that there is now.
+
+        On a GPU the next step is queued before what the last one drew is read, so the device does
+        not wait for the host's books. It never needs those tokens: of a group whose sequences have
+        just drawn, none can enter before one of those in memory has ended, which reading tells.
+        """
+        started, drawn = time.perf_counter(), None
+        is_ahead = queues_ahead(self.model.device)
+        while (chunks := self.scheduler.next_prefill()) or drawn is not None:
+            following = self._prefill(chunks) if chunks else None
+            if drawn is not None:
+                self._take_drawn(*drawn, on_progress)
+            drawn = following
+            if drawn is not None and not is_ahead:
+                self._take_drawn(*drawn, on_progress)
+                drawn = None
+        self.prefill_seconds += time.perf_counter() - started
+
+    def _take_drawn(
+        self, drawing: Sequence[SequenceState], drawn: Fetched, on_progress: Progress | None
+    ) -> None:
+        """Notes the tokens that a prefill step drew."""
+        drawn.wait()
+        self._record(drawing, drawn.tokens_NR, drawn.logprobs_NR, is_cached=False)
+        self._report(on_progress)
+
+    def _prefill(
+        self, chunks: Sequence[PrefillChunk]
+    ) -> tuple[Sequence[SequenceState], Fetched] | None:
         """Computes prompts (and what preempted sequences had written); draws where one ends.
 
         A prompt's last logits are computed once; every sequence of its group draws from them.
+        Returns who draws and what, on its way to the CPU; None if no prompt ends.
         """
-        started = time.perf_counter()
         device = self.model.device
         layout, positions_T = prefill_layout(
             chunks, block_size=self.kv_pool.block_size, device=device
         )
         tokens = [token for chunk in chunks for token in self._chunk_tokens(chunk)]
-        input_ids_T = torch.tensor(tokens, dtype=torch.int64, device=device)
-        hidden_TD = self.model(input_ids_T, positions_T, layout, self.kv_pool, adapter=self.adapter)
+        hidden_TD = self.model(
+            upload(tokens, device), positions_T, layout, self.kv_pool, adapter=self.adapter
+        )
         self._copy_blocks(self.scheduler.complete_prefill(chunks))
+        self.num_prefill_tokens += len(tokens)
         last_rows: list[int] = []
         drawing: list[SequenceState] = []
         row_of: list[int] = []
@@ -160,17 +196,17 @@ class Generation:
                 row_of += [len(last_rows)] * len(chunk.drawing)
                 drawing += chunk.drawing
                 last_rows.append(end - 1)
-        if drawing:
-            logits_SV = self.model.logits(hidden_TD[torch.tensor(last_rows, device=device)])
-            ids_R2 = torch.tensor([self.sample_ids[s.index] for s in drawing], device=device)
-            draws_R = torch.tensor([s.num_completion_tokens for s in drawing], device=device)
-            logits_RV = logits_SV[torch.tensor(row_of, device=device)]
-            tokens_R, logprobs_R = sample_tokens(
-                logits_RV, self.sampling, ids_R2, draws_R, self.end_ids
-            )
-            self._record(drawing, tokens_R[None].cpu(), logprobs_R[None].cpu(), is_cached=False)
-        self.num_prefill_tokens += len(tokens)
-        self.prefill_seconds += time.perf_counter() - started
+        if not drawing:
+            return None
+        logits_SV = self.model.logits(hidden_TD[upload(last_rows, device)])
+        tokens_R, logprobs_R = sample_tokens(
+            logits_SV[upload(row_of, device)],
+            self.sampling,
+            upload([self.sample_ids[s.index] for s in drawing], device),
+            upload([s.num_completion_tokens for s in drawing], device),
+            self.end_ids,
+        )
+        return drawing, fetch(tokens_R[None], logprobs_R[None])
 
     def _chunk_tokens(self, chunk: PrefillChunk) -> Sequence[int]:
         index = chunk.sequence.index
@@ -184,7 +220,7 @@ class Generation:
         if not copies:
             return
         data = self.kv_pool.data
-        sources, targets = torch.tensor(copies, dtype=torch.int64, device=data.device).T
+        sources, targets = upload(copies, data.device).T
         data[:, targets] = data[:, sources]
         if self.kv_pool.scales is not None:
             self.kv_pool.scales[:, targets] = self.kv_pool.scales[:, sources]

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparring.kernels.upload import upload
 from sparring.layout import PagedLayout
 from sparring.rollout.block_pool import SPARE_BLOCK, blocks_for
 from sparring.rollout.scheduler import PrefillChunk, SequenceState
@@ -154,9 +155,9 @@ def prefill_layout(
     layout = PagedLayout(
         cu_seqlens=tuple(cu_seqlens),
         kv_lengths=tuple(kv_lengths),
-        kv_lengths_R=torch.tensor(kv_lengths, dtype=torch.int64, device=device),
-        block_tables_RN=torch.tensor(tables, dtype=torch.int64, device=device),
-        slots_T=torch.from_numpy(np.concatenate(slots)).to(device),
+        kv_lengths_R=upload(kv_lengths, device),
+        block_tables_RN=upload(tables, device),
+        slots_T=upload(np.concatenate(slots), device),
         block_size=block_size,
     )
-    return layout, torch.from_numpy(np.concatenate(positions)).to(device)
+    return layout, upload(np.concatenate(positions), device)

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from sparring.models.transformer import Decoder
+from sparring.rollout import generation
 from sparring.rollout.cuda_graph import GraphSteps, context_bucket, row_bucket
 from sparring.rollout.device_rows import DeviceRows, Fetched
 from sparring.rollout.engine import Engine
+from sparring.rollout.generation import Generation
 from sparring.rollout.sampler import Sampling
 from sparring.rollout.scheduler import SequenceState
 from sparring.types import Prompt, Rollout
@@ -102,15 +104,56 @@ def test_the_next_burst_is_queued_before_the_last_is_read_while_nothing_waits(
     sampling = Sampling(max_completion_tokens=41)
     roomy = in_bursts(build_engine(model, stop_ids=()), 10)
     got = roomy.generate(build_prompts([3, 9]), sampling, num_samples=2)
-    assert events == ["queue", "queue", "read", "queue", "read", "queue", "read", "read"]
+    prefill, bursts = events[:1], events[1:]
+    assert prefill == ["read"]
+    assert bursts == ["queue", "queue", "read", "queue", "read", "queue", "read", "read"]
     assert roomy.stats.num_decode_steps == 40
     assert roomy.stats.num_crowded_steps == 0
     events.clear()
     narrow = in_bursts(build_engine(model, stop_ids=(), max_running=2), 10)
     assert facts(narrow.generate(build_prompts([3, 9]), sampling, num_samples=2)) == facts(got)
-    assert events[:8] == ["queue", "read"] * 4, "others wait for a place: look first"
+    assert events[1:9] == ["queue", "read"] * 4, "others wait for a place: look first"
     assert narrow.stats.num_crowded_steps == 40
     assert narrow.stats.mean_crowded_rows == 2
+
+
+@pytest.mark.parametrize(("blocks", "most"), [(400, 30), (45, 30), (45, 1), (22, 30)])
+def test_prefill_steps_queued_ahead_give_the_same_rollouts(
+    model: Decoder,
+    build_engine: BuildEngine,
+    build_prompts: BuildPrompts,
+    monkeypatch: pytest.MonkeyPatch,
+    blocks: int,
+    most: int,
+) -> None:
+    sampling = Sampling(max_completion_tokens=most)
+    prompts = build_prompts([5, 9, 12, 14, 33])  # in several steps, the last one cut
+    size = build_engine(model).block_bytes
+    prefill, take = Generation._prefill, Generation._take_drawn
+    events: list[str] = []
+
+    def watched(*arguments: object) -> object:
+        drawn = prefill(*arguments)  # type: ignore[arg-type]
+        events.extend("q" * (drawn is not None))
+        return drawn
+
+    monkeypatch.setattr(Generation, "_prefill", watched)
+    monkeypatch.setattr(Generation, "_take_drawn", lambda *a: (events.append("r"), take(*a))[1])
+    found = []
+    for is_ahead in (False, True):
+        events.clear()
+        monkeypatch.setattr(generation, "queues_ahead", lambda _, ahead=is_ahead: ahead)
+        engine = build_engine(
+            model, stop_ids=(), kv_bytes=blocks * size, max_prefill_tokens=16, max_running=12
+        )
+        found.append(facts(engine.generate(prompts, sampling, num_samples=4)))
+        assert engine.stats.num_free_blocks == engine.stats.num_blocks
+        order = "".join(events)
+        assert order.count("q") == order.count("r")
+        assert "qqq" not in order
+        assert ("qq" in order) <= is_ahead
+        assert ("qq" in order) == is_ahead or blocks < 400
+    assert found[0] == found[1]
 
 
 def test_a_row_that_its_text_ended_keeps_no_block_that_others_get(
