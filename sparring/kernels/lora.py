@@ -51,10 +51,11 @@ def lora_shrink_beside(
     """`lora_shrink`, and the scratch to hold where it still runs when the next product starts.
 
     Where the card can let a launch start before the last one is done, the product's long part and
-    the shrink run side by side; None elsewhere.
+    the shrink run side by side, and the shrink itself is launched while what writes x runs; None
+    elsewhere.
     """
     if x.is_cuda and triton is not None and capability.arch in OVERLAPPING:
-        return launch_beside_next(x, a, capability=capability)
+        return launch_beside_next(x, a, capability=capability, is_early=True)
     return lora_shrink(x, a, capability), None
 
 

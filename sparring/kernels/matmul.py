@@ -217,8 +217,10 @@ def _matmul_kernel(
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
     SPLIT: tl.constexpr, CHAINED: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr,
     NUM_PARTS: tl.constexpr, ALIGNED: tl.constexpr, RANK: tl.constexpr, BLOCK_R: tl.constexpr,
-    LETS_NEXT_START: tl.constexpr, GROUP: tl.constexpr,
+    LETS_NEXT_START: tl.constexpr, IS_EARLY: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
+    if IS_EARLY:  # what it reads is written then, also for the launch that may begin with it
+        tl.extra.cuda.gdc_wait()
     if LETS_NEXT_START:
         tl.extra.cuda.gdc_launch_dependents()
     tile_n = tl.program_id(1)
@@ -339,9 +341,11 @@ def launch_beside_next(
     is_chained: bool | None = None,
     out_dtype: torch.dtype | None = None,
     lets_next_start: bool = True,
+    is_early: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`launch`, and its scratch. lets_next_start: a next kernel that is launched so may start while
     this one runs, and waits for y where it reads it; the scratch must be held until then (sm_90).
+    is_early: it is launched while the kernel before it runs, and begins when that has ended.
     """
     check_shapes(x, weight.shape, weight.dtype)
     (num_rows, num_inputs), num_outputs = x.shape, weight.shape[0]
@@ -365,9 +369,10 @@ def launch_beside_next(
         stride_ot=out.stride(0), BLOCK_N=tile.block_n, BLOCK_T=tile.block_t, BLOCK_K=tile.block_k,
         STAGES=tile.num_stages, SPLIT=is_split, CHAINED=segments > 1 and is_chained,
         EVEN_K=num_inputs % tile.block_k == 0, HAS_BIAS=bias is not None, num_warps=tile.num_warps,
-        enable_fp_fusion=False, LETS_NEXT_START=lets_next_start,
+        enable_fp_fusion=False, LETS_NEXT_START=lets_next_start, IS_EARLY=is_early,
         GROUP=1 if is_split or grid[0] < 2 * GROUP else GROUP,
         **low_rank_arguments(low_rank, x, tile.block_n),
+        **({"launch_pdl": True} if is_early else {}),
     )  # fmt: skip
     return out, work
 

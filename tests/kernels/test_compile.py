@@ -285,7 +285,9 @@ def test_products_of_few_rows(kind, index, arch):
         kernel = nf4_matmul._nf4_matmul_kernel
     else:
         constants |= {"SPLIT": index < 3, "CHAINED": index == 3}
-        constants |= {"LETS_NEXT_START": arch in lora.OVERLAPPING, "GROUP": 8 if index == 3 else 1}
+        overlaps = arch in lora.OVERLAPPING
+        constants |= {"LETS_NEXT_START": overlaps, "IS_EARLY": overlaps}
+        constants |= {"GROUP": 8 if index == 3 else 1}
         kernel = matmul._matmul_kernel
     pointers = {**POINTERS, "w_ptr": "*bf16", "parts_ptr": "*i32"}
     found, ptx = check(kernel, pointers, constants, arch, products=True, stack_limit=136)
