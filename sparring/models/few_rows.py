@@ -53,8 +53,12 @@ def step_logits(
     plan = model.plan(layout, kv_pool, adapter)
     layers = [layer for layer in model.layers if isinstance(layer, DecoderLayer)]
     if not serves(model, len(tokens_R), plan, adapter):
-        cos, sin = model.angles(positions_R)
-        return model.logits(model.infer(model.embed.rows(tokens_R), cos, sin, plan, adapter))
+        if model.is_bitwise or not isinstance(model.embed, Dense):
+            x_RD, (cos, sin) = model.embed.rows(tokens_R), model.angles(positions_R)
+        else:
+            start = model.embed.weight, tokens_R, positions_R, model.frequencies_E2
+            x_RD, _, cos, sin = start_step(*start)
+        return model.logits(model.infer(x_RD, cos, sin, plan, adapter))
     assert isinstance(plan, PagedKernelPlan), "`serves` says so"
     stream = run_layers(layers, *_start(model, tokens_R, positions_R), plan)
     table = model.head.table
