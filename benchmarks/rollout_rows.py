@@ -57,6 +57,8 @@ SMALL, LARGE = "qwen2.5-1.5b", "qwen2.5-7b"
 NF4: dict[str, Any] = {"model": LARGE, "quantization": "nf4"}
 LORA: dict[str, Any] = {**NF4, "lora_rank": 16}
 STEP: dict[str, Any] = {**LORA, "kind": "step"}
+PLANNED: dict[str, Any] = {"checkpointing": "none", "micro_batch_tokens": 4096}
+"""What `plan` chooses for such a step under 24 GiB (training_phase.py, 7b-nf4-24gib-plan)."""
 RAGGED: dict[str, Any] = {
     **LORA, "work": (32, 8, 1024, 4096), "max_running": 128, "kind": "ragged", "runs": 2,
 }  # fmt: skip
@@ -78,7 +80,9 @@ ROWS: dict[str, Row] = {
     "7b nf4 lora cached 4x8x256x768": Row(**LORA, work=(4, 8, 256, 768), caches_weights=True),
     "step 4x8x256x768": Row(**STEP, work=(4, 8, 256, 768)),
     "step cached 4x8x256x768": Row(**STEP, work=(4, 8, 256, 768), caches_weights=True),
+    "step planned 4x8x256x768": Row(**STEP, **PLANNED, work=(4, 8, 256, 768)),
     "step 4x8x256x768 in 24 GiB": Row(**STEP, work=(4, 8, 256, 768), cap_gib=24),
+    "step planned 4x8x256x768 in 24 GiB": Row(**STEP, **PLANNED, work=(4, 8, 256, 768), cap_gib=24),
     "step 4x8x256x256": Row(**STEP, work=(4, 8, 256, 256), micro_batch_tokens=2400),
     "step bitwise 4x8x256x768": Row(**STEP, work=(4, 8, 256, 768), bitwise=True),
     "prefill 32x2048": Row(model=LARGE, work=(32, 1, 2048, 1), kind="prefill"),
