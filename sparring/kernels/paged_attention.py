@@ -101,6 +101,33 @@ def _before_turn(
     tl.extra.cuda.gdc_wait()
 
 
+@jit
+def _write_new(
+    k_ptr, scales_ptr, new, slot, is_last, K: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr,
+    B: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, KV_DTYPE: tl.constexpr,
+    LIMIT: tl.constexpr,
+):  # fmt: skip
+    """Writes the new key and value, rows GROUP and GROUP + 1 of new [BLOCK_M, BLOCK_E], to their
+    slot, if the program has the row's last split, and waits: this program reads them back.
+    """
+    members = tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_E)
+    written = (members >= GROUP) & (members < GROUP + 2) & is_last
+    at = slot // B * (2 * K * B * E) + (slot % B) * E
+    at += (members - GROUP)[:, None] * (K * B * E) + columns[None, :]
+    to_pool = written[:, None] & (columns < E)[None, :]
+    if LIMIT == 0:  # no branch: the slot is then asked for early
+        tl.store(k_ptr + at, new, mask=to_pool)
+    elif is_last:
+        wide = new.to(tl.float32)
+        most = tl.max(tl.abs(wide), axis=1)
+        factor = tl.where(most == 0.0, 0.0, LIMIT / tl.where(most == 0.0, 1.0, most))
+        tl.store(k_ptr + at, to_eight_bits(wide, factor[:, None], KV_DTYPE), mask=to_pool)
+        to_scale = slot // B * (2 * K * B) + slot % B + (members - GROUP) * (K * B)
+        tl.store(scales_ptr + to_scale, most / LIMIT, mask=written)
+    tl.debug_barrier()
+
+
 @jit(
     do_not_specialize=[
         "layer", "num_blocks", "num_slots", "table_stride", "window", "asked_keys",
@@ -114,17 +141,27 @@ def _decode_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, HAS_WINDOW: tl.constexpr,
     KV_DTYPE: tl.constexpr, LIMIT: tl.constexpr, SHARED: tl.constexpr, ROTATES: tl.constexpr,
     HAS_NORM: tl.constexpr, OVERLAPS: tl.constexpr, SPAN: tl.constexpr, BLOCK_W: tl.constexpr,
-    ASKS: tl.constexpr, IN_ORDER: tl.constexpr = False, BOTH: tl.constexpr = False,
+    ASKS: tl.constexpr, SWAPS: tl.constexpr = 4, IN_ORDER: tl.constexpr = False,
+    BOTH: tl.constexpr = False,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     part = tl.program_id(2)
     pool_ptr = tl.multiple_of(tl.load(address_ptr).to(tl.pointer_type(KV_DTYPE)), 16)
     k_ptr = pool_ptr + (layer.to(tl.int64) * num_blocks * (2 * K) + kv_head) * (B * E)
-    if OVERLAPS:  # in a chain of launches, see chain.py; lengths are as the step began
+    # what the step began with is asked for together, before the turn: one wait for memory, not four
+    row_table_ptr = tables_ptr + row * table_stride
+    length = tl.load(lengths_ptr + row)
+    slot = tl.load(slots_ptr + row) if ROTATES else 0
+    IS_PLAIN: tl.constexpr = SHARED == 1 and not HAS_WINDOW
+    if IS_PLAIN:
+        at = part * (SPAN * SPLIT) // B
+        block = tl.load(row_table_ptr + at, mask=at < table_stride, other=0)
+        at = (part * SPAN + 1) * SPLIT // B
+        second_block = tl.load(row_table_ptr + at, mask=at < table_stride, other=0)
+    if OVERLAPS:  # in a chain of launches, see chain.py
         _before_turn(
-            k_ptr, tables_ptr + row * table_stride, lengths_ptr + row, asked_keys, K, E, B,
-            SPLIT * SPAN, ASKS,
+            k_ptr, row_table_ptr, lengths_ptr + row, asked_keys, K, E, B, SPLIT * SPAN, ASKS
         )  # fmt: skip
     scales_ptr = scales_of(address_ptr, layer, num_blocks, kv_head, K, B, LIMIT)
     shared = 0
@@ -142,13 +179,19 @@ def _decode_kernel(
         part -= slices
         shared = tl.load(shared_ptr + row)
     split = part * SPAN
-    length = tl.load(lengths_ptr + row)
-    members = tl.arange(0, BLOCK_M)
-    columns = tl.arange(0, BLOCK_E)
+    members, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_E)
     inside = (columns < E)[:, None] & (members < GROUP)[None, :]
-    flat = (row * K + kv_head) * (GROUP * E)
     to = members[None, :] * E + columns[:, None]
     pair, num_rows = row * K + kv_head, tl.num_programs(0)
+    if ROTATES:  # the row's query heads, then its new key and value
+        is_query, is_value = members < GROUP, members > GROUP
+        heads = tl.where(is_query, kv_head * GROUP + members, K * GROUP + kv_head)
+        heads = tl.where(is_value, heads + K, heads)
+        new = rotated_heads(
+            q_ptr + row * stride_t, cos_ptr + row * (E // 2), sin_ptr + row * (E // 2), q_norm_ptr,
+            k_norm_ptr, heads, members < GROUP + 2, is_query, is_value, eps, E, BLOCK_E, HAS_NORM,
+        )  # fmt: skip
+        q = tl.trans(new)
     if length <= 0:
         if split == 0:
             zeros = tl.zeros([BLOCK_E, BLOCK_M], tl.float32)
@@ -162,51 +205,36 @@ def _decode_kernel(
     if split >= end_split:
         return
     v_ptr = k_ptr + K * B * E
-    tables_ptr += row * table_stride
     low = tl.maximum(split * SPLIT, first_key // BLOCK_N * BLOCK_N)
     high = tl.minimum(length, end_split * SPLIT)
-    block = tl.load(tables_ptr + low // B)  # on its way while heads are rotated
-    if ROTATES:  # the row's query heads, then its new key and value
-        slot = tl.load(slots_ptr + row)
-        is_query, is_value = members < GROUP, members > GROUP
-        heads = tl.where(is_query, kv_head * GROUP + members, K * GROUP + kv_head)
-        heads = tl.where(is_value, heads + K, heads)
-        new = rotated_heads(
-            q_ptr + row * stride_t, cos_ptr + row * (E // 2), sin_ptr + row * (E // 2), q_norm_ptr,
-            k_norm_ptr, heads, members < GROUP + 2, is_query, is_value, eps, E, BLOCK_E, HAS_NORM,
+    swapped = 0
+    if not IS_PLAIN:
+        block = tl.load(row_table_ptr + low // B)
+    elif SWAPS > 0 and SPAN > 1:
+        swapped = tl.maximum(tl.minimum(high - low - SPLIT, SPLIT), 0)
+        swapped = tl.where(row // SWAPS % 2 == 1, (swapped + BLOCK_N - 1) // BLOCK_N * BLOCK_N, 0)
+        block = tl.where(swapped > 0, second_block, block)
+    if ROTATES:
+        _write_new(
+            k_ptr, scales_ptr, new, slot, end_split == num_splits, K, GROUP, E, B, BLOCK_E, BLOCK_M,
+            KV_DTYPE, LIMIT,
         )  # fmt: skip
-        if end_split == num_splits:
-            at = slot // B * (2 * K * B * E) + (slot % B) * E
-            at += (members - GROUP)[:, None] * (K * B * E) + columns[None, :]
-            written = (members >= GROUP) & (members < GROUP + 2)
-            to_pool = written[:, None] & (columns < E)[None, :]
-            if LIMIT == 0:
-                tl.store(k_ptr + at, new, mask=to_pool)
-            else:
-                wide = new.to(tl.float32)
-                most = tl.max(tl.abs(wide), axis=1)
-                factor = tl.where(most == 0.0, 0.0, LIMIT / tl.where(most == 0.0, 1.0, most))
-                tl.store(k_ptr + at, to_eight_bits(wide, factor[:, None], KV_DTYPE), mask=to_pool)
-                to_scale = slot // B * (2 * K * B) + slot % B + (members - GROUP) * (K * B)
-                tl.store(scales_ptr + to_scale, most / LIMIT, mask=written)
-            tl.debug_barrier()  # before this program reads it back
-        q = tl.trans(new)
     else:
-        q = tl.load(q_ptr + flat + to, mask=inside, other=0.0)
+        q = tl.load(q_ptr + pair * (GROUP * E) + to, mask=inside, other=0.0)
     positions = tl.zeros([BLOCK_M], tl.int32) + (length - 1)
     partial_at = partial_ptr + pair * num_slots * (GROUP * E)
     states_at = states_ptr + pair * num_slots * (2 * GROUP)
     is_whole = (split == first_split) & (end_split == num_splits)
     if SPAN == 1:
         acc, peak, total = paged_split(
-            q, positions, k_ptr, v_ptr, scales_ptr, tables_ptr, block, low, high, length, scale,
+            q, positions, k_ptr, v_ptr, scales_ptr, row_table_ptr, block, low, high, length, scale,
             window, 2 * K * B * E, B, E, BLOCK_E, BLOCK_M, BLOCK_N, HAS_WINDOW, LIMIT,
         )  # fmt: skip
     else:
         acc, total = paged_splits(
-            q, positions, k_ptr, v_ptr, scales_ptr, tables_ptr, block, partial_at, states_at, low,
-            high, length, scale, window, is_whole == 0, 2 * K * B * E, B, E, GROUP, BLOCK_E,
-            BLOCK_M, BLOCK_N, SPLIT, HAS_WINDOW, LIMIT,
+            q, positions, k_ptr, v_ptr, scales_ptr, row_table_ptr, block, partial_at, states_at,
+            low, high, length, scale, window, is_whole == 0, swapped, 2 * K * B * E, B, E, GROUP,
+            BLOCK_E, BLOCK_M, BLOCK_N, SPLIT, HAS_WINDOW, LIMIT,
         )  # fmt: skip
     if is_whole:
         out = acc * inverse(total)[None, :]

@@ -105,6 +105,14 @@ def merge_factors(peak, peak_new):
 
 
 @jit
+def merged(acc, peak, total, acc_new, peak_new, total_new):
+    """A split, or several, and the next one: (acc, peak, total) of both."""
+    peak, keep, add = merge_factors(peak, peak_new)
+    acc = tl.fma(acc_new, add[None, :], acc * keep[None, :])
+    return acc, peak, tl.fma(total_new, add, total * keep)
+
+
+@jit
 def inverse(total):
     """1 / total [M], 0 where nothing was seen; out = acc times it."""
     return tl.where(total == 0.0, 0.0, tl.div_rn(1.0, tl.where(total == 0.0, 1.0, total)))
@@ -251,16 +259,28 @@ def paged_split(
 
 
 @jit
+def _real_start(at, low, swapped, SPLIT: tl.constexpr):
+    """Where the tile lies that comes at place `at` if the first two splits from `low` come the
+    other way round; swapped: keys of the tiles of the second one, 0: they do not.
+    """
+    after_both = tl.where(at < low + swapped + SPLIT, -swapped, 0)
+    return at + tl.where(at < low + swapped, SPLIT, after_both)
+
+
+@jit
 def paged_splits(
-    q, positions, k_ptr, v_ptr, scales_ptr, table_ptr, block, partial_ptr, states_ptr, low, high,
-    num_keys, scale, window, keeps_each, STRIDE: tl.constexpr, B: tl.constexpr, E: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLIT: tl.constexpr, HAS_WINDOW: tl.constexpr, LIMIT: tl.constexpr,
+    q, positions, k_ptr, v_ptr, scales_ptr, table_ptr, block, partial_ptr, states_ptr,
+    low, high, num_keys, scale, window, keeps_each, swapped, STRIDE: tl.constexpr,
+    B: tl.constexpr, E: tl.constexpr, GROUP: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    LIMIT: tl.constexpr,
 ):  # fmt: skip
     """`paged_split` of every split from low to high, in one loop that always has keys under way.
 
     Returns (acc, total) of all of them merged in order; keeps_each: stores each split's numbers
     where the merging of a row reads them. partial_ptr, states_ptr: the row's and head's split 0.
+    swapped > 0: so many keys of the second split, in whole tiles, come before the first split, and
+    are held; while some programs read a prompt out of the L2 cache, others read keys of their own.
     """
     members = tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_E)
@@ -271,7 +291,8 @@ def paged_splits(
     row_total = tl.zeros([BLOCK_M], tl.float32)
     acc, peak, total = no_tiles(BLOCK_E, BLOCK_M, BLOCK_N)
     block = block.to(tl.int64)
-    for start in range(low, high, BLOCK_N):
+    for at in range(low, high, BLOCK_N):
+        start = _real_start(at, low, swapped, SPLIT)
         # a peak of -inf multiplies what the split before left by 0
         peak = tl.where(start % SPLIT == 0, -float("inf"), peak)
         acc_new, peak_new, p = _paged_tile(
@@ -279,9 +300,10 @@ def paged_splits(
             window, STRIDE, B, E, BLOCK_E, BLOCK_N, HAS_WINDOW, LIMIT,
         )  # fmt: skip
         acc, peak, total = with_tile(acc, peak, total, acc_new, peak_new, p)
-        after = start + BLOCK_N
-        block = tl.load(table_ptr + after // B, mask=after < high, other=0).to(tl.int64)
-        if (after % SPLIT == 0) | (after >= high):
+        after = at + BLOCK_N
+        next_start = _real_start(after, low, swapped, SPLIT)
+        block = tl.load(table_ptr + next_start // B, mask=after < high, other=0).to(tl.int64)
+        if ((start + BLOCK_N) % SPLIT == 0) | (start + BLOCK_N >= high):
             whole = whole_total(tl.trans(total))
             if keeps_each:
                 split = start // SPLIT
@@ -289,9 +311,17 @@ def paged_splits(
                 state_at = states_ptr + split * (2 * GROUP) + members
                 tl.store(state_at, peak, mask=members < GROUP)
                 tl.store(state_at + GROUP, whole, mask=members < GROUP)
-            row_peak, keep, add = merge_factors(row_peak, peak)
-            row_total = tl.fma(whole, add, row_total * keep)
-            row_acc = tl.fma(acc, add[None, :], row_acc * keep[None, :])
+            if at < low + swapped:
+                row_acc, row_peak, row_total = acc, peak, whole
+            else:
+                if (swapped > 0) & (after == low + swapped + SPLIT):
+                    row_acc, row_peak, row_total = merged(
+                        acc, peak, whole, row_acc, row_peak, row_total
+                    )
+                else:
+                    row_acc, row_peak, row_total = merged(
+                        row_acc, row_peak, row_total, acc, peak, whole
+                    )
     return row_acc, row_total
 
 
