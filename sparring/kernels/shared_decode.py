@@ -81,14 +81,14 @@ def write_heads(
     """Writes what a pair (a row and key head) attended to, whose values have places `to` among its
     GROUP E; IN_ORDER, BOTH: see `Written`, the second form num_rows rows behind the first.
     """
-    WIDTH: tl.constexpr = K * GROUP * E
-    row = (pair // K).to(tl.int64)
-    columns = pair % K * (GROUP * E) + to
     out = rounded(out, out_ptr.dtype.element_ty)
-    places = place_of(columns) if IN_ORDER else columns
-    tl.store(out_ptr + row * WIDTH + places, out, mask=inside)
-    if BOTH:
-        tl.store(out_ptr + (num_rows + row) * WIDTH + columns, out, mask=inside)
+    if IN_ORDER:
+        first = pair // K * (K * GROUP * E)
+        places = place_of(pair % K * (GROUP * E) + to)
+        tl.store(out_ptr + first + places, out, mask=inside)
+        pair += num_rows * K  # where the rows as they are begin
+    if BOTH or not IN_ORDER:
+        tl.store(out_ptr + pair * (GROUP * E) + to, out, mask=inside)
 
 
 @jit
