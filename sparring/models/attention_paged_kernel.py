@@ -176,7 +176,8 @@ class PagedKernelPlan:
             qkv_TC, cos, sin, q_norm, k_norm, eps, self.slots_T, self.pool, layer
         )
         out_THE = self._attend_written(q_THE, layer, window)
-        return written.of(out_THE.flatten(1)).unflatten(-1, out_THE.shape[1:])
+        rows: Tensor = written.of(out_THE.flatten(1))
+        return rows.view(*rows.shape[:-1], *out_THE.shape[1:])
 
     def _attend_written(self, q_THE: Tensor, layer: int, window: int) -> Tensor:
         if self.tiles is not None:
