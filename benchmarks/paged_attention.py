@@ -1,18 +1,20 @@
 """Attention over blocks on a GPU: right first (float64, bits), then time, as JSON.
 
-    python benchmarks/paged_attention.py OUTPUT.json [--vary]
-    python benchmarks/paged_attention.py --compile
+    python benchmarks/paged_attention.py OUTPUT.json [SECTION ...] [--vary]
+    python benchmarks/paged_attention.py --compile [SECTION ...]
 
 Decode: bytes of keys and values / time, as a share of a copy's bandwidth in the same run, at the
 shapes of four models; the calls of one CUDA graph go through layers that together exceed the L2
 cache. Prefill: TFLOP/s of 32 prompts of 2,048 tokens. --vary: other sizes of decoding instead.
---compile: only compiles, in several processes. Random data; medians of replays.
+--compile: only compiles, in several processes. Sections by name: the others of OUTPUT stay; each
+says when and where it was measured. Random data; medians of replays.
 """
 
 from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import statistics
 import sys
 import time
@@ -402,8 +404,8 @@ def eight_bits(copy_gbs: float) -> list[dict[str, object]]:
 
 
 SECTIONS: dict[str, Callable[[float], object]] = {
-    "decode": decode_rows,
     "shared prompts": lambda _: shared_prompts(),
+    "decode": decode_rows,
     "decode, 8 bits": eight_bits,
     "decode checks": lambda _: check_decode(),
     "rotate_write checks": lambda _: check_rotate_write(),
@@ -434,7 +436,7 @@ def compile_all(tasks: list[tuple[str, str | Sizes]]) -> dict[tuple[str, str | S
     """Every task in a process of its own, several at a time; those that failed, and how."""
     started = time.time()
     context = multiprocessing.get_context("spawn")
-    with context.Pool(14, maxtasksperchild=1) as workers:
+    with context.Pool(min(14, len(os.sched_getaffinity(0))), maxtasksperchild=1) as workers:
         failed = dict(filter(None, workers.map(compiled, tasks, chunksize=1)))
     print(f"compiled {len(tasks)} in {time.time() - started:.0f} s", failed, flush=True)
     return failed
@@ -456,20 +458,26 @@ def varied(copy_gbs: float) -> list[dict[str, object]]:
 
 def main() -> None:
     started = time.time()
+    named = [name for name in sys.argv[1:] if name in SECTIONS] or [*SECTIONS]
     if "--compile" in sys.argv:
-        compile_all([(name, section) for section in SECTIONS for name in SHAPES])
+        compile_all([(name, section) for section in named for name in SHAPES])
         return
+    output = Path(sys.argv[1])
     copy_gbs = copy_bandwidth()
-    results: dict[str, object] = {
+    results: dict[str, object] = json.loads(output.read_text()) if output.exists() else {}
+    conditions = {
         "date": time.strftime("%Y-%m-%d"), "device": torch.cuda.get_device_name(),
         "torch": torch.__version__, "triton": triton.__version__, "block size": BLOCK,
         "copy GB/s": round(copy_gbs), "prefill tile": tile_of(capability_of(CUDA), 128, "forward"),
     }  # fmt: skip
-    sections = {"decode, varied": varied} if "--vary" in sys.argv else SECTIONS
+    sections = {name: SECTIONS[name] for name in named}
+    if "--vary" in sys.argv:
+        sections = {"decode, varied": varied}
     for name, section in sections.items():
-        results[name] = rows = section(copy_gbs)
+        rows = section(copy_gbs)
+        results[name] = {**conditions, "rows": rows}
         print(name, *(rows if isinstance(rows, list) else [rows]), sep="\n ", flush=True)
-        Path(sys.argv[1]).write_text(json.dumps(results, indent=1) + "\n")
+        output.write_text(json.dumps(results, indent=1) + "\n")
     print(f"{time.time() - started:.0f} s")
 
 
