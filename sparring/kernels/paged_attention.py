@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sparring.kernels import Capability, jit, tl, triton
 from sparring.kernels.column_order import AS_THEY_ARE, BLOCK_K, Written
-from sparring.kernels.paged_plan import DecodeWorkspace, span_of, split_of
+from sparring.kernels.paged_plan import DecodeWorkspace, span_of, split_of, swaps_splits
 from sparring.kernels.rotate_write import (
     LEAST_VALUES,
     kv_dtype_of,
@@ -102,6 +102,25 @@ def _before_turn(
 
 
 @jit
+def _first_blocks(
+    tables_ptr, row, num_rows, table_stride, split, SPLIT: tl.constexpr, B: tl.constexpr
+):  # fmt: skip
+    """(The block in which `split` begins, that of the next split, whether the row is to read the
+    next one first): every other four rows, where the row beside shares the first of them alone.
+    """
+    at = split * SPLIT // B
+    beside = row ^ 1
+    there = (at < table_stride) & (beside < num_rows)
+    block = tl.load(tables_ptr + row * table_stride + at, mask=at < table_stride, other=0)
+    shared = tl.load(tables_ptr + beside * table_stride + at, mask=there, other=-1) == block
+    at = (split + 1) * SPLIT // B
+    there = (at < table_stride) & (beside < num_rows)
+    second = tl.load(tables_ptr + row * table_stride + at, mask=at < table_stride, other=0)
+    goes_on = tl.load(tables_ptr + beside * table_stride + at, mask=there, other=-1) == second
+    return block, second, shared & (goes_on == 0) & (row // 4 % 2 == 1)
+
+
+@jit
 def _write_new(
     k_ptr, scales_ptr, new, slot, is_last, K: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr,
     B: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, KV_DTYPE: tl.constexpr,
@@ -141,7 +160,7 @@ def _decode_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, HAS_WINDOW: tl.constexpr,
     KV_DTYPE: tl.constexpr, LIMIT: tl.constexpr, SHARED: tl.constexpr, ROTATES: tl.constexpr,
     HAS_NORM: tl.constexpr, OVERLAPS: tl.constexpr, SPAN: tl.constexpr, BLOCK_W: tl.constexpr,
-    ASKS: tl.constexpr, SWAPS: tl.constexpr = 4, IN_ORDER: tl.constexpr = False,
+    ASKS: tl.constexpr, SWAPS: tl.constexpr = False, IN_ORDER: tl.constexpr = False,
     BOTH: tl.constexpr = False,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -155,10 +174,9 @@ def _decode_kernel(
     slot = tl.load(slots_ptr + row) if ROTATES else 0
     IS_PLAIN: tl.constexpr = SHARED == 1 and not HAS_WINDOW
     if IS_PLAIN:
-        at = part * (SPAN * SPLIT) // B
-        block = tl.load(row_table_ptr + at, mask=at < table_stride, other=0)
-        at = (part * SPAN + 1) * SPLIT // B
-        second_block = tl.load(row_table_ptr + at, mask=at < table_stride, other=0)
+        block, second_block, shares_first = _first_blocks(
+            tables_ptr, row, tl.num_programs(0), table_stride, part * SPAN, SPLIT, B
+        )  # fmt: skip
     if OVERLAPS:  # in a chain of launches, see chain.py
         _before_turn(
             k_ptr, row_table_ptr, lengths_ptr + row, asked_keys, K, E, B, SPLIT * SPAN, ASKS
@@ -210,9 +228,9 @@ def _decode_kernel(
     swapped = 0
     if not IS_PLAIN:
         block = tl.load(row_table_ptr + low // B)
-    elif SWAPS > 0 and SPAN > 1:
-        swapped = tl.maximum(tl.minimum(high - low - SPLIT, SPLIT), 0)
-        swapped = tl.where(row // SWAPS % 2 == 1, (swapped + BLOCK_N - 1) // BLOCK_N * BLOCK_N, 0)
+    elif SWAPS and SPAN > 1:
+        swapped = tl.where(shares_first, tl.minimum(high - low - SPLIT, SPLIT), 0)
+        swapped = (tl.maximum(swapped, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
         block = tl.where(swapped > 0, second_block, block)
     if ROTATES:
         _write_new(
@@ -412,7 +430,8 @@ def _form(
     assert chunk == 1 or not window, "a window's rows share no splits"
     width = max(triton.next_power_of_2(chunk * constants["GROUP"]), constants["BLOCK_M"])
     span = span_of(capability, rows * constants["K"], constants["E"])
-    return {"SPAN": span, "SHARED": chunk, "BLOCK_W": width}
+    swaps = swaps_splits(span, constants["E"])
+    return {"SPAN": span, "SHARED": chunk, "BLOCK_W": width, "SWAPS": swaps}
 
 
 def _parts(max_splits: int, form: dict[str, int]) -> int:

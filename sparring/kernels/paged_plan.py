@@ -59,6 +59,17 @@ def span_of(capability: Capability, num_pairs: int, head_size: int) -> int:
     return span
 
 
+LEAST_SWAPPED = 128
+"""Smaller heads read their splits in order: more registers would leave room for fewer programs."""
+
+
+def swaps_splits(span: int, head_size: int) -> bool:
+    """Whether, of rows that share their first split alone, half read the second one first: memory
+    is not idle then while a prompt is read out of the L2 cache. It changes no bit.
+    """
+    return span > 1 and head_size >= LEAST_SWAPPED
+
+
 SHARING = {90: (1024, 2)}
 """By architecture: from how many rows times key heads on, and up to how many query heads a key
 head, a prompt's splits are computed once for neighbouring rows of its group. With more query heads

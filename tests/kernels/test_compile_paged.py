@@ -16,7 +16,7 @@ from sparring.kernels import (
     split_attention,
 )
 from sparring.kernels.attention_plan import tile_of
-from sparring.kernels.paged_plan import SHARING, sharing_pays, span_of, split_of
+from sparring.kernels.paged_plan import SHARING, sharing_pays, span_of, split_of, swaps_splits
 from sparring.kernels.shared_decode import chunk_of
 from sparring.kernels.splits import OPTIONS as SPLIT_OPTIONS
 from tests.kernels.test_compile import ARCHS, OPTIONS, POINTERS, check, triton
@@ -42,6 +42,7 @@ def check_decode(constants, arch, **form):
     capability = Capability(arch=arch, tensor_dots=True)
     constants |= SPLIT_OPTIONS | split_of(capability, constants["E"]) | form
     constants |= {"HAS_NORM": True, "OVERLAPS": arch >= 90}
+    constants["SWAPS"] = swaps_splits(form["SPAN"], constants["E"])
     constants["ASKS"] = arch >= 90 and paged_attention._asks(form, constants, 0)
     return check(paged_attention._decode_kernel, POINTERS, constants, arch, products=True)
 

@@ -14,7 +14,7 @@ from sparring.kernels.paged_attention import (
     read_slots,
     rotate_decode_triton,
 )
-from sparring.kernels.paged_plan import DecodeWorkspace, PrefillTiles, split_of
+from sparring.kernels.paged_plan import DecodeWorkspace, PrefillTiles, split_of, swaps_splits
 from sparring.kernels.paged_prefill import paged_prefill_reference, paged_prefill_triton
 from sparring.kernels.rope import rope_reference, rope_triton
 from sparring.kernels.rotate_write import rotate_write_reference, rotate_write_triton
@@ -250,6 +250,29 @@ def test_how_programs_share_the_splits_changes_no_bit(window, size, span, monkey
     for out, written in found[1:]:
         assert torch.equal(out, found[0][0])
         assert torch.equal(written, found[0][1])
+
+
+def test_rows_of_a_group_that_read_their_second_split_first(monkeypatch):
+    """Rows 4 to 7 do: they share the first split alone. Rows 12 to 15 share two and do not."""
+    heads, kv_heads, size, dtype = 2, 1, 128, torch.bfloat16
+    own = (SPLIT, SPLIT + 1, 2 * SPLIT, 3, 1, SPLIT // 2 + 1, SPLIT - 1, 2 * SPLIT + 3)
+    lengths = [SPLIT + n for n in own] + [2 * SPLIT + n for n in own]
+    assert swaps_splits(4, size)
+    pool, tables = paged(lengths, kv_heads, size, 16, dtype)
+    whole = SPLIT // 16
+    tables[:8, :whole], tables[8:, : 2 * whole] = tables[0, :whole], tables[8, : 2 * whole]
+    lengths_R = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    q = random(16, heads, size, dtype=dtype)
+    found = []
+    for span, swaps in ((1, False), (4, False), (4, True)):
+        monkeypatch.setattr(paged_attention, "span_of", lambda *_, n=span: n)
+        monkeypatch.setattr(paged_attention, "swaps_splits", lambda *_, n=swaps: n)
+        how = {"max_splits": 5, "capability": CAPABILITY}
+        found.append(paged_decode_triton(q, pool, 1, tables, lengths_R, **how))
+    want = paged_decode_reference(q.double(), wide(pool), 1, tables, lengths_R)
+    assert error(found[0], want) < LIMIT[dtype]
+    assert torch.equal(found[1], found[0])
+    assert torch.equal(found[2], found[0])
 
 
 @pytest.mark.parametrize("has_norm", [True, False])
