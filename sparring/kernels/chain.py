@@ -5,7 +5,7 @@ bits, in launches that may begin while the product before them runs (programmati
 sm_90 and later), and that let the next one begin at once: it brings its weights to shared memory
 (few_rows_hopper.py) while these wait for their turn.
 
-A norm may add up a product's pieces (kernels/few_rows_wide.py) before: in order, in float32, then
+A norm may add up a product's pieces (kernels/few_rows_tiles.py) before: in order, in float32, then
 rounded as the product would have been.
 
 Shapes: x and residual [T, D], pieces [S, T, D] float32, gate_up [T, 2F]. Bytes: those of norm.py

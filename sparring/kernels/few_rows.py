@@ -36,7 +36,6 @@ from sparring.kernels import (
     few_rows_hopper,
     few_rows_strips,
     few_rows_tiles,
-    few_rows_wide,
     jit,
     rounded,
     tl,
@@ -46,7 +45,6 @@ from sparring.kernels import (
 from sparring.kernels.few_rows_hopper import Ring
 from sparring.kernels.few_rows_strips import Strips
 from sparring.kernels.few_rows_tiles import Tiles
-from sparring.kernels.few_rows_wide import Wide
 from sparring.kernels.matmul import (
     BLOCK,
     INTERPRETED_TILE,
@@ -66,7 +64,7 @@ MAX_ROWS, MAX_TILE_ROWS = few_rows_tiles.MAX_ROWS, 128
 """Most rows of a chain, and of a launch of this file's own kernel: one tile of them."""
 
 
-Own = Ring | Strips | Tiles | Wide
+Own = Ring | Strips | Tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,7 +310,7 @@ def fills_early(capability: Capability) -> bool:
 
 def folds_norm(form: Form | Own, num_rows: int, weight: Tensor, squares: Squares | None) -> bool:
     """Whether a product [N, K] in that form computes the norm of its rows."""
-    if isinstance(form, Tiles | Wide):
+    if isinstance(form, Tiles):
         return False
     if isinstance(form, Strips):
         return few_rows_strips.folds_norm(weight.shape[1])
@@ -462,12 +460,9 @@ def few_rows(
     if isinstance(form, Own):
         _check(x, weight, residual, gated)
         given["overlaps"] = overlaps(capability)
-    if isinstance(form, Tiles | Wide):
+    if isinstance(form, Tiles):
         assert given.pop("norm") is None, "is computed before"
-        if isinstance(form, Tiles):
-            return few_rows_tiles.launch(x, weight, bias, **given, tiles=form), None
-        assert given.pop("residual") is None, "is added behind, by the norm"
-        return few_rows_wide.launch(x, weight, bias, **given, wide=form), None
+        return few_rows_tiles.launch(x, weight, bias, **given, tiles=form), None
     if isinstance(form, Ring | Strips):
         given["norm"] = None if norm is None else (norm.weight, norm.eps)
         if isinstance(form, Ring):

@@ -29,7 +29,6 @@ from sparring.kernels.few_rows import (
     squares_of,
 )
 from sparring.kernels.few_rows_tiles import Tiles
-from sparring.kernels.few_rows_wide import Wide
 from sparring.kernels.matmul import BLOCK
 from sparring.kernels.step_start import start_step
 from sparring.layout import DecodeLayout, KVPool
@@ -196,7 +195,7 @@ class _Stream:
         if form is None:
             self.added = F.linear(y, weight, linear.bias)
             return
-        if isinstance(form, Wide) or (isinstance(form, Tiles) and form.pieces > 1):
+        if isinstance(form, Tiles) and form.pieces > 1:
             self.added = few_rows(y, weight, linear.bias, capability=self.capability, form=form)[0]
             return
         assert self.added is None, "a norm came between"

@@ -26,7 +26,6 @@ from sparring.kernels import (
     few_rows_hopper,
     few_rows_strips,
     few_rows_tiles,
-    few_rows_wide,
     head,
     int8,
     lora,
@@ -440,41 +439,6 @@ def test_products_through_a_ring(rows, which, ring):
     asked = before.count("cp.async.bulk.tensor")
     others = 0 if norm else 1
     assert asked == ring.stages * ring.boxes + others, "a ring of weights, and x's description"
-    assert "griddepcontrol.launch_dependents" in before
-    assert "wgmma.mma" in after, "and what reads the rows"
-
-
-@pytest.mark.parametrize(
-    ("wide", "which"),
-    [
-        (few_rows_wide.Wide(128, 16, 4, behind=0), "gated"),
-        (few_rows_wide.Wide(128, 16, 6, 5), "plain"),
-        (few_rows_wide.Wide(64, 8, 6), "bias"),
-    ],
-)
-def test_products_in_tall_tiles(wide, which):
-    from triton.experimental.gluon.language import NVMMASharedLayout
-
-    constants = {
-        "T": 128, "K": 64, "STAGES": wide.stages, "BASE": wide.base, "EXTRA": wide.extra,
-        "PIECES": wide.pieces, "BEHIND": wide.behind, "HAS_BIAS": which == "bias",
-        "GATED": which == "gated", "OVERLAPS": True, "num_warps": 8,
-    }  # fmt: skip
-    layout = NVMMASharedLayout(128, 16, 2)
-    described = {
-        f"{name}_desc": f"tensordesc<bf16[{height},64],{layout!r}>"
-        for name, height in (("w", wide.base), ("e", wide.extra), ("x", 128))
-    }
-    pointers = {**POINTERS, **described}
-    pointers["out_ptr"] = "*fp32" if wide.pieces > 1 else "*bf16"
-    kernel = few_rows_wide._wide_kernel
-    found, ptx = check(kernel, pointers, constants, 90, products=True, stack_limit=0)
-    assert found == {"wgmma.mma"}
-    before, after = ptx.split("griddepcontrol.wait", 1)
-    asked = before.count("cp.async.bulk.tensor")
-    assert asked == wide.stages * (4 if which == "gated" else 2) + 1, (
-        "a ring of weights, and x's description"
-    )
     assert "griddepcontrol.launch_dependents" in before
     assert "wgmma.mma" in after, "and what reads the rows"
 

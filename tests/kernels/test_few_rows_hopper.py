@@ -10,7 +10,6 @@ from sparring.kernels.few_rows import Norm, few_rows_reference
 from sparring.kernels.few_rows_hopper import Ring, launch, most_pieces
 from sparring.kernels.few_rows_strips import Strips
 from sparring.kernels.few_rows_tiles import Tiles
-from sparring.kernels.few_rows_wide import Wide
 from tests.kernels.chained import layers_and_rows, replays_that_differ
 from tests.kernels.test_triton import _poisoned, error, random
 
@@ -120,7 +119,7 @@ def test_forms_of_the_table_have_work_for_all():
         for block_t, ring in rings.items():
             weight = torch.empty(outputs, columns, device="meta")
             assert few_rows.form_of(hopper, block_t, weight) is ring
-            if isinstance(ring, Tiles | Wide):
+            if isinstance(ring, Tiles):
                 continue
             tiles = -(-outputs // (64 * ring.boxes if isinstance(ring, Ring) else 16))
             steps = -(-columns // ring.block_k) if isinstance(ring, Ring) else 1
