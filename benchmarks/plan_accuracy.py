@@ -1,6 +1,6 @@
 """What `sparring plan` predicts against what a card takes: bytes and seconds of seven recipes.
 
-    python benchmarks/plan_accuracy.py OUTPUT.json [ROW ...]
+    python benchmarks/plan_accuracy.py OUTPUT.json [ROW ...] [--again]
 
 Random weights of real shapes, distinct prompts, advantages drawn non-zero, fixed lengths. A step is
 a rollout by the engine, whose KV pool is what the plan says, and a training phase: groups on the
@@ -10,8 +10,7 @@ the allocator to N - 1.0 GiB. One step to warm up, then a rollout and five train
 reported, and seconds are compared by the median of those after the warm-up. Allocated and device
 memory stand beside it, each part of the prediction, and what every pool of the allocator held at a
 phase's end. Rows share a process; what one leaves (library workspaces) is freed before the next.
-Small models wait for the host: the plan is told how fast it is as `sparring plan` on this machine
-would be (train/host.py), and the same measure after the row stands beside it.
+--again measures nothing and needs no card: what stands in OUTPUT.json is predicted anew.
 """
 
 from __future__ import annotations
@@ -37,10 +36,9 @@ from sparring.models.transformer import Decoder
 from sparring.rollout.engine import Engine
 from sparring.rollout.sampler import Sampling
 from sparring.train.cards import find_card
-from sparring.train.host import REFERENCE_MICROSECONDS, node_microseconds, own_card
 from sparring.train.memory import take_workspaces
 from sparring.train.optimizer import Optimizer, build_optimizer
-from sparring.train.plan import Phase, predict
+from sparring.train.plan import Phase, Plan, predict
 from sparring.train.plan_job import CONTEXT_BYTES, Job, Settings, Trained, Work
 from sparring.train.step import train_step
 from sparring.types import Group, Prompt, Rollout
@@ -198,14 +196,10 @@ def measured(row: dict[str, Any]) -> dict[str, Any]:
     gc.collect()
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
-    cap = row["cap_gib"]
-    budget = None if cap is None else int(cap * GIB)
+    plan = planned(row)
     total = torch.cuda.get_device_properties(0).total_memory
-    limit = total if budget is None else budget - CONTEXT_BYTES
+    limit = total if plan.budget is None else plan.budget - CONTEXT_BYTES
     torch.cuda.set_per_process_memory_fraction(limit / total)
-    job, settings = job_of(row)
-    card = own_card() or find_card("H200")
-    plan = predict(job, settings, budget=budget, card=card, exact=True)
     stages = [counters(stage="before")]
     model = built(row)
     optimizer = build_optimizer(
@@ -216,8 +210,8 @@ def measured(row: dict[str, Any]) -> dict[str, Any]:
     made = groups(*row["work"])
     engine = Engine(
         model, kv_bytes=plan.settings.kv_bytes, stop_ids=(), decode=lambda _: "",
-        max_tokens=row["work"][2] + row["work"][3], max_running=settings.max_running,
-        caches_weights=bool(settings.caches_weights),
+        max_tokens=row["work"][2] + row["work"][3], max_running=plan.settings.max_running,
+        caches_weights=bool(plan.settings.caches_weights),
     )  # fmt: skip
     seconds: dict[str, list[float]] = {"rollout": [], "training": [], "handing over": []}
     found: dict[str, dict[str, int]] = {}
@@ -241,21 +235,29 @@ def measured(row: dict[str, Any]) -> dict[str, Any]:
         held["training"] = pools()
         torch.cuda.empty_cache()
         stages.append(counters(stage=f"after training {step}"))
-    assert plan.rollout is not None, "the rows sample"
-    assert plan.seconds is not None, "a card is named"
     return {
         **row, "stages": stages, "peaks": found, "pools": held, "seconds": seconds,
-        "graphs": asdict(engine.graph_stats),
-        "host microseconds": [(card.host or 1.0) * REFERENCE_MICROSECONDS, node_microseconds()],
-        "predicted": {
-            "rollout": told(plan.rollout),
-            "training": told(plan.training),
-            "seconds": {
-                "rollout": plan.seconds.prefill + plan.seconds.decode,
-                "training": plan.seconds.training,
-            },
-        },
+        "graphs": asdict(engine.graph_stats), "predicted": predicted(plan),
     }  # fmt: skip
+
+
+def planned(row: dict[str, Any]) -> Plan:
+    """The row's plan under its cap, with the lengths that it has."""
+    job, settings = job_of(row)
+    budget = None if row["cap_gib"] is None else int(row["cap_gib"] * GIB)
+    return predict(job, settings, budget=budget, card=find_card("H200"), exact=True)
+
+
+def predicted(plan: Plan) -> dict[str, Any]:
+    """Bytes of both phases, by part, and their seconds."""
+    assert plan.rollout is not None, "the rows sample"
+    assert plan.seconds is not None, "a card is named"
+    seconds = plan.seconds
+    return {
+        "rollout": told(plan.rollout),
+        "training": told(plan.training),
+        "seconds": {"rollout": seconds.prefill + seconds.decode, "training": seconds.training},
+    }
 
 
 def told(phase: Phase) -> dict[str, Any]:
@@ -280,8 +282,7 @@ def table_line(name: str, row: dict[str, Any]) -> str:
             f" {usual:.2f} s ({runs[0]:.2f} to {runs[-1]:.2f}), plan {plan:.2f}"
             f" ({plan / usual - 1:+.0%})"
         )
-    before, after = row["host microseconds"]
-    return f"{name:10} " + " | ".join(cells) + f" | host {before:.1f}, {after:.1f} us a node"
+    return f"{name:10} " + " | ".join(cells)
 
 
 def detail_lines(row: dict[str, Any]) -> list[str]:
@@ -306,7 +307,19 @@ def detail_lines(row: dict[str, Any]) -> list[str]:
     return lines
 
 
+def again(output: Path) -> None:
+    """Replace the predictions of what was measured by today's."""
+    result = json.loads(output.read_text())
+    for name, row in result["rows"].items():
+        row["predicted"] = predicted(planned(row))
+        print("\n".join([table_line(name, row), *detail_lines(row)]), flush=True)
+    output.write_text(json.dumps(result, indent=1))
+
+
 def main() -> None:
+    if "--again" in sys.argv:
+        again(Path(sys.argv[1]))
+        return
     torch.manual_seed(0)
     torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     output, wanted = Path(sys.argv[1]), sys.argv[2:] or list(ROWS)

@@ -10,7 +10,6 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from sparring.cli.app import app
-from sparring.train import host
 
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 512,
@@ -37,7 +36,7 @@ def plan(*words: object) -> Result:
 
 def test_without_a_card_it_says_whose_seconds_they_are(recipe: Path) -> None:
     text = plan(recipe).output
-    assert "on H200 (measured card), host: like the measured one" in text
+    assert "on H200 (measured card)" in text
     assert "no limit was given" in text
     assert "no card was named: seconds are the H200's" in text
 
@@ -66,17 +65,12 @@ def test_what_cannot_fit_is_refused_with_numbers(recipe: Path) -> None:
     assert "nothing fits into 1.07 GiB" in result.output
 
 
-def test_on_a_machine_with_the_card_its_host_counts(
+def test_a_machine_with_a_card_of_the_table_is_planned_for_it(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H200")
-    monkeypatch.setattr(
-        "sparring.train.host.node_microseconds", lambda: 3 * host.REFERENCE_MICROSECONDS
-    )
-    own, named = plan(recipe).output, plan(recipe, "--card", "H200").output
-    assert "on H200 (measured card), host: this machine's, 3.00 x" in own
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA A100-SXM4-80GB")
+    own = plan(recipe).output
+    assert "on A100-80GB (estimate)" in own
     assert "no card was named" not in own
-    assert "this machine's, 3.00 x" in named
-    assert json.loads(plan(recipe, "--json").output)["recipe"]["card"]["host"] == 3.0
-    assert "host: like the measured one" in plan(recipe, "--card", "4090").output
+    assert "on RTX 4090 (estimate)" in plan(recipe, "--card", "4090").output

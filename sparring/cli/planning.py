@@ -40,14 +40,17 @@ def plan(
             raise UserError(f"--for {algorithm} is not known; known: grpo, ppo, sft, dpo")
         recipe = load(words, "plan")
         from sparring.train.cards import find_card
-        from sparring.train.host import own_card
-        from sparring.train.plan_recipe import dtype_of, job_of, plan_recipe, proposal_lines
+        from sparring.train.plan_recipe import (
+            dtype_of,
+            job_of,
+            own_card,
+            plan_recipe,
+            proposal_lines,
+        )
         from sparring.train.plan_table import as_dict, plan_lines
 
         own = own_card()
         chosen = find_card(card) if card else own or find_card(MEASURED)
-        if own is not None and own.name == chosen.name:
-            chosen = own
         budget, whose = _budget(recipe, memory, chosen if card else None)
         job = job_of(recipe, algorithm=algorithm or None, prompt_tokens=prompt_tokens)  # type: ignore[arg-type]
         asked, best = plan_recipe(recipe, job, budget=budget, card=chosen)

@@ -22,9 +22,7 @@ class Card:
     memory: bytes in all, by the driver. bandwidth: bytes a second. flops: dense 16-bit tensor
     products with float32 sums, floating-point operations a second. lanes: integer operations a
     second. arch: 10 x compute capability. measured: names of the numbers that were measured here;
-    source says by what, or whose the others are. host: how many times as long the machine beside it
-    takes to launch work as the one that the plan's seconds were measured on (train/host.py); None:
-    not known, taken as the same.
+    source says by what, or whose the others are.
     """
 
     name: str
@@ -35,7 +33,6 @@ class Card:
     arch: int
     measured: tuple[str, ...]
     source: str
-    host: float | None = None
 
     @property
     def usable(self) -> int:

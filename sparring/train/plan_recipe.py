@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from sparring.algorithms.registry import find_loss, knob_defaults
-from sparring.errors import CheckpointError, MemoryBudgetError
+from sparring.errors import CheckpointError, MemoryBudgetError, UserError
 from sparring.models import checkpoint
 from sparring.models.hub import config_of
 from sparring.models.lora import LoraConfig
@@ -369,6 +369,16 @@ def _card_of(device: torch.device) -> Card:
     except ValueError:
         card = all_cards()["H200"]
     return replace(card, arch=10 * major + minor)
+
+
+def own_card() -> Card | None:
+    """This machine's card where it has one and the table has it."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        return find_card(torch.cuda.get_device_name())
+    except UserError:
+        return None
 
 
 def cost_of(recipe: Recipe, algorithm: Algorithm, card: Card) -> tuple[str, dict[str, float]]:

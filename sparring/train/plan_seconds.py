@@ -2,8 +2,8 @@
 
 The shares of the peaks that are reached were measured on H200s (docs/benchmarks) and are taken
 for every card; on others the result is an estimate. A micro-batch takes as long as the card
-computes or as long as the host launches, whichever is longer. Host time is what the machines beside
-the measured cards needed, times `Card.host` (decision 0020).
+computes or as long as the host launches, whichever is longer; host time is what the machines
+beside the measured cards needed (decision 0020).
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ SKINNY_SHARE = 0.6
 BANDWIDTH_SHARE = 0.88
 KERNEL_SECONDS, OPERATION_SECONDS = 135e-6, 40e-6
 """What the host takes to launch a Triton kernel with its autograd node, and a library call with its
-views and memory: fitted to the four recipes that wait for it in five runs (docs/benchmarks), whose
-hosts took train/host.py's REFERENCE_MICROSECONDS at their best and up to 1.7 times that for
-seconds; such halts are in these two numbers."""
+views and memory: fitted to the recipes that wait for it in five runs (docs/benchmarks). A core of
+those hosts was up to 1.7 times slower for seconds on end; that is in these two numbers."""
 HEAD_LAUNCHES, SCORED_LAUNCHES = (9, 93), (9, 19)
 """Kernels and library calls of a micro-batch outside its layers (embedding, angles, head, loss):
 forward and backward, and of a forward pass without gradient."""
@@ -46,7 +45,7 @@ DECODE_SHARE = 0.94
 """Of a copy's bandwidth, that products of a few rows reach."""
 NF4_BYTES = 0.5159
 """Of a four-bit weight with its share of the scales."""
-NF4_CYCLES = {90: (4.2, 0.058), 0: (6.5, 0.11)}
+NF4_CYCLES = {90: (3.8, 0.058), 0: (6.5, 0.11)}
 """By architecture (0: all others): cycles of an integer lane that a fused product takes to decode
 a weight, and more by row; both measured on an H200, which has the kernels of all others too."""
 DECODE_ADAPTED_SECONDS = 5.5e-6
@@ -91,7 +90,7 @@ def training_seconds(
     policy = job.policy
     forward = sum(_pass_seconds(policy, card, batch) for batch in batches)
     both = sum(_update_seconds(policy, settings, card, batch) for batch in batches)
-    total = STEP_SECONDS * (card.host or 1.0) + both + _optimizer_seconds(policy, card)
+    total = STEP_SECONDS + both + _optimizer_seconds(policy, card)
     if job.reference != "none":
         total += forward
     passes = job.passes
@@ -140,7 +139,7 @@ def _update_seconds(
             a_row += config.num_heads * config.head_size
         kept = rows * config.num_layers * a_row * model.item
         device = max(1.02 * device, 2 * kept / BUS_BYTES_PER_SECOND)
-    host = _host_seconds(config.num_layers, launches(model, recomputes), HEAD_LAUNCHES, card)
+    host = _host_seconds(config.num_layers, launches(model, recomputes), HEAD_LAUNCHES)
     return max(device, host)
 
 
@@ -183,12 +182,10 @@ def _slices(size: LinearSize, item: int) -> int:
     return math.ceil(size.decoded(item) / SLICE_BYTES)
 
 
-def _host_seconds(
-    num_layers: int, layer: tuple[float, float], rest: tuple[float, float], card: Card
-) -> float:
+def _host_seconds(num_layers: int, layer: tuple[float, float], rest: tuple[float, float]) -> float:
     """What the host takes to launch a micro-batch; kernels and calls, a layer and besides."""
     kernels, operations = (num_layers * a + b for a, b in zip(layer, rest, strict=True))
-    return (kernels * KERNEL_SECONDS + operations * OPERATION_SECONDS) * (card.host or 1.0)
+    return kernels * KERNEL_SECONDS + operations * OPERATION_SECONDS
 
 
 def _pass_seconds(
@@ -205,7 +202,7 @@ def _pass_seconds(
     if with_head:
         head = 2 * config.width * config.vocab_size * batch.loss_rows
         device += head / (card.flops * HEAD_SHARE)
-    host = _host_seconds(config.num_layers, _scored_launches(model), SCORED_LAUNCHES, card)
+    host = _host_seconds(config.num_layers, _scored_launches(model), SCORED_LAUNCHES)
     return max(device, PLAIN_SHARE * host)
 
 

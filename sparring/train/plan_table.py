@@ -62,13 +62,10 @@ def seconds_line(plan: Plan) -> str:
     if card is None or seconds is None:
         return "  seconds: no card is named (--card NAME)"
     source = "measured card" if card.is_measured else "estimate"
-    host = "like the measured one"
-    if card.host is not None:
-        host = f"this machine's, {card.host:.2f} x the measured one's time"
     sampled = f"rollout {seconds.prefill + seconds.decode:.2f} + " if plan.rollout else ""
     return (
         f"  seconds a step, completions of full length: {sampled}training {seconds.training:.2f} ="
-        f" {seconds.total:.2f} on {card.name} ({source}), host: {host}"
+        f" {seconds.total:.2f} on {card.name} ({source})"
     )
 
 
@@ -95,7 +92,6 @@ def as_dict(plan: Plan) -> dict[str, Any]:
             "name": card.name,
             "is_measured": card.is_measured,
             "source": card.source,
-            "host": card.host,
         },
     }
 

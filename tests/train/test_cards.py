@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-import threading
-
 import pytest
 
 from sparring.errors import UserError
-from sparring.train import host
 from sparring.train.cards import all_cards, find_card
+from sparring.train.plan_recipe import own_card
 
 
 def test_every_card_has_its_numbers_and_their_source() -> None:
@@ -51,31 +48,13 @@ def test_what_a_driver_gives_out_is_less_than_what_it_shows() -> None:
         assert 0.96 * gib < find_card(name).usable / 2**30 < gib
 
 
-def test_the_host_is_timed_beside_a_card_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA GeForce RTX 4090")
-    card = host.own_card()
-    assert card is not None
-    assert card.name == "RTX 4090"
-    assert card.host is not None
-    assert 0.05 < card.host < 50
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Voodoo 2")
-    assert host.own_card() is None
-
-
-def test_a_host_is_as_fast_as_its_best_try_on_the_best_of_several_cores(
+def test_a_machine_s_own_card_is_the_table_s_where_it_is_there(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    steps = [5.0] * (2 * host.TRIES * host.THREADS)
-    steps[2 * host.TRIES * 2 + 3] = 1.0  # the second try of the third thread ends early
-    clock = itertools.accumulate(steps)
-    threads = set()
-
-    def counter() -> float:
-        threads.add(threading.current_thread().name)
-        return next(clock)
-
-    monkeypatch.setattr("sparring.train.host.time.perf_counter", counter)
-    assert host.node_microseconds() == pytest.approx(1e6 / host.CHAINS / host.NODES)
-    assert len(threads) == host.THREADS
-    assert next(clock, None) is None, "every try of every thread is timed"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert own_card() is None
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA GeForce RTX 4090")
+    assert own_card() == find_card("4090")
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Voodoo 2")
+    assert own_card() is None
