@@ -31,12 +31,12 @@ from benchmarks.shapes import SHAPES, build
 from sparring.kernels import (
     few_rows,
     few_rows_attention,
-    few_rows_hopper,
     paged_attention,
 )
-from sparring.kernels.few_rows import Form
+from sparring.kernels.few_rows import Form, Own
 from sparring.kernels.few_rows_hopper import Ring
 from sparring.kernels.few_rows_strips import Strips
+from sparring.kernels.few_rows_tiles import Tiles
 from sparring.kernels.matmul import Tile
 from sparring.kernels.sampling import draw_tokens
 from sparring.layout import DecodeLayout
@@ -250,8 +250,11 @@ def steps(name: str, rows: list[int], replays: int) -> dict[str, Any]:
     return result
 
 
-def rings_of(num_rows: int) -> dict[str, Form | Ring | Strips | None]:
+def rings_of(num_rows: int) -> dict[str, Form | Own | None]:
     """Where the search begins."""
+    if num_rows > 64:
+        tiles = Tiles(32, 9) if num_rows <= 128 else Tiles(64, 6)
+        return {"qkv": tiles, "output": tiles, "gate_up": None, "down": None, "head": None}
     if num_rows <= 8:
         return {
             "qkv": Strips(128, 6),
@@ -269,10 +272,14 @@ def rings_of(num_rows: int) -> dict[str, Form | Ring | Strips | None]:
     }
 
 
-def candidates(which: str, num_rows: int) -> list[Form | Ring | Strips | None]:
+def candidates(which: str, num_rows: int) -> list[Form | Own | None]:
     """Forms that are tried for a product; None: the library's."""
     few = num_rows <= 8
-    tried: dict[str, list[Form | Ring | Strips | None]] = {
+    if num_rows > 64:
+        depths = ((16, 10), (32, 4), (32, 7), (32, 9), (64, 3), (64, 6), (64, 7))
+        tiles = [Tiles(*each) for each in depths]
+        return [None, *tiles] if which in ("qkv", "output") else [None]
+    tried: dict[str, list[Form | Own | None]] = {
         "qkv": [Strips(128, 6), Strips(128, 4), Ring(96, 128, 4)],
         "output": [Strips(96, 6), Ring(96, 128, 4), Ring(72, 128, 4)],
         "gate_up": [
@@ -312,25 +319,25 @@ def shapes_of(model: Decoder) -> dict[str, tuple[int, int]]:
     return found | {"head": tuple(model.head.shape)}
 
 
-def told_form(form: Form | Ring | Strips | None) -> str:
+def told_form(form: Form | Own | None) -> str:
     """A form in a line."""
     if form is None:
         return "library"
-    if isinstance(form, Ring | Strips):
+    if isinstance(form, Own):
         return str(form)
     apart = "" if form.folds_norm else ", norm apart"
     return f"{str(form.tile)[5:-1]} segments {form.segments}{apart}"
 
 
 def use_forms(
-    model: Decoder, chosen: dict[tuple[int, int], Form | Ring | Strips | None], num_rows: int
+    model: Decoder, chosen: dict[tuple[int, int], Form | Own | None], num_rows: int
 ) -> None:
     """Products [N, K] take these forms, all others the library's."""
-    rows = few_rows_hopper.block_t_of(num_rows)
+    rows = max(8, 1 << (num_rows - 1).bit_length())
     few_rows.FORMS = {
         model.capability.arch: {k: v for k, v in chosen.items() if isinstance(v, Form)}
     }
-    few_rows.RINGS = {k: {rows: v} for k, v in chosen.items() if isinstance(v, Ring | Strips)}
+    few_rows.RINGS = {k: {rows: v} for k, v in chosen.items() if isinstance(v, Own)}
 
 
 def search(name: str, num_rows: int, part: int, parts: int) -> dict[str, Any]:
@@ -343,10 +350,10 @@ def search(name: str, num_rows: int, part: int, parts: int) -> dict[str, Any]:
     model = build(name, lora_rank=0)
     model.requires_grad_(False)
     step, shapes = Step(model, num_rows), shapes_of(model)
-    forms: dict[str, Form | Ring | Strips | None] = rings_of(num_rows)
+    forms: dict[str, Form | Own | None] = rings_of(num_rows)
     result: dict[str, Any] = {}
 
-    def use(chosen: dict[str, Form | Ring | Strips | None]) -> None:
+    def use(chosen: dict[str, Form | Own | None]) -> None:
         use_forms(model, {shapes[k]: v for k, v in chosen.items()}, num_rows)
 
     if parts:

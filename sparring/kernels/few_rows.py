@@ -89,14 +89,15 @@ library's product (benchmarks/decode_step.py --search); for as many rows as need
 """
 
 RINGS: dict[tuple[int, int], dict[int, Own]] = {
-    # Qwen2.5-0.5B: qkv, o
-    (1152, 896): {256: Tiles(32, 4)},
+    # Qwen2.5-0.5B: qkv, o, down
+    (1152, 896): {256: Tiles(64, 7)},
     (896, 896): {256: Tiles(32, 7)},
+    (896, 4864): {256: Tiles(64, 7, 2)},
     # Qwen2.5-1.5B: qkv, o, gate and up, down, the head
     (2048, 1536): {8: Strips(128, 6), 128: Tiles(32, 9), 256: Tiles(64, 6)},
     (1536, 1536): {8: Strips(96, 6), 128: Tiles(32, 9), 256: Tiles(64, 6)},
     (17920, 1536): {8: Strips(264, 8, 1)},
-    (1536, 8960): {8: Ring(264, 128, 4)},
+    (1536, 8960): {8: Ring(264, 128, 4), 128: Tiles(128, 4, 5), 256: Tiles(128, 4, 2)},
     (151936, 1536): {8: Ring(264, 128, 4)},
     # Qwen2.5-7B: o, gate and up, down, the head; qkv is the library's
     (3584, 3584): {32: Ring(112, 128, 4)},

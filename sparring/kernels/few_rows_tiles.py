@@ -77,19 +77,19 @@ def _store(
 def _tiles_kernel(
     w_desc, x_desc, bias_ptr, residual_ptr, out_ptr, num_rows, num_outputs, steps,
     T: gl.constexpr, STAGES: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
-    OVERLAPS: gl.constexpr,
+    PIECES: gl.constexpr, OVERLAPS: gl.constexpr,
 ):  # fmt: skip
+    """steps: of a piece."""
     DTYPE: gl.constexpr = w_desc.dtype
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, T, 16])
     X_BYTES: gl.constexpr = T * 128 * 2
     BYTES: gl.constexpr = 64 * 128 * 2 + X_BYTES
     row = gl.program_id(0) * T
     first = gl.program_id(1) * 64
-    piece, pieces = gl.program_id(2), gl.num_programs(2)
-    begin = piece * steps // pieces
-    steps = (piece + 1) * steps // pieces - begin
-    begin *= 128
-    out_ptr += piece.to(gl.int64) * num_rows * num_outputs
+    begin = 0
+    if PIECES > 1:
+        begin = gl.program_id(2) * steps * 128
+        out_ptr += gl.program_id(2).to(gl.int64) * num_rows * num_outputs
     w = gl.allocate_shared_memory(DTYPE, [STAGES, 64, 128], w_desc.layout)
     x = gl.allocate_shared_memory(DTYPE, [STAGES, T, 128], x_desc.layout)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
@@ -162,7 +162,7 @@ def launch(
     (num_rows, columns), num_outputs = x.shape, weight.shape[0]
     steps = triton.cdiv(columns, BLOCK_K)
     assert tiles.stages > 1, "a slot is filled again a step after it was read"
-    assert tiles.pieces <= steps, "a program without work"
+    assert steps % tiles.pieces == 0, "pieces are equal: an uneven loop is compiled badly"
     assert not gated, "a gate and what it lets through are in different tiles"
     if tiles.pieces > 1:
         assert bias is None, "is added to the sum of pieces"
@@ -179,8 +179,8 @@ def launch(
     grid = (triton.cdiv(num_rows, tiles.block_t), triton.cdiv(num_outputs, BOX), tiles.pieces)
     _tiles_kernel[grid](
         *described, x if bias is None else bias, x if residual is None else residual, out,
-        num_rows, num_outputs, steps, T=tiles.block_t,
+        num_rows, num_outputs, steps // tiles.pieces, T=tiles.block_t,
         STAGES=tiles.stages, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
-        OVERLAPS=overlaps, num_warps=4, launch_pdl=overlaps,
+        PIECES=tiles.pieces, OVERLAPS=overlaps, num_warps=4, launch_pdl=overlaps,
     )  # fmt: skip
     return out

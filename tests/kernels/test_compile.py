@@ -447,9 +447,12 @@ def test_products_through_a_ring(rows, which, ring):
     ("which", "tiles"),
     [
         ("bias", few_rows_tiles.Tiles(32, 9)),
-        ("residual", few_rows_tiles.Tiles(64, 7)),
+        ("bias", few_rows_tiles.Tiles(64, 7)),
+        ("residual", few_rows_tiles.Tiles(32, 7)),
+        ("residual", few_rows_tiles.Tiles(32, 9)),
+        ("residual", few_rows_tiles.Tiles(64, 6)),
+        ("pieces", few_rows_tiles.Tiles(64, 7, 2)),
         ("pieces", few_rows_tiles.Tiles(128, 4, 5)),
-        pytest.param("residual", few_rows_tiles.Tiles(32, 4), marks=pytest.mark.slow),
     ],
 )
 def test_products_in_tiles(which, tiles):
@@ -457,7 +460,8 @@ def test_products_in_tiles(which, tiles):
 
     constants = {
         "T": tiles.block_t, "STAGES": tiles.stages, "HAS_BIAS": which == "bias",
-        "HAS_RESIDUAL": which == "residual", "OVERLAPS": True, "num_warps": 4,
+        "HAS_RESIDUAL": which == "residual", "PIECES": tiles.pieces, "OVERLAPS": True,
+        "num_warps": 4,
     }  # fmt: skip
     layout = NVMMASharedLayout(128, 16, 2)
     described = {
@@ -473,6 +477,13 @@ def test_products_in_tiles(which, tiles):
     assert asked == tiles.stages + 1, "a ring of weights, and x's description"
     assert "griddepcontrol.launch_dependents" in before
     assert "wgmma.mma" in after, "and what reads the rows"
+    with NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+        command = [tool, "-arch=sm_90a", "--verbose", file.name, "-o", os.devnull]
+        told = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "serialized" not in told.stdout + told.stderr, "products wait for each other: 2 us more"
 
 
 @pytest.mark.parametrize(
