@@ -25,6 +25,7 @@ n / (n + SHORT_TOKENS) of its share: tiles on the diagonal are half empty."""
 SKINNY_SHARE = 0.6
 """Of the bandwidth, that products with an adapter's narrow matrices reach."""
 BANDWIDTH_SHARE = 0.88
+"""Of a maker's bandwidth, that a copy reaches; a measured bandwidth is a copy's already."""
 KERNEL_SECONDS, OPERATION_SECONDS = 135e-6, 40e-6
 """What the host takes to launch a Triton kernel with its autograd node, and a library call with its
 views and memory: fitted to the recipes that wait for it in five runs (docs/benchmarks). A core of
@@ -33,7 +34,7 @@ HEAD_LAUNCHES, SCORED_LAUNCHES = (9, 93), (9, 19)
 """Kernels and library calls of a micro-batch outside its layers (embedding, angles, head, loss):
 forward and backward, and of a forward pass without gradient."""
 PLAIN_SHARE = 0.6
-"""Of that, what a launch takes without autograd (prefills of a 7B in NF4)."""
+"""Of the host's time for a launch, what one without autograd takes (prefills of a 7B in NF4)."""
 STEP_SECONDS = 0.02
 """What the host takes for a step's packing, clipping and reading of metrics."""
 DECODE_LAYER_SECONDS, DECODE_ROW_SECONDS = 29e-6, 1.2e-6
@@ -47,7 +48,8 @@ NF4_BYTES = 0.5159
 """Of a four-bit weight with its share of the scales."""
 NF4_CYCLES = {90: (3.8, 0.058), 0: (6.5, 0.11)}
 """By architecture (0: all others): cycles of an integer lane that a fused product takes to decode
-a weight, and more by row; both measured on an H200, which has the kernels of all others too."""
+a weight, and more by row: measured on an H200, which has the kernels of all others too, and for 90
+fitted to whole rollouts."""
 DECODE_ADAPTED_SECONDS = 5.5e-6
 """What an adapter adds to a decode step, a linear layer."""
 PREFILL_SHARE = 0.75
