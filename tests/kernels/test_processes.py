@@ -27,6 +27,7 @@ NOT_INTERPRETED = {
     "nf4_hopper_wide._kernel",
     "few_rows_hopper._ring_kernel",
     "few_rows_strips._strips_kernel",
+    "few_rows_tiles._tiles_kernel",
     "few_rows_attention._attention_kernel",
 }
 """Gluon: its layouts and instructions are sm_90's, which no interpreter has. They are compiled in
