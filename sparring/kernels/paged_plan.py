@@ -59,8 +59,8 @@ def span_of(capability: Capability, num_pairs: int, head_size: int) -> int:
     return span
 
 
-LEAST_SWAPPED = 128
-"""Smaller heads read their splits in order: more registers would leave room for fewer programs."""
+LEAST_SWAPPED = 64
+"""Smaller heads read their splits in order: none were measured."""
 
 
 def swaps_splits(span: int, head_size: int) -> bool:
