@@ -69,7 +69,7 @@ def test_a_machine_with_a_card_of_the_table_is_planned_for_it(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA A100-SXM4-80GB")
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "NVIDIA A100-SXM4-80GB")
     own = plan(recipe).output
     assert "on A100-80GB (estimate)" in own
     assert "no card was named" not in own

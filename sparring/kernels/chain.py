@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sparring.kernels import jit, rounded, tl, triton
 from sparring.kernels.norm import _forward_kernel as norm_rows
-from sparring.kernels.norm import tile_of
+from sparring.kernels.norm import normed_rows, tile_of
 from sparring.kernels.swiglu import BLOCK_F, NUM_WARPS
 from sparring.kernels.swiglu import _forward_kernel as swiglu_rows
 
@@ -55,9 +55,7 @@ def _pieces_norm_kernel(
     kept = rounded(x, dtype)
     tl.store(sum_ptr + flat, kept, mask=inside)
     x = kept.to(tl.float32)
-    scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / D + eps)
-    normed = rounded(x * scale[:, None], dtype).to(tl.float32)
-    tl.store(y_ptr + flat, rounded(normed * weight[None, :], dtype), mask=inside)
+    tl.store(y_ptr + flat, normed_rows(x, weight, eps, D, dtype), mask=inside)
 
 
 @jit(do_not_specialize=["num_rows"])

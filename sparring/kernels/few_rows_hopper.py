@@ -128,7 +128,7 @@ def _biased(acc, row_n, bias_ptr, num_outputs, HAS_BIAS: gl.constexpr, DTYPE: gl
 
 
 @jit
-def _read(
+def read_tile(
     row_n, residual_ptr, num_rows, num_outputs,
     T: gl.constexpr, MMA: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
 ):  # fmt: skip
@@ -327,10 +327,10 @@ def _ring_kernel(
         acc, other = warpgroup_mma_wait(num_outstanding=0, deps=[acc, other])
         row_n = tile * TILE + gl.arange(0, 64, layout=gl.SliceLayout(1, MMA))
         # under way while pieces meet
-        before = _read(row_n, residual_ptr, num_rows, num_outputs, T, MMA, HAS_RESIDUAL)
+        before = read_tile(row_n, residual_ptr, num_rows, num_outputs, T, MMA, HAS_RESIDUAL)
         other_before = before
         if BOXES == 2:
-            other_before = _read(
+            other_before = read_tile(
                 row_n + 64, residual_ptr, num_rows, num_outputs, T, MMA, HAS_RESIDUAL
             )
         finishes = True

@@ -39,7 +39,7 @@ if triton is not None:
 
     jit = gluon.jit
     barrier = few_rows_hopper.barrier
-    read_tile = few_rows_hopper._read
+    read_tile = few_rows_hopper.read_tile
 
 BOX = few_rows_hopper.BOX
 BLOCK_K = 128

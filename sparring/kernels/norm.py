@@ -93,6 +93,16 @@ def add_rms_norm_reference(
 
 
 @jit
+def normed_rows(x, weight, eps, D: tl.constexpr, dtype: tl.constexpr):
+    """The norm of rows x [ROWS, BLOCK_D] in float32, zeros past D, in dtype, as every kernel rounds
+    it: before the weight [BLOCK_D] and after.
+    """
+    scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / D + eps)
+    normed = rounded(x * scale[:, None], dtype).to(tl.float32)
+    return rounded(normed * weight.to(tl.float32)[None, :], dtype)
+
+
+@jit
 def _forward_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr,
     num_rows, inner, stride_outer, stride_inner, eps,
@@ -119,9 +129,7 @@ def _forward_kernel(
         kept = rounded(x, dtype)
         tl.store(sum_ptr + flat, kept, mask=inside)
         x = kept.to(tl.float32)
-    scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / D + eps)
-    normed = rounded(x * scale[:, None], dtype).to(tl.float32)
-    y = rounded(normed * weight.to(tl.float32)[None, :], dtype)
+    y = normed_rows(x, weight, eps, D, dtype)
     if BOTH:
         tl.store(y_ptr + num_rows * D + flat, y, mask=inside)
     if IN_ORDER:

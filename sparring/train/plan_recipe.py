@@ -362,21 +362,19 @@ def _decided(recipe: Recipe, settings: Settings) -> Recipe:
 
 def _card_of(device: torch.device) -> Card:
     """The table's card of that name, or one with this one's arch; it ranks settings, no more."""
-    name = torch.cuda.get_device_name(device)
     major, minor = torch.cuda.get_device_capability(device)
-    try:
-        card = find_card(name)
-    except ValueError:
-        card = all_cards()["H200"]
-    return replace(card, arch=10 * major + minor)
+    return replace(_named(device) or all_cards()["H200"], arch=10 * major + minor)
 
 
 def own_card() -> Card | None:
     """This machine's card where it has one and the table has it."""
-    if not torch.cuda.is_available():
-        return None
+    return _named(torch.device("cuda")) if torch.cuda.is_available() else None
+
+
+def _named(device: torch.device) -> Card | None:
+    """The table's card that has the device's name."""
     try:
-        return find_card(torch.cuda.get_device_name())
+        return find_card(torch.cuda.get_device_name(device))
     except UserError:
         return None
 

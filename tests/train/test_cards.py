@@ -54,7 +54,7 @@ def test_a_machine_s_own_card_is_the_table_s_where_it_is_there(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert own_card() is None
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA GeForce RTX 4090")
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "NVIDIA GeForce RTX 4090")
     assert own_card() == find_card("4090")
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Voodoo 2")
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "Voodoo 2")
     assert own_card() is None
